@@ -1,0 +1,146 @@
+"""The frozen base weights, laid out for the engine: q|k|v stacked, gate|up stacked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from .config import Qwen2Config
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    """One decoder block. Sizes: H hidden, Q = heads·head_dim, K = kv heads·head_dim, I intermediate."""
+
+    input_layernorm: Tensor  # (H,)
+    qkv_proj: Tensor  # (Q + 2K, H): q, k, v rows
+    qkv_bias: Tensor  # (Q + 2K,)
+    o_proj: Tensor  # (H, Q)
+    post_attention_layernorm: Tensor  # (H,)
+    gate_up_proj: Tensor  # (2I, H): gate, up rows
+    down_proj: Tensor  # (H, I)
+
+    def to(self, dtype: torch.dtype) -> BlockWeights:
+        """The same weights in ``dtype``; itself where they are in it already."""
+        if self.qkv_proj.dtype == dtype:
+            return self
+        return BlockWeights(*(getattr(self, f.name).to(dtype) for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class Qwen2Weights:
+    """All base weights, in one storage dtype on one device.
+
+    ``lm_head`` is the same tensor as ``embed_tokens`` where the config ties them.
+    """
+
+    embed_tokens: Tensor  # (V, H)
+    blocks: tuple[BlockWeights, ...]
+    norm: Tensor  # (H,)
+    lm_head: Tensor  # (V, H)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the weights are stored in."""
+        return self.embed_tokens.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of the matrix multiplications: the storage dtype, but float32 for float16 on a CPU.
+
+        A CPU has no fast float16 GEMM (30 GFLOP/s forwards, 1 to 2 backwards, where float32 gives 200), and
+        bfloat16 would lose three of its eleven significant bits.
+        """
+        if self.dtype == torch.float16 and self.device.type == "cpu":
+            return torch.float32
+        return self.dtype
+
+    def nbytes(self) -> int:
+        """Bytes of all weights, a tied lm_head counted once."""
+        return sum(tensor.nbytes for tensor in self._storages())
+
+    def _storages(self) -> Iterator[Tensor]:
+        yield self.embed_tokens
+        yield self.norm
+        if self.lm_head is not self.embed_tokens:
+            yield self.lm_head
+        for block in self.blocks:
+            yield from (getattr(block, f.name) for f in fields(block))
+
+    def named_views(self, config: Qwen2Config) -> dict[str, Tensor]:
+        """Every tensor of a checkpoint, under its Hugging Face name, as a view into these weights.
+
+        Writing to a view writes the weight: the loader copies each tensor of a file straight to its place. A
+        tied ``lm_head.weight`` is left out.
+        """
+        q, k, i = config.q_size, config.kv_size, config.intermediate_size
+        views = {"model.embed_tokens.weight": self.embed_tokens}
+        for layer, block in enumerate(self.blocks):
+            prefix = f"model.layers.{layer}."
+            rows = block.qkv_proj.split((q, k, k))
+            biases = block.qkv_bias.split((q, k, k))
+            views[prefix + "input_layernorm.weight"] = block.input_layernorm
+            for name, row, bias in zip(("q_proj", "k_proj", "v_proj"), rows, biases, strict=True):
+                views[f"{prefix}self_attn.{name}.weight"] = row
+                views[f"{prefix}self_attn.{name}.bias"] = bias
+            views[prefix + "self_attn.o_proj.weight"] = block.o_proj
+            views[prefix + "post_attention_layernorm.weight"] = block.post_attention_layernorm
+            views[prefix + "mlp.gate_proj.weight"] = block.gate_up_proj[:i]
+            views[prefix + "mlp.up_proj.weight"] = block.gate_up_proj[i:]
+            views[prefix + "mlp.down_proj.weight"] = block.down_proj
+        views["model.norm.weight"] = self.norm
+        if self.lm_head is not self.embed_tokens:
+            views["lm_head.weight"] = self.lm_head
+        return views
+
+
+def empty_weights(
+    config: Qwen2Config, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Qwen2Weights:
+    """Weights of the right shapes, not yet filled in. See :meth:`Qwen2Weights.named_views`."""
+    h, q, k, i = config.hidden_size, config.q_size, config.kv_size, config.intermediate_size
+
+    def new(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    embed_tokens = new(config.vocab_size, h)
+    blocks = tuple(
+        BlockWeights(new(h), new(q + 2 * k, h), new(q + 2 * k), new(h, q), new(h), new(2 * i, h), new(h, i))
+        for _ in range(config.num_hidden_layers)
+    )
+    lm_head = embed_tokens if config.tie_word_embeddings else new(config.vocab_size, h)
+    return Qwen2Weights(embed_tokens, blocks, new(h), lm_head)
+
+
+def init_weights(
+    config: Qwen2Config,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Qwen2Weights:
+    """Random weights, for tests and for benchmarks without a checkpoint.
+
+    Matrices are normal with ``config.initializer_range`` as standard deviation, norms normal around one and
+    biases around zero with a tenth, so that no weight hides a mistake by being trivial. Drawn in float32 on the
+    CPU: the same ``seed`` gives the same weights, up to rounding, for every dtype and device.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    weights = empty_weights(config, dtype, device)
+    with torch.no_grad():
+        for name, view in weights.named_views(config).items():
+            values = torch.randn(view.shape, generator=generator)
+            if name.endswith("norm.weight"):
+                values.mul_(0.1).add_(1.0)
+            elif name.endswith(".bias"):
+                values.mul_(0.1)
+            else:
+                values.mul_(config.initializer_range)
+            view.copy_(values)
+    return weights
