@@ -243,15 +243,15 @@ def _common_batch(tensors: Mapping[str, Tensor]) -> tuple[int, bool]:
 
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:
     """One reduction for all tensors, and so one synchronization on a GPU."""
-    if not tensors or any(_is_symbolic(tensor) for tensor in tensors.values()):
+    if not tensors or any(is_symbolic(tensor) for tensor in tensors.values()):
         return
     largest = torch._foreach_norm([tensor.detach() for tensor in tensors.values()], float("inf"))
-    finite = torch.isfinite(torch.stack([value.float() for value in largest])).tolist()
+    finite = torch.isfinite(torch.stack([value.double() for value in largest])).tolist()
     for name, is_finite in zip(tensors, finite, strict=True):
         if not is_finite:
             raise ValueError(f"LoRA tensor {name!r} is not finite: it holds NaN or infinity")
 
 
-def _is_symbolic(tensor: Tensor) -> bool:
+def is_symbolic(tensor: Tensor) -> bool:
     """Whether the values cannot be read: inside torch.func transforms, or a fake tensor."""
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor) or type(tensor).__name__ == "FakeTensor"

@@ -1,0 +1,241 @@
+"""One decoder block: ``x_mid = x + o(attention(norm(x)))``, then ``x_out = x_mid + down(swiglu(gate_up(norm(x_mid))))``.
+
+The residual stream is (G, S, H) in the accumulation dtype. G is 1 below the first adapted block, where all adapters
+still share one stream. Each half has its vjp right below it: the same lines, upside down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .config import Qwen2Config
+from .dtypes import accumulation_dtype
+from .lora import Lora
+from .ops.attention import attention, attention_vjp
+from .ops.rmsnorm import rmsnorm, rmsnorm_vjp
+from .ops.rope import rope, rope_vjp
+from .ops.swiglu import swiglu, swiglu_vjp_
+from .packing import AttentionTile
+from .stacking import DOWN, GATE_UP, KV, QKV, Gradients, O, Projection, Q, project
+from .weights import BlockWeights
+
+CPU_CHUNK_BYTES = 24 << 20  # of gate|up: below malloc's mmap threshold, so memory is reused and not faulted in again
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a block needs to know of the packed row: rope tables, attention, and which rows to go on with.
+
+    ``rows`` None is all S; else the (R,) nodes that are read out, and the block computes queries, o_proj and MLP
+    for them alone. ``tiles`` are of those queries.
+    """
+
+    q_rope: tuple[Tensor, Tensor]  # cos, sin (S or R, 1, head_dim/2), times 1/sqrt(head_dim)
+    k_rope: tuple[Tensor, Tensor]  # cos, sin (S, head_dim/2)
+    tiles: Sequence[AttentionTile]
+    dtype: torch.dtype  # of attention
+    rows: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block's weights and adapters, ready to multiply. ``q`` is None where it is stacked in ``qkv``."""
+
+    config: Qwen2Config
+    weights: BlockWeights
+    qkv: Projection  # of k|v alone where q is apart
+    q: Projection | None
+    o: Projection
+    gate_up: Projection
+    down: Projection
+
+    @classmethod
+    def bind(cls, config: Qwen2Config, weights: BlockWeights, lora: Lora, layer: int, *, q_apart: bool) -> Block:
+        """``q_apart``: for a block that is read out at a few rows, which needs k and v of all rows but not q."""
+        w, b, n = weights.qkv_proj, weights.qkv_bias, config.q_size
+        return cls(
+            config,
+            weights,
+            project(config, lora, layer, KV, w[n:], b[n:]) if q_apart else project(config, lora, layer, QKV, w, b),
+            project(config, lora, layer, Q, w[:n], b[:n]) if q_apart else None,
+            project(config, lora, layer, O, weights.o_proj),
+            project(config, lora, layer, GATE_UP, weights.gate_up_proj),
+            project(config, lora, layer, DOWN, weights.down_proj),
+        )
+
+
+@dataclass
+class Kept:
+    """What the forward leaves for the vjp beside the block's input. All (G, S, …)."""
+
+    x_mid: Tensor
+    q: Tensor  # (G, K, S, group, head_dim), rotated and scaled
+    k: Tensor  # (G, K, S, head_dim), rotated
+    v: Tensor
+    o: Tensor
+    u_qkv: Tensor | None
+    u_q: Tensor | None
+    u_o: Tensor | None
+    mlp: list[KeptMlp] = field(default_factory=list)  # by chunk of adapters; empty: to be computed again
+
+
+@dataclass(frozen=True)
+class KeptMlp:
+    gate_up: Tensor  # (g, S, 2I)
+    u_gate_up: Tensor | None
+    u_down: Tensor | None
+
+
+def kept_bytes(config: Qwen2Config, n_adapters: int, n_tokens: int, compute: torch.dtype) -> int:
+    """Bytes of a block's :class:`Kept`, the low-rank parts aside."""
+    stream = accumulation_dtype(compute).itemsize * config.hidden_size
+    attended = accumulation_dtype(compute).itemsize * (config.q_size + 2 * config.kv_size)
+    multiplied = compute.itemsize * (config.q_size + 2 * config.intermediate_size)
+    return n_adapters * n_tokens * (stream + attended + multiplied)
+
+
+def attention_half(block: Block, x: Tensor, row: Row) -> Kept:
+    """``x_mid = x + o(attention(qkv(norm(x))))`` and all that the vjp needs of it."""
+    config, compute = block.config, block.o.weight.dtype
+    h = rmsnorm(x, block.weights.input_layernorm, config.rms_norm_eps)[0].to(compute)
+    qkv, u_qkv = block.qkv(h)
+    if block.q is None:
+        queries, kv, u_q = qkv[..., : config.q_size], qkv[..., config.q_size :], None
+    else:
+        queries, u_q = block.q(h[:, row.rows])
+        kv = qkv
+    keys, values = kv.chunk(2, -1)
+    q = _rotated(_query_heads(queries, config), row.q_rope, row.dtype)
+    k = _rotated(_heads(keys, config), row.k_rope, row.dtype)
+    v = _heads(values, config).to(row.dtype, memory_format=torch.contiguous_format)
+    n_adapters = max(q.shape[0], k.shape[0])
+    q, k, v = (t.expand(n_adapters, *t.shape[1:]) for t in (q, k, v))
+    o = attention(q, k, v, row.tiles).to(compute)
+    y, u_o = block.o(o)
+    return Kept(_rows(x, row) + y, q, k, v, o, u_qkv, u_q, u_o)
+
+
+def attention_half_vjp(
+    block: Block, x: Tensor, kept: Kept, dx_mid: Tensor, row: Row, gradients: Gradients, layer: int, need_dx: bool
+) -> Tensor | None:
+    """The cotangent of ``x`` from that of ``x_mid``, (G, S or R, H); None where nothing below needs it."""
+    config, compute = block.config, block.o.weight.dtype
+    need_attention = need_dx or gradients.wants_any(layer, QKV)
+    do = block.o.vjp(dx_mid.to(compute), kept.o, kept.u_o, gradients, need_dx=need_attention)
+    if do is None:
+        return None
+    dq, dk, dv = attention_vjp(do, kept.q, kept.k, kept.v, row.tiles)
+    h, rstd = rmsnorm(x, block.weights.input_layernorm, config.rms_norm_eps)
+    h = h.to(compute)
+    d_queries = do.new_empty(*do.shape[:-1], config.q_size)
+    d_kv = do.new_empty(dk.shape[0], dk.shape[2], 2 * config.kv_size)
+    if block.q is None:  # one buffer for q|k|v
+        d_qkv = do.new_empty(*do.shape[:-1], config.q_size + 2 * config.kv_size)
+        d_queries, d_kv = d_qkv[..., : config.q_size], d_qkv[..., config.q_size :]
+    rope_vjp(dq, *row.q_rope, out=_query_heads(d_queries, config))
+    d_keys, d_values = d_kv.chunk(2, -1)
+    rope_vjp(dk, *row.k_rope, out=_heads(d_keys, config))
+    _heads(d_values, config).copy_(dv)
+    if block.q is None:
+        dh = block.qkv.vjp(d_qkv, h, kept.u_qkv, gradients, need_dx=need_dx)
+    else:
+        dh = block.qkv.vjp(d_kv, h, kept.u_qkv, gradients, need_dx=need_dx)
+        dh_rows = block.q.vjp(d_queries, h[:, row.rows], kept.u_q, gradients, need_dx=need_dx)
+        if dh is not None and dh_rows is not None:
+            dh.index_add_(1, row.rows, dh_rows)
+    if dh is None:
+        return None
+    dx = rmsnorm_vjp(dh.to(x.dtype), x, block.weights.input_layernorm, rstd)
+    return dx.add_(dx_mid) if row.rows is None else dx.index_add_(1, row.rows, dx_mid)
+
+
+def mlp_half(block: Block, x_mid: Tensor, keep: list[KeptMlp] | None = None) -> Tensor:
+    """``x_out = x_mid + down(swiglu(gate_up(norm(x_mid))))``, chunk of adapters by chunk.
+
+    Appends what the vjp needs to ``keep``; without it ``x_mid`` is written over where it can be.
+    """
+    n_adapters = _n_adapters(block, x_mid)
+    x_mid = x_mid.expand(n_adapters, -1, -1)
+    in_place = keep is None and x_mid.stride(0) != 0
+    x_out = x_mid if in_place else torch.empty_like(x_mid, memory_format=torch.contiguous_format)
+    for chunk in _chunks(block, x_mid):
+        _, _, gate_up, u_gate_up = _gate_up(block, x_mid, chunk)
+        y, u_down = block.down(swiglu(gate_up), chunk)
+        torch.add(x_mid[chunk], y, out=x_out[chunk])
+        if keep is not None:
+            keep.append(KeptMlp(gate_up, u_gate_up, u_down))
+    return x_out
+
+
+def mlp_half_vjp(
+    block: Block, x_mid: Tensor, kept: list[KeptMlp], dx_out: Tensor, gradients: Gradients, layer: int, need_dx: bool
+) -> Tensor | None:
+    """The cotangent of ``x_mid`` (G, S, H), written over ``dx_out``; what was not kept is computed again."""
+    compute = block.down.weight.dtype
+    need_gate_up = need_dx or gradients.wants_any(layer, GATE_UP)
+    if not need_gate_up and not gradients.wants_any(layer, DOWN):
+        return None
+    x_mid = x_mid.expand(dx_out.shape)
+    for index, chunk in enumerate(_chunks(block, x_mid)):
+        h, rstd, gate_up, u_gate_up = _gate_up(block, x_mid, chunk, kept[index] if kept else None)
+        a = swiglu(gate_up)
+        u_down = kept[index].u_down if kept else block.down.inner(a, chunk)
+        dy = dx_out[chunk].to(compute)
+        da = block.down.vjp(dy, a, u_down, gradients, need_dx=need_gate_up, adapters=chunk)
+        if da is None:
+            continue
+        d_gate_up = swiglu_vjp_(da, gate_up)
+        dh = block.gate_up.vjp(d_gate_up, h, u_gate_up, gradients, need_dx=need_dx, adapters=chunk)
+        if dh is not None:
+            weight = block.weights.post_attention_layernorm
+            dx_out[chunk] += rmsnorm_vjp(dh.to(x_mid.dtype), x_mid[chunk], weight, rstd)
+    return dx_out if need_dx else None
+
+
+def _gate_up(
+    block: Block, x_mid: Tensor, chunk: slice, kept: KeptMlp | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """norm(x_mid), its rstd, gate|up and its u, of a chunk of adapters."""
+    weight, eps = block.weights.post_attention_layernorm, block.config.rms_norm_eps
+    h, rstd = rmsnorm(x_mid[chunk], weight, eps)
+    h = h.to(block.gate_up.weight.dtype)
+    gate_up, u = block.gate_up(h, chunk) if kept is None else (kept.gate_up, kept.u_gate_up)
+    return h, rstd, gate_up, u
+
+
+def _n_adapters(block: Block, x: Tensor) -> int:
+    stacks = (block.gate_up.low_rank, block.down.low_rank)
+    return max([x.shape[0], *(stack.A.shape[0] for stack in stacks if stack is not None)])
+
+
+def _chunks(block: Block, x: Tensor) -> list[slice]:
+    """Slices of whole adapters whose gate|up fits CPU_CHUNK_BYTES; all at once on a GPU."""
+    n_adapters, n_tokens = x.shape[0], x.shape[1]
+    step = n_adapters
+    if x.device.type == "cpu":
+        bytes_each = n_tokens * block.gate_up.weight.shape[0] * block.gate_up.weight.element_size()
+        step = max(1, CPU_CHUNK_BYTES // bytes_each)
+        step = -(-n_adapters // -(-n_adapters // step))  # as even as can be
+    return [slice(start, min(start + step, n_adapters)) for start in range(0, n_adapters, step)]
+
+
+def _rows(x: Tensor, row: Row) -> Tensor:
+    return x if row.rows is None else x[:, row.rows]
+
+
+def _heads(x: Tensor, config: Qwen2Config) -> Tensor:
+    """(G, S, K·head_dim) as (G, K, S, head_dim), a view."""
+    return x.unflatten(-1, (-1, config.head_dim)).transpose(1, 2)
+
+
+def _query_heads(x: Tensor, config: Qwen2Config) -> Tensor:
+    """(G, S, heads·head_dim) as (G, K, S, group, head_dim), a view."""
+    return x.unflatten(-1, (config.num_key_value_heads, -1, config.head_dim)).transpose(1, 2)
+
+
+def _rotated(heads: Tensor, tables: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+    return rope(heads, *tables, out=torch.empty(heads.shape, dtype=dtype, device=heads.device))

@@ -1,0 +1,287 @@
+"""A hub id or a folder to ``(config, weights)``: every check first, then each tensor to its place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import huggingface_hub
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .config import Qwen2Config
+from .weights import Qwen2Weights, empty_weights
+
+STORAGE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DISK_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+# The only files that are fetched from the hub: data, never code or pickles. Newer checkpoints keep the chat
+# template in a file of its own instead of tokenizer_config.json.
+FETCHED = ("*.json", "*.safetensors", "chat_template.jinja")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+# Pages of a memory-mapped file count as this process's memory until it is unmapped, so a file is read in
+# pieces of this size and mapped anew for each, which takes a third of a millisecond.
+PIECE_BYTES = 8 << 20
+
+
+class _Entry(NamedTuple):
+    """Where a tensor lies, as the header of its file says."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def load_pretrained(
+    model: str | Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    *,
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> tuple[Qwen2Config, Qwen2Weights]:
+    """Read a Qwen2 checkpoint: ``config.json`` and ``model.safetensors``, or shards with an index.
+
+    Names, shapes and dtypes of all tensors are checked before the weights are allocated; then each tensor is
+    copied, and converted on the way, to its place in the engine's layout. Peak memory is the loaded weights
+    and a few megabytes. Where the config ties ``lm_head.weight`` to the embedding, the file may hold a copy
+    of it. Names may lack the leading ``model.``, as in a headless ``Qwen2Model``.
+
+    Args:
+        model: a hub id, or a folder; an existing folder wins.
+        dtype: float32, float64, bfloat16 or float16. None: as the config says (``dtype``, formerly
+            ``torch_dtype``), else as ``embed_tokens`` is on disk.
+        device: where the weights are put.
+        revision: branch, tag or commit on the hub; not used for a folder.
+        local_files_only: take a hub id from the local cache only.
+
+    Raises:
+        ValueError: the checkpoint cannot be found, is incomplete, corrupt or not a dense Qwen2; a tensor is
+            missing, unexpected, of another shape, of no floating-point dtype, or not finite (on disk or once
+            in ``dtype``); a tied ``lm_head.weight`` differs from the embedding; ``dtype`` or ``device`` is
+            not supported.
+    """
+    if dtype is not None and dtype not in STORAGE_DTYPES:
+        raise ValueError(f"dtype is {dtype!r}, expected None or one of {STORAGE_DTYPES}")
+    device = _usable_device(device)
+    where: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
+    # The config alone first: a model of another type is refused before gigabytes are fetched.
+    Qwen2Config.from_json_file(resolve_checkpoint(model, **where, patterns=("config.json",)) / "config.json")
+    folder = resolve_checkpoint(model, **where)
+    config = Qwen2Config.from_json_file(folder / "config.json")
+
+    entries = _matched_entries(folder, config)
+    if dtype is None:
+        dtype = _dtype_on_disk(folder, entries["model.embed_tokens.weight"])
+    # Under a caller's inference mode the weights would be unusable for autograd for ever after.
+    with torch.inference_mode(False), torch.no_grad():
+        weights = empty_weights(config, dtype, device)
+        views = weights.named_views(config)
+        for name, view in views.items():
+            _copy(entries[name], view)
+        if config.tie_word_embeddings and "lm_head.weight" in entries:
+            _check_tied(entries["lm_head.weight"], weights.embed_tokens)
+    return config, weights
+
+
+def resolve_checkpoint(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    patterns: Sequence[str] = FETCHED,
+) -> Path:
+    """The local folder of a checkpoint: ``model`` itself, or the hub's snapshot, fetched where need be.
+
+    Only top-level files that fit ``patterns`` are fetched; by default json, safetensors, the chat template.
+
+    Raises:
+        ValueError: a path does not exist or is no folder; a hub id is not found, or not cached while offline.
+    """
+    text = str(model)
+    folder = Path(model).expanduser()
+    if text and folder.is_dir():
+        return folder
+    if not text or folder.exists():
+        raise ValueError(f"model is {text!r}, which is no folder; expected a checkpoint's folder or a hub id")
+    if isinstance(model, Path) or text[0] in "./~" or text.count("/") > 1 or "\\" in text:
+        raise ValueError(f"model is {text!r}, a folder that does not exist; expected a folder or a hub id")
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                text,
+                revision=revision,
+                local_files_only=local_files_only,
+                allow_patterns=list(patterns),
+                ignore_patterns=["*/*"],
+            )
+        )
+    except Exception as error:  # the hub client's errors differ between its versions and transports
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"model {text!r} at revision {revision or 'main'!r} is not to be had from the hub or its local "
+            f"cache, and no folder of that name exists: {reason}"
+        ) from error
+
+
+def _usable_device(device: torch.device | str) -> torch.device:
+    try:
+        usable = torch.device(device)
+        torch.empty(0, device=usable)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"device is {device!r}, expected one that torch can use here: {error}") from error
+    return usable
+
+
+def _dtype_on_disk(folder: Path, embed_tokens: _Entry) -> torch.dtype:
+    fields = _read_json(folder / "config.json")
+    name = fields.get("dtype") or fields.get("torch_dtype")
+    dtype = getattr(torch, str(name).split(".")[-1], name) if name else DISK_DTYPES[embed_tokens.dtype]
+    if dtype not in STORAGE_DTYPES:
+        raise ValueError(f"{folder} is stored in {dtype}, expected a dtype argument, one of {STORAGE_DTYPES}")
+    return dtype
+
+
+def _matched_entries(folder: Path, config: Qwen2Config) -> dict[str, _Entry]:
+    """Every tensor that the config asks for, under its full name; a tied ``lm_head.weight`` if present."""
+    found = _tensors_of(folder)
+    required = empty_weights(config, device="meta").named_views(config)
+    expected = {name: tuple(view.shape) for name, view in required.items()}
+    expected.setdefault("lm_head.weight", expected["model.embed_tokens.weight"])
+
+    entries: dict[str, _Entry] = {}
+    for name, entry in found.items():
+        full = name if name in expected or f"model.{name}" in found else f"model.{name}"
+        where = f"tensor {name} in {entry.file}"
+        if full not in expected:
+            raise ValueError(f"{where} fits nothing, expected only tensors that a Qwen2 of this config has")
+        if entry.shape != expected[full]:
+            raise ValueError(f"{where} has shape {entry.shape}, expected {expected[full]}")
+        if entry.dtype not in DISK_DTYPES:
+            raise ValueError(f"{where} has dtype {entry.dtype}, expected one of {list(DISK_DTYPES)}")
+        entries[full] = entry
+    missing = [name for name in required if name not in entries]
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        shape = expected[missing[0]]
+        raise ValueError(f"tensor {missing[0]}{more} is missing in {folder}, expected it with shape {shape}")
+    return entries
+
+
+def _tensors_of(folder: Path) -> dict[str, _Entry]:
+    """All tensors of the folder's one file, or of the shards that its index names."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        found = _read_header(single)
+    elif index.is_file():
+        found = _tensors_of_index(index)
+    else:
+        raise ValueError(_no_weights(folder))
+    # A buffer that older versions of transformers saved; it follows from the config.
+    return {name: entry for name, entry in found.items() if not name.endswith("rotary_emb.inv_freq")}
+
+
+def _tensors_of_index(index: Path) -> dict[str, _Entry]:
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} has no weight_map, expected an object of tensor names and shard names")
+    for name, shard in weight_map.items():
+        # The name decides, not where it leads: a hub snapshot's own files are links to ../../blobs.
+        if not isinstance(shard, str) or "/" in shard or "\\" in shard or not shard.endswith(".safetensors"):
+            raise ValueError(f"{index} puts {name} into {shard!r}, expected a .safetensors file beside it")
+    shards = {shard: index.parent / shard for shard in sorted(set(weight_map.values()))}
+    missing = [shard for shard, file in shards.items() if not file.is_file()]
+    if missing:
+        raise ValueError(f"{index} names {missing}, which {index.parent} does not have; expected every shard")
+    headers = {shard: _read_header(file) for shard, file in shards.items()}
+    for name, shard in weight_map.items():
+        if name not in headers[shard]:
+            raise ValueError(f"tensor {name} is missing in {shards[shard]}, expected it there by {index}")
+    found: dict[str, _Entry] = {}
+    for shard, header in headers.items():
+        for name, entry in header.items():
+            if weight_map.get(name) != shard:
+                raise ValueError(f"tensor {name} in {entry.file} is unexpected there, says {index}")
+            found[name] = entry
+    return found
+
+
+def _read_header(file: Path) -> dict[str, _Entry]:
+    try:
+        with safe_open(file, "pt") as handle:
+            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118  (not a mapping)
+            return {k: _Entry(file, k, s.get_dtype(), tuple(s.get_shape())) for k, s in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{file}, of {file.stat().st_size} bytes, is truncated or corrupt, expected a safetensors file: "
+            f"{error}"
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} holds a {type(fields).__name__}, expected a JSON object")
+    return fields
+
+
+def _no_weights(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir())
+    pickles = [name for name in names if name.endswith(PICKLES)]
+    others = [name for name in names if name.endswith(".safetensors")]
+    if pickles and not others:
+        return (
+            f"{folder} has its weights only in pickles ({', '.join(pickles[:3])}), which are never loaded "
+            "because they can run code; expected model.safetensors. If you trust them, convert them: "
+            "transformers' Qwen2ForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+        )
+    return (
+        f"{folder} has {', '.join(others[:3]) or 'no .safetensors file'}, expected model.safetensors or "
+        "model.safetensors.index.json (.bin pickles are neither fetched nor loaded)"
+    )
+
+
+def _pieces(entry: _Entry) -> Iterator[tuple[slice, Tensor]]:
+    """The tensor's rows, piece by piece; the file is mapped no longer than a piece is in use."""
+    row_bytes = DISK_DTYPES[entry.dtype].itemsize * torch.Size(entry.shape[1:]).numel()
+    step = max(1, PIECE_BYTES // row_bytes)
+    for start in range(0, entry.shape[0], step):
+        rows = slice(start, min(start + step, entry.shape[0]))
+        with safe_open(entry.file, "pt") as handle:
+            yield rows, handle.get_slice(entry.name)[rows]
+
+
+def _copy(entry: _Entry, view: Tensor) -> None:
+    for rows, piece in _pieces(entry):
+        target = view[rows]
+        target.copy_(piece)
+        if not _all_finite(target):
+            what = f"overflows in {view.dtype}" if _all_finite(piece.double()) else "is not finite"
+            raise ValueError(f"tensor {entry.name} in {entry.file} {what}, expected finite values only")
+
+
+def _check_tied(entry: _Entry, embed_tokens: Tensor) -> None:
+    for rows, piece in _pieces(entry):
+        if not torch.equal(piece.to(embed_tokens.device, embed_tokens.dtype), embed_tokens[rows]):
+            raise ValueError(
+                f"tensor {entry.name} in {entry.file} differs from the embedding, expected the same values "
+                "as config field tie_word_embeddings is true; set it to false to use the separate lm_head"
+            )
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    low, high = torch.aminmax(tensor)  # both are nan where any is; no temporary as isfinite has
+    return bool(torch.isfinite(low) & torch.isfinite(high))

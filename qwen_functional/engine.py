@@ -1,0 +1,258 @@
+"""The whole model on packed tokens, many adapters at once, with its gradient written by hand.
+
+No autograd and no vocabulary logits. What the forward keeps, and how much of it, is decided here; what a block
+computes is in ``block.py``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .block import Block, Kept, Row, attention_half, attention_half_vjp, kept_bytes, mlp_half, mlp_half_vjp
+from .config import Qwen2Config
+from .dtypes import accumulation_dtype, attention_dtype
+from .lora import Lora
+from .memory import free_bytes
+from .ops.rmsnorm import rmsnorm, rmsnorm_vjp
+from .ops.rope import rope_tables
+from .packing import PackedTokens
+from .stacking import QKV, Gradients, O
+from .weights import Qwen2Weights
+
+CHECKPOINTS = ("none", "block", "auto")
+
+
+def forward_vjp(
+    config: Qwen2Config,
+    weights: Qwen2Weights,
+    tokens: PackedTokens,
+    lora: Lora | None = None,
+    checkpoint: str = "auto",
+    *,
+    layer: int | Sequence[int] = -1,
+    wrt: Collection[str] | None = None,
+    memory_budget: int | None = None,
+) -> tuple[Tensor, Vjp]:
+    """Hidden states at each sequence's last token under G adapters, and their vector-Jacobian product.
+
+    Args:
+        tokens: P sequences, from :func:`pack`.
+        lora: G adapters, from :meth:`LoraSpec.bind`; None for the bare model, with G = 1.
+        checkpoint: ``"none"`` keeps all that the vjp needs; ``"block"`` keeps block inputs only and computes the
+            rest again; ``"auto"`` keeps as many blocks whole as ``memory_budget`` allows, the last ones first.
+        layer: after which block to read out, from 0; −1 is after the last block and the final norm. A sequence
+            reads out several. Blocks above the highest one are not computed.
+        wrt: names of the LoRA tensors whose gradients are wanted; None for all. The others cost nothing.
+        memory_budget: bytes that ``"auto"`` may spend on what it keeps; by default half of what is free.
+
+    Returns:
+        value: (G, P, H), or (G, len(layer), P, H) for a sequence of layers; float32 (float64 for float64 weights).
+        vjp: see :class:`Vjp`.
+
+    Raises:
+        ValueError: token ids outside the vocabulary, a sequence longer than the model's positions, a layer that
+            the model lacks, an unknown ``checkpoint``, a name in ``wrt`` that ``lora`` lacks, another device.
+    """
+    tokens.check_fits(config)
+    layers = _checked_layers(config, layer)
+    if checkpoint not in CHECKPOINTS:
+        raise ValueError(f"checkpoint is {checkpoint!r}, expected one of {CHECKPOINTS}")
+    lora = Lora({}, 1, batched=False) if lora is None else lora
+    for name in wrt or ():
+        if name not in lora.names():
+            raise ValueError(f"wrt names {name!r}, expected names of the bound LoRA tensors")
+    for name, tensor in lora.tensors().items():
+        if tensor.device != weights.device:
+            raise ValueError(f"LoRA tensor {name!r} is on {tensor.device}, expected {weights.device} as the weights")
+    with _plain(weights):
+        run = _Run(config, weights, tokens, lora, layers, Gradients(lora, wrt))
+        value = run.forward(run.n_blocks_to_keep(checkpoint, memory_budget))
+    return (value[:, 0] if isinstance(layer, int) else value), Vjp(run, single_layer=isinstance(layer, int))
+
+
+class Vjp:
+    """The vector-Jacobian product of one :func:`forward_vjp`; may be called once, as it frees what was kept.
+
+    Attributes:
+        n_blocks: how many blocks the gradient passes through.
+        n_kept: how many of them the forward kept whole; the others are computed again from their input.
+    """
+
+    def __init__(self, run: _Run, *, single_layer: bool) -> None:
+        self._run: _Run | None = run
+        self._single_layer = single_layer
+        self._shape = run.value_shape if not single_layer else (run.value_shape[0], *run.value_shape[2:])
+        self.n_blocks = len(run.saved)
+        self.n_kept = sum(kept is not None for _, kept in run.saved.values())
+
+    @property
+    def checkpoint(self) -> str:
+        """What was chosen: ``"none"``, ``"block"``, or ``"k of n blocks kept"``."""
+        if self.n_kept == self.n_blocks:
+            return "none"
+        return f"{self.n_kept} of {self.n_blocks} blocks kept" if self.n_kept else "block"
+
+    def __call__(self, cotangent: Tensor) -> dict[str, Tensor]:
+        """{PEFT name: gradient}, shaped, ordered and typed as the wanted tensors given to ``bind``.
+
+        Args:
+            cotangent: shaped as the value.
+
+        Raises:
+            ValueError: another shape, or a second call.
+        """
+        if self._run is None:
+            raise ValueError("vjp was called already, expected one call for each forward_vjp")
+        if tuple(cotangent.shape) != self._shape:
+            raise ValueError(f"cotangent has shape {tuple(cotangent.shape)}, expected {self._shape} as the value")
+        run, self._run = self._run, None
+        with _plain(run.weights):
+            return run.backward(cotangent[:, None] if self._single_layer else cotangent)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The packed row as the blocks see it: all of it by sliding window, and the read-out nodes alone."""
+
+    config: Qwen2Config
+    weights: Qwen2Weights
+    tokens: PackedTokens
+    nodes: tuple[int, ...]  # read out, ascending, each once
+
+    def whole(self, layer: int) -> Row:
+        tiles = self.tokens.tiles(self.config.window(layer))
+        return self._row(self.tokens.positions, tiles, None)
+
+    def read_out(self, layer: int) -> Row:
+        tile = self.tokens.readout_tile(self.nodes, self.config.window(layer))
+        index = torch.tensor(self.nodes)
+        return self._row(self.tokens.positions[index], [tile], index.to(self.weights.device))
+
+    def _row(self, positions: Tensor, tiles: list, rows: Tensor | None) -> Row:
+        device, compute = self.weights.device, self.weights.compute_dtype
+        dtype = accumulation_dtype(compute)
+        cos, sin = rope_tables(self.config, positions[:, None], dtype, device)
+        scale = self.config.head_dim**-0.5
+        k_rope = rope_tables(self.config, self.tokens.positions, dtype, device)
+        tiles = [tile.to(device) for tile in tiles]
+        return Row((cos * scale, sin * scale), k_rope, tiles, attention_dtype(compute, device), rows)
+
+
+class _Run:
+    """One pass forwards and back. ``saved`` maps a layer to its input and, where kept, the rest."""
+
+    def __init__(
+        self,
+        config: Qwen2Config,
+        weights: Qwen2Weights,
+        tokens: PackedTokens,
+        lora: Lora,
+        layers: tuple[int, ...],
+        gradients: Gradients,
+    ) -> None:
+        self.config, self.weights, self.tokens = config, weights, tokens
+        self.lora, self.layers, self.gradients = lora, layers, gradients
+        self.top = config.num_hidden_layers - 1 if -1 in layers else max(layers)
+        self.lowest = self.top + 1 if gradients.lowest_layer is None else gradients.lowest_layer
+        nodes = tuple(sorted(set(tokens.last)))
+        self.rows = torch.tensor(nodes).to(weights.device)
+        self.row_of = torch.tensor([nodes.index(node) for node in tokens.last]).to(weights.device)  # (P,)
+        rows = _Rows(config, weights, tokens, nodes)
+        windows = {config.window(i): rows.whole(i) for i in range(self.top)}
+        self.row_at = [*(windows[config.window(i)] for i in range(self.top)), rows.read_out(self.top)]
+        self.value_shape = (lora.n_adapters, len(layers), len(tokens.last), config.hidden_size)
+        self.saved: dict[int, tuple[Tensor, Kept | None]] = {}
+        self.read: dict[int, Tensor] = {}
+
+    def n_blocks_to_keep(self, checkpoint: str, memory_budget: int | None) -> int:
+        n_blocks = max(0, self.top + 1 - self.lowest)
+        if checkpoint != "auto":
+            return n_blocks if checkpoint == "none" else 0
+        budget = free_bytes(self.weights.device) // 2 if memory_budget is None else memory_budget
+        n, compute = self.lora.n_adapters, self.weights.compute_dtype
+        inputs = n_blocks * n * len(self.tokens) * self.config.hidden_size * accumulation_dtype(compute).itemsize
+        return min(n_blocks, max(0, budget - inputs) // kept_bytes(self.config, n, len(self.tokens), compute))
+
+    def block(self, layer: int) -> Block:
+        weights = self.weights.blocks[layer].to(self.weights.compute_dtype)
+        return Block.bind(self.config, weights, self.lora, layer, q_apart=layer == self.top)
+
+    def forward(self, n_keep: int) -> Tensor:
+        dtype = accumulation_dtype(self.weights.compute_dtype)
+        ids = self.tokens.input_ids.to(self.weights.device)
+        x = self.weights.embed_tokens[ids].to(dtype)[None]
+        for layer in range(self.top + 1):
+            block, row = self.block(layer), self.row_at[layer]
+            kept = attention_half(block, x, row)
+            keep = layer >= self.lowest and layer > self.top - n_keep
+            x_out = mlp_half(block, kept.x_mid, kept.mlp if keep else None)
+            if layer >= self.lowest:
+                self.saved[layer] = (x, kept if keep else None)
+            if layer in self.layers or layer == self.top:
+                self.read[layer] = x_out if layer == self.top else x_out[:, self.rows]
+            x = x_out
+        values = [self._normed(x) if layer == -1 else self.read[layer] for layer in self.layers]
+        n = self.value_shape[0]
+        return torch.stack([value[:, self.row_of].expand(n, -1, -1) for value in values], dim=1)
+
+    def _normed(self, x: Tensor) -> Tensor:
+        return rmsnorm(x, self.weights.norm, self.config.rms_norm_eps)[0]
+
+    def backward(self, cotangent: Tensor) -> dict[str, Tensor]:
+        dtype = accumulation_dtype(self.weights.compute_dtype)
+        # Sequences may end at the same node: sum what they send back. (G, layers, R, H)
+        shape = (*cotangent.shape[:2], len(self.rows), cotangent.shape[3])
+        d_read = torch.zeros(shape, dtype=dtype, device=self.weights.device)
+        d_read.index_add_(2, self.row_of, cotangent.to(d_read))
+        dx = torch.zeros_like(d_read[:, 0])
+        for index, layer in enumerate(self.layers):
+            if layer == -1:
+                x = self.read[self.top]
+                rstd = rmsnorm(x, self.weights.norm, self.config.rms_norm_eps)[1]
+                dx += rmsnorm_vjp(d_read[:, index], x, self.weights.norm, rstd)
+            elif layer == self.top:
+                dx += d_read[:, index]
+        self.read.clear()
+        for layer in range(self.top, self.lowest - 1, -1):
+            if layer < self.top:
+                for index in (i for i, read in enumerate(self.layers) if read == layer):
+                    dx.index_add_(1, self.rows, d_read[:, index])
+            new_dx = self._block_vjp(layer, dx)
+            if new_dx is None:
+                break
+            dx = new_dx
+        return self.gradients.collect()
+
+    def _block_vjp(self, layer: int, dx_out: Tensor) -> Tensor | None:
+        x, kept = self.saved.pop(layer)
+        block, row, gradients = self.block(layer), self.row_at[layer], self.gradients
+        kept = attention_half(block, x, row) if kept is None else kept
+        need_dx = layer > self.lowest
+        need_mid = need_dx or gradients.wants_any(layer, QKV + O)
+        dx_mid = mlp_half_vjp(block, kept.x_mid, kept.mlp, dx_out, gradients, layer, need_mid)
+        kept.mlp.clear()
+        if dx_mid is None:
+            return None
+        return attention_half_vjp(block, x, kept, dx_mid, row, gradients, layer, need_dx)
+
+
+@contextlib.contextmanager
+def _plain(weights: Qwen2Weights) -> Iterator[None]:
+    """No tape, and no autocast: the engine chooses its own dtypes."""
+    with torch.no_grad(), torch.autocast(weights.device.type, enabled=False):
+        yield
+
+
+def _checked_layers(config: Qwen2Config, layer: int | Sequence[int]) -> tuple[int, ...]:
+    layers = (layer,) if isinstance(layer, int) else tuple(layer)
+    if not layers:
+        raise ValueError("layer is empty, expected at least one layer")
+    for one in layers:
+        if not isinstance(one, int) or not -1 <= one < config.num_hidden_layers:
+            raise ValueError(f"layer is {one!r}, expected -1 or 0 to {config.num_hidden_layers - 1}")
+    return layers
