@@ -1,0 +1,249 @@
+"""The delta of a LoRA: how it moves a frozen model's hidden states, differentiable in the LoRA tensors."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from qwen_functional import Lora, LoraSpec, Qwen2Config, Qwen2Weights, load_pretrained, pack
+from qwen_functional.checkpoint import resolve_checkpoint
+from qwen_functional.forward import Vjp, forward_vjp
+from qwen_functional.lora import LoraPair
+
+from .chat import load_chat_template
+from .probes import create_generic_probes
+from .tokenization import check_probes, load_tokenizer, tokenize_probes
+
+POOLINGS = ("mean", "none")
+_BASES_KEPT = 8
+
+
+class DifferentiableDeltaCompute(nn.Module):
+    """Maps LoRA tensors to their delta, with gradients: ``delta(θ) = mean over probes of v(base + θ) − v(base)``.
+
+    v is the hidden state of a probe's last token. All adapters run at once, on packed probes; the base model has
+    no parameters here, is never changed and gets no gradient. A LoRA of zeros has a delta of exactly zero.
+
+    Args:
+        config, weights: the base model, from :func:`qwen_functional.load_pretrained`. They stay on their device.
+        probes: token ids of each probe.
+        spec: the LoRA; by default rank 16, alpha 32, all seven projections.
+        layer: after which block to read out, from 0; −1 is after the last block and the final norm. A sequence
+            reads out several.
+        pooling: ``"mean"`` averages over the probes, ``"none"`` returns a delta for each.
+        adapters_per_pass: how many adapters to run at once; None for all. With more adapters than that, the
+            activation memory is that of one pass: the gradient computes each pass again.
+        checkpoint, memory_budget: see :func:`qwen_functional.forward.forward_vjp`.
+
+    Shapes: one adapter gives (H,), G of them (G, H). Several layers put a dimension before H, and without pooling
+    the probes put one before H: (G, layers, probes, H) with both. float32 (float64 for float64 weights).
+
+    Raises:
+        ValueError: no probes, an empty probe, ids outside the vocabulary, a probe longer than the model's
+            positions, or another argument that is off.
+    """
+
+    def __init__(
+        self,
+        config: Qwen2Config,
+        weights: Qwen2Weights,
+        probes: Sequence[Sequence[int]],
+        spec: LoraSpec | None = None,
+        *,
+        layer: int | Sequence[int] = -1,
+        pooling: str = "mean",
+        adapters_per_pass: int | None = None,
+        checkpoint: str = "auto",
+        memory_budget: int | None = None,
+    ) -> None:
+        super().__init__()
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling is {pooling!r}, expected one of {POOLINGS}")
+        if adapters_per_pass is not None and adapters_per_pass < 1:
+            raise ValueError(f"adapters_per_pass is {adapters_per_pass}, expected 1 or more, or None")
+        self.config, self.weights = config, weights
+        self.spec = LoraSpec() if spec is None else spec
+        self.lora_shapes = self.spec.shapes(config)
+        self.tokens = pack(probes)
+        self.layer = layer if isinstance(layer, int) else tuple(layer)
+        self.pooling = pooling
+        self.adapters_per_pass = adapters_per_pass
+        self.truncated_probes: tuple[int, ...] = ()
+        self._engine_options: dict[str, Any] = {
+            "checkpoint": checkpoint,
+            "layer": (self.layer,) if isinstance(self.layer, int) else self.layer,
+            "memory_budget": memory_budget,
+        }
+        self._bases: OrderedDict[tuple, Tensor] = OrderedDict()
+        self._checkpoint_used: str | None = None
+        self._bare = self._run(None, wanted=())[0][0]  # (layers, P, H); checks all arguments as well
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        probes: Sequence[str] | None = None,
+        spec: LoraSpec | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+        max_length: int = 256,
+        *,
+        chat: bool = False,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        **options: Any,
+    ) -> DifferentiableDeltaCompute:
+        """Load a base model and its tokenizer, and tokenize the probes.
+
+        Args:
+            model: hub id or folder.
+            probes: texts; by default the five of :func:`create_generic_probes`.
+            device: by default a GPU where there is one, else the CPU.
+            max_length: longer probes are cut to so many tokens; ``truncated_probes`` says which were.
+            chat: put each probe, as a user's message, into the checkpoint's own chat template.
+            options: the keyword arguments of the constructor.
+
+        Raises:
+            ValueError: as the constructor and ``load_pretrained`` do; no tokenizer, or no chat template.
+        """
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        texts = create_generic_probes() if probes is None else probes
+        check_probes(texts)
+        folder = resolve_checkpoint(model, revision=revision, local_files_only=local_files_only)
+        tokenizer = load_tokenizer(folder)
+        if chat:
+            template = load_chat_template(folder)
+            texts = [template.apply_chat_template(text) for text in texts]
+        tokenized = tokenize_probes(tokenizer, texts, max_length, add_special_tokens=not chat)
+        config, weights = load_pretrained(folder, dtype=dtype, device=device)
+        delta = cls(config, weights, tokenized.ids, spec, **options)
+        delta.truncated_probes = tokenized.truncated
+        return delta
+
+    @property
+    def base_activation(self) -> Tensor:
+        """What the bare model gives where the delta of one adapter would stand; (H,) by default. Computed once."""
+        return self._shaped(self._bare[None], batched=False)
+
+    @property
+    def checkpoint_used(self) -> str | None:
+        """What ``checkpoint`` came to in the latest call with gradients; see :attr:`qwen_functional.forward.Vjp.checkpoint`."""
+        return self._checkpoint_used
+
+    def forward(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The delta of one adapter, or of G.
+
+        Args:
+            tensors: as :meth:`LoraSpec.bind` takes them.
+
+        Raises:
+            ValueError: as :meth:`LoraSpec.bind`.
+        """
+        lora = self.spec.bind(self.config, tensors)
+        flat = [tensor for pair in lora.pairs.values() for tensor in (pair.A, pair.B)]
+        values = _Values.apply(self, lora, *flat) if flat else self._run(None, wanted=())[0]
+        delta = self._shaped(values - self._base(lora), lora.batched)
+        return delta
+
+    def forward_batch(self, batch: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        """The deltas (G, …) of G adapters given one by one.
+
+        Raises:
+            ValueError: an empty batch, adapters with different tensors, or as :meth:`forward`.
+        """
+        if not batch:
+            raise ValueError("batch is empty, expected at least one adapter")
+        loras = [self.spec.bind(self.config, tensors) for tensors in batch]
+        names = loras[0].names()
+        for index, lora in enumerate(loras):
+            if lora.batched:
+                raise ValueError(f"adapter {index} of the batch has a leading G, expected one adapter each")
+            if lora.names() != names:
+                odd = sorted(set(names) ^ set(lora.names()))[0]
+                raise ValueError(f"adapters 0 and {index} of the batch differ in {odd!r}, expected the same tensors")
+        each = [lora.tensors() for lora in loras]
+        if not names:
+            return self.forward({}).expand(len(batch), *self.base_activation.shape)
+        return self.forward({name: torch.stack([tensors[name] for tensors in each]) for name in names})
+
+    def _shaped(self, values: Tensor, batched: bool) -> Tensor:
+        """(G, layers, P, H) pooled, and without the dimensions that were not asked for."""
+        pooled = values.mean(2) if self.pooling == "mean" else values
+        pooled = pooled[:, 0] if isinstance(self.layer, int) else pooled
+        return pooled if batched else pooled[0]
+
+    def _base(self, lora: Lora) -> Tensor:
+        """The bare model's values (G, layers, P, H), computed in passes of the very shapes that the adapters take.
+
+        GEMMs of other shapes may add in another order: with these the delta of a zero LoRA is zero to the bit.
+        """
+        key = (lora.n_adapters, tuple((key, pair.A.shape[1]) for key, pair in lora.pairs.items()))
+        if key not in self._bases:
+            zero = {k: LoraPair(p.A.new_zeros(p.A.shape), p.B.new_zeros(p.B.shape), p.scaling) for k, p in lora.pairs.items()}
+            with torch.no_grad():
+                self._bases[key] = self.values(Lora(zero, lora.n_adapters, batched=True))
+            while len(self._bases) > _BASES_KEPT:
+                self._bases.popitem(last=False)
+        self._bases.move_to_end(key)
+        return self._bases[key]
+
+    def passes(self, n_adapters: int) -> list[slice]:
+        """The adapters of each pass."""
+        step = self.adapters_per_pass or n_adapters
+        return [slice(start, min(start + step, n_adapters)) for start in range(0, n_adapters, step)]
+
+    def values(self, lora: Lora) -> Tensor:
+        """Hidden states (G, layers, P, H) under each adapter, pass by pass, nothing kept."""
+        return torch.cat([self._run(lora[adapters], wanted=())[0] for adapters in self.passes(lora.n_adapters)])
+
+    def _run(self, lora: Lora | None, wanted: Sequence[str] | None) -> tuple[Tensor, Vjp]:
+        return forward_vjp(self.config, self.weights, self.tokens, lora, wrt=wanted, **self._engine_options)
+
+
+class _Values(torch.autograd.Function):
+    """Where autograd meets the engine: (A, B, A, B, …), each (G, …), to hidden states (G, layers, P, H)."""
+
+    @staticmethod
+    def forward(ctx: Any, delta: DifferentiableDeltaCompute, lora: Lora, *flat: Tensor) -> Tensor:
+        ctx.delta, ctx.lora, ctx.vjp = delta, _refilled(lora, flat), None
+        ctx.wanted = [name for name, need in zip(lora.names(), ctx.needs_input_grad[2:], strict=True) if need]
+        ctx.save_for_backward(*flat)
+        if not ctx.wanted or len(delta.passes(lora.n_adapters)) > 1:
+            return delta.values(ctx.lora)
+        value, ctx.vjp = delta._run(ctx.lora, ctx.wanted)
+        delta._checkpoint_used = ctx.vjp.checkpoint
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        # saved_tensors raises where a tensor was changed in place since the forward.
+        delta, lora = ctx.delta, _refilled(ctx.lora, ctx.saved_tensors)
+        parts: list[dict[str, Tensor]] = []
+        for adapters in delta.passes(lora.n_adapters):
+            vjp, ctx.vjp = ctx.vjp, None
+            if vjp is None:  # several passes, or a second backward through the same graph
+                _, vjp = delta._run(lora[adapters], ctx.wanted)
+                delta._checkpoint_used = vjp.checkpoint
+            parts.append(vjp(cotangent[adapters]))
+        gradients = {
+            name: parts[0][name] if len(parts) == 1 else torch.cat([part[name] for part in parts])
+            for name in ctx.wanted
+        }
+        return (None, None, *(gradients.get(name) for name in lora.names()))
+
+
+def _refilled(lora: Lora, flat: Sequence[Tensor]) -> Lora:
+    """The same adapters with other tensors in their places."""
+    pairs = {
+        key: LoraPair(A, B, pair.scaling)
+        for (key, pair), A, B in zip(lora.pairs.items(), flat[::2], flat[1::2], strict=True)
+    }
+    return Lora(pairs, lora.n_adapters, batched=True)
