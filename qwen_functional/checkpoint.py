@@ -109,7 +109,10 @@ def resolve_checkpoint(
         ValueError: a path does not exist or is no folder; a hub id is not found, or not cached while offline.
     """
     text = str(model)
-    folder = Path(model).expanduser()
+    try:
+        folder = Path(model).expanduser()
+    except RuntimeError:  # ~user for a user who does not exist
+        folder = Path(model)
     if text and folder.is_dir():
         return folder
     if not text or folder.exists():
@@ -239,7 +242,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _no_weights(folder: Path) -> str:
-    names = sorted(path.name for path in folder.iterdir())
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())  # a broken link is no file
     pickles = [name for name in names if name.endswith(PICKLES)]
     others = [name for name in names if name.endswith(".safetensors")]
     if pickles and not others:
