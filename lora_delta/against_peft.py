@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,12 +67,15 @@ def _peft_value_and_gradients(
     try:
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
     except ImportError as error:
         raise ValueError(f"--against-peft needs transformers and peft: {error}") from error
+    logging.disable_progress_bar()
     device = delta.weights.device
-    base = AutoModelForCausalLM.from_pretrained(str(model), dtype=dtype).to(device)
-    lora = LoraConfig(r=delta.spec.rank, lora_alpha=delta.spec.alpha, target_modules=list(PROJECTIONS))
-    peft_model = get_peft_model(base, lora, autocast_adapter_dtype=False).eval().requires_grad_(False)
+    base: Any = AutoModelForCausalLM.from_pretrained(str(model), dtype=dtype)
+    alpha: Any = delta.spec.alpha
+    lora = LoraConfig(r=delta.spec.rank, lora_alpha=alpha, target_modules=list(PROJECTIONS))
+    peft_model = get_peft_model(base.to(device), lora, autocast_adapter_dtype=False).eval().requires_grad_(False)
     leaves = {name: tensor.detach().to(dtype, copy=True).requires_grad_() for name, tensor in tensors.items()}
     parameters = {name.replace(".weight", ".default.weight"): leaf for name, leaf in leaves.items()}
     input_ids, mask = _padded(delta, device)

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,7 +34,9 @@ class CheckResult:
     seconds: float
 
 
-def random_lora(shapes: Mapping[str, tuple[int, int]], seed: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+def random_lora(
+    shapes: Mapping[str, tuple[int, int]], seed: int, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
     """One float32 adapter, all of it nonzero: A as ``1/sqrt(in)`` normal, B normal with 0.02; the same per seed."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
@@ -60,7 +63,7 @@ class SmallGenerator(nn.Module):
         )
 
     def _head(self, name: str) -> str:
-        layer, projection, side = self.places[name]
+        _, projection, side = self.places[name]
         rows, cols = self.shapes[name]
         return f"{projection}_{side}_{rows}x{cols}"  # ranks may differ from layer to layer
 
@@ -97,27 +100,31 @@ def run_check(
     if steps < 4:
         raise ValueError(f"steps is {steps}, expected 4 or more")
     spec = LoraSpec(rank=rank, alpha=2 * rank)
-    delta = DifferentiableDeltaCompute.from_pretrained(model, spec=spec, dtype=dtype, device=device)
-    yield _timed("gradient flow to the LoRA tensors", lambda: _gradient_flow(delta))
-    yield _timed("gradient flow through a generator", lambda: _generator_flow(delta))
-    yield _timed("delta sensitivity", lambda: _sensitivity(delta))
-    yield _timed("repeated steps, flat memory", lambda: _flat_memory(delta, steps))
-    yield _timed("autocast changes nothing", lambda: _autocast(delta))
+
+    def load(base_dtype: torch.dtype) -> DifferentiableDeltaCompute:
+        return DifferentiableDeltaCompute.from_pretrained(model, spec=spec, dtype=base_dtype, device=device)
+
+    delta = load(dtype)
+    checks: dict[str, Callable[[], tuple[bool, str]]] = {
+        "gradient flow to the LoRA tensors": partial(_gradient_flow, delta),
+        "gradient flow through a generator": partial(_generator_flow, delta),
+        "delta sensitivity": partial(_sensitivity, delta),
+        "repeated steps, flat memory": partial(_flat_memory, delta, steps),
+        "autocast changes nothing": partial(_autocast, delta),
+    }
     if against_peft:
         from .against_peft import compare_with_peft
 
-        tensors, cotangent = random_lora(delta.lora_shapes, 0, delta.weights.device), _cotangent(delta)
-        yield _timed("against PEFT + functional_call", lambda: compare_with_peft(delta, model, tensors, cotangent))
+        tensors = random_lora(delta.lora_shapes, 0, delta.weights.device)
+        checks["against PEFT + functional_call"] = partial(compare_with_peft, delta, model, tensors, _cotangent(delta))
+    for name, check in checks.items():
+        yield _timed(name, check)
     exact = _value_and_gradient(delta)
-    del delta  # one set of base weights at a time
-
-    def in_half(half: torch.dtype) -> tuple[bool, str]:
-        other = DifferentiableDeltaCompute.from_pretrained(model, spec=spec, dtype=half, device=device)
-        return _agreement(exact, _value_and_gradient(other))
-
+    del delta, checks, check  # one set of base weights at a time
     for half in (torch.bfloat16, torch.float16):
         if half != dtype:
-            yield _timed(f"mixed precision, {str(half).removeprefix('torch.')} base", lambda half=half: in_half(half))
+            name = f"mixed precision, {str(half).removeprefix('torch.')} base"
+            yield _timed(name, partial(_agreement, exact, load, half))
 
 
 def _timed(name: str, check: Callable[[], tuple[bool, str]]) -> CheckResult:
@@ -215,7 +222,10 @@ def _autocast(delta: DifferentiableDeltaCompute) -> tuple[bool, str]:
     return same, "same bits" if same else "differs"
 
 
-def _agreement(exact: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[bool, str]:
-    value, gradient = (float(F.cosine_similarity(a, b, dim=0)) for a, b in zip(exact, other, strict=True))
+def _agreement(
+    exact: tuple[Tensor, Tensor], load: Callable[[torch.dtype], DifferentiableDeltaCompute], half: torch.dtype
+) -> tuple[bool, str]:
+    pairs = zip(exact, _value_and_gradient(load(half)), strict=True)
+    value, gradient = (float(F.cosine_similarity(a.double(), b.double(), dim=0)) for a, b in pairs)
     passed = value >= HALF_DELTA_COSINE and gradient >= HALF_GRADIENT_COSINE
     return passed, f"cosine of the delta {value:.5f}, of all gradients {gradient:.5f}"

@@ -55,6 +55,8 @@ def _add_check(subcommands: argparse._SubParsersAction) -> None:
 
 def _check(options: argparse.Namespace) -> int:
     results: list[CheckResult] = []
+    if not options.json:
+        print(f"{options.model or 'embedded checkpoint'}, {options.dtype}, rank {options.rank}", flush=True)
     for result in run_check(
         options.model,
         dtype=DTYPES[options.dtype],
@@ -71,10 +73,18 @@ def _check(options: argparse.Namespace) -> int:
         report = {"passed": not failed, "checks": [dataclasses.asdict(result) for result in results]}
         print(json.dumps(report, indent=2))
     else:
-        print(f"{len(failed)} of {len(results)} failed: {', '.join(failed)}" if failed else f"all {len(results)} passed")
+        verdict = f"{len(failed)} of {len(results)} failed: {', '.join(failed)}"
+        print(verdict if failed else f"all {len(results)} passed")
     return 1 if failed else 0
 
 
 def _line(result: CheckResult) -> str:
     head = f"{'pass' if result.passed else 'FAIL'}  {result.name:<36}{result.seconds:6.1f} s  "
-    return textwrap.fill(result.detail, max(80, shutil.get_terminal_size().columns), initial_indent=head, subsequent_indent=" " * len(head))
+    return textwrap.fill(
+        result.detail,
+        max(80, shutil.get_terminal_size().columns),
+        initial_indent=head,
+        subsequent_indent=" " * 6,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

@@ -122,7 +122,7 @@ class DifferentiableDeltaCompute(nn.Module):
             template = load_chat_template(folder)
             texts = [template.apply_chat_template(text) for text in texts]
         tokenized = tokenize_probes(tokenizer, texts, max_length, add_special_tokens=not chat)
-        config, weights = load_pretrained(folder, dtype=dtype, device=device)
+        config, weights = load_pretrained(folder, dtype=dtype, device=device, lm_head=False)
         delta = cls(config, weights, tokenized.ids, spec, **options)
         delta.truncated_probes = tokenized.truncated
         return delta
@@ -134,7 +134,7 @@ class DifferentiableDeltaCompute(nn.Module):
 
     @property
     def checkpoint_used(self) -> str | None:
-        """What ``checkpoint`` came to in the latest call with gradients; see :attr:`qwen_functional.forward.Vjp.checkpoint`."""
+        """What ``checkpoint`` came to in the latest call with gradients, as ``Vjp.checkpoint`` says it."""
         return self._checkpoint_used
 
     def forward(self, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -186,7 +186,7 @@ class DifferentiableDeltaCompute(nn.Module):
         """
         key = (lora.n_adapters, tuple((key, pair.A.shape[1]) for key, pair in lora.pairs.items()))
         if key not in self._bases:
-            zero = {k: LoraPair(p.A.new_zeros(p.A.shape), p.B.new_zeros(p.B.shape), p.scaling) for k, p in lora.pairs.items()}
+            zero = {k: LoraPair(torch.zeros_like(p.A), torch.zeros_like(p.B), p.scaling) for k, p in lora.pairs.items()}
             with torch.no_grad():
                 self._bases[key] = self.values(Lora(zero, lora.n_adapters, batched=True))
             while len(self._bases) > _BASES_KEPT:

@@ -1,4 +1,4 @@
-"""One decoder block: ``x_mid = x + o(attention(norm(x)))``, then ``x_out = x_mid + down(swiglu(gate_up(norm(x_mid))))``.
+"""One decoder block: ``x_mid = x + o(attention(qkv(norm(x))))``, then ``x_mid + down(swiglu(gate_up(norm(x_mid))))``.
 
 The residual stream is (G, S, H) in the accumulation dtype. G is 1 below the first adapted block, where all adapters
 still share one stream. Each half has its vjp right below it: the same lines, upside down.
@@ -145,7 +145,7 @@ def attention_half_vjp(
     else:
         dh = block.qkv.vjp(d_kv, h, kept.u_qkv, gradients, need_dx=need_dx)
         dh_rows = block.q.vjp(d_queries, h[:, row.rows], kept.u_q, gradients, need_dx=need_dx)
-        if dh is not None and dh_rows is not None:
+        if dh is not None and dh_rows is not None and row.rows is not None:
             dh.index_add_(1, row.rows, dh_rows)
     if dh is None:
         return None

@@ -49,6 +49,7 @@ def load_pretrained(
     *,
     revision: str | None = None,
     local_files_only: bool = False,
+    lm_head: bool = True,
 ) -> tuple[Qwen2Config, Qwen2Weights]:
     """Read a Qwen2 checkpoint: ``config.json`` and ``model.safetensors``, or shards with an index.
 
@@ -64,6 +65,7 @@ def load_pretrained(
         device: where the weights are put.
         revision: branch, tag or commit on the hub; not used for a folder.
         local_files_only: take a hub id from the local cache only.
+        lm_head: whether to read a separate ``lm_head.weight``, which only the logits of ``forward`` need.
 
     Raises:
         ValueError: the checkpoint cannot be found, is incomplete, corrupt or not a dense Qwen2; a tensor is
@@ -85,7 +87,7 @@ def load_pretrained(
         dtype = _dtype_on_disk(folder, entries["model.embed_tokens.weight"])
     # Under a caller's inference mode the weights would be unusable for autograd for ever after.
     with torch.inference_mode(False), torch.no_grad():
-        weights = empty_weights(config, dtype, device)
+        weights = empty_weights(config, dtype, device, lm_head=lm_head)
         views = weights.named_views(config)
         for name, view in views.items():
             _copy(entries[name], view)

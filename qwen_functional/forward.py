@@ -68,6 +68,8 @@ def forward(
             model has positions, a mask with an empty row, an adapter that is not there.
     """
     _check_inputs(config, input_ids, attention_mask, position_ids)
+    if weights.lm_head is None:
+        raise ValueError("weights have no lm_head, which logits need; expected load_pretrained with lm_head=True")
     adapters = _Adapters(config, lora, _adapter_of_row(lora, adapter_index, input_ids.shape[0]))
     dtype, compute = accumulation_dtype(weights.compute_dtype), weights.compute_dtype
     n_tokens = input_ids.shape[1]

@@ -100,7 +100,8 @@ class LoraSpec:
         layers_to_transform: the layers that carry an adapter; None for all.
 
     Raises:
-        ValueError: a rank that is not a positive integer, an alpha that is not finite, an unknown projection.
+        ValueError: a rank that is not a positive integer, an alpha that is not finite, an unknown projection,
+            layers that are not integers.
     """
 
     rank: int = 16
@@ -112,6 +113,9 @@ class LoraSpec:
     layers_to_transform: Sequence[int] | int | None = None
 
     def __post_init__(self) -> None:
+        for where, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            if not isinstance(patterns, Mapping):
+                raise ValueError(f"{where} is a {type(patterns).__name__}, expected a dict")
         for where, rank in (("rank", self.rank), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())):
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 raise ValueError(f"{where} is {rank!r}, expected a positive integer")
@@ -125,9 +129,18 @@ class LoraSpec:
                 raise ValueError(f"target_modules names {module!r}, expected some of {list(PROJECTIONS)}")
         for pattern in (*self.rank_pattern, *self.alpha_pattern):
             try:
-                re.compile(pattern)
+                re.compile(_path_end(pattern))
             except re.error as error:
                 raise ValueError(f"pattern {pattern!r} is not a regular expression: {error}") from None
+        if self.layers_to_transform is not None:
+            layers = self._chosen_layers()
+            if not layers or any(not isinstance(layer, int) or isinstance(layer, bool) for layer in layers):
+                chosen = self.layers_to_transform
+                raise ValueError(f"layers_to_transform is {chosen!r}, expected layer numbers, or None for all")
+
+    def _chosen_layers(self) -> set[int]:
+        chosen = self.layers_to_transform
+        return set(chosen) if isinstance(chosen, Iterable) else set() if chosen is None else {chosen}
 
     def rank_and_scaling(self, layer: int, projection: str) -> tuple[int, float]:
         """Rank and scale of one projection's adapter."""
@@ -142,11 +155,8 @@ class LoraSpec:
         Raises:
             ValueError: ``layers_to_transform`` names a layer that the config lacks, or a pattern fits no module.
         """
-        if self.layers_to_transform is None:
-            layers: Iterable[int] = range(config.num_hidden_layers)
-        else:
-            chosen = self.layers_to_transform
-            layers = sorted({chosen} if isinstance(chosen, int) else set(chosen))
+        every = range(config.num_hidden_layers)
+        layers = every if self.layers_to_transform is None else sorted(self._chosen_layers())
         for layer in layers:
             if not 0 <= layer < config.num_hidden_layers:
                 raise ValueError(
@@ -182,10 +192,12 @@ class LoraSpec:
             ValueError: a name that fits nothing, an A without its B, a shape that is off, different G, a tensor
                 that is not floating point or not finite, different devices.
         """
+        if not isinstance(tensors, Mapping):
+            raise ValueError(f"tensors is a {type(tensors).__name__}, expected a dict of LoRA tensors")
         shapes = self.shapes(config)
         given: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
-            parsed = parse_name(name)
+            parsed = parse_name(name) if isinstance(name, str) else None
             canonical = peft_name(*parsed) if parsed else name
             if canonical not in shapes:
                 raise ValueError(f"LoRA tensor {name!r} fits nothing; expected names such as {next(iter(shapes))!r}")
@@ -210,7 +222,11 @@ class LoraSpec:
 
 def _matching(patterns: Iterable[str], path: str) -> str:
     """The first pattern that fits the end of a module path, as PEFT's ``get_pattern_key`` chooses; else ""."""
-    return next((p for p in patterns if re.match(rf"(.*\.)?({p})$", path)), "")
+    return next((p for p in patterns if re.match(_path_end(p), path)), "")
+
+
+def _path_end(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})$"
 
 
 def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, int]) -> None:
@@ -253,5 +269,6 @@ def _check_finite(tensors: Mapping[str, Tensor]) -> None:
 
 
 def is_symbolic(tensor: Tensor) -> bool:
-    """Whether the values cannot be read: inside torch.func transforms, or a fake tensor."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor) or type(tensor).__name__ == "FakeTensor"
+    """Whether the values cannot be read: inside torch.func transforms, a fake tensor, or one on meta."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return wrapped or tensor.is_meta or type(tensor).__name__ == "FakeTensor"

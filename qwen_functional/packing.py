@@ -60,7 +60,7 @@ class PackedTokens:
         return len(self.parents)
 
     def check_fits(self, config: Qwen2Config) -> None:
-        """Raises ``ValueError`` where an id is outside the vocabulary or a sequence longer than the model's positions."""
+        """Raises ``ValueError`` for an id outside the vocabulary, or a sequence longer than the model's positions."""
         low, high = int(self.input_ids.min()), int(self.input_ids.max())
         if low < 0 or high >= config.vocab_size:
             bad = low if low < 0 else high
@@ -89,13 +89,13 @@ class PackedTokens:
         seen = torch.zeros(len(nodes), len(self), dtype=torch.bool)
         row_of: dict[int, int] = {}
         for row, node in enumerate(nodes):
-            ancestor = node
-            while ancestor >= 0:
-                if ancestor in row_of:  # what it sees is known
-                    seen[row] |= seen[row_of[ancestor]]
-                    break
-                seen[row, ancestor] = True
+            ancestor, path = node, []
+            while ancestor >= 0 and ancestor not in row_of:
+                path.append(ancestor)
                 ancestor = self.parents[ancestor]
+            if ancestor >= 0:  # what it sees is known
+                seen[row] = seen[row_of[ancestor]]
+            seen[row, path] = True
             row_of[node] = row
         if window is not None:
             seen &= self.positions[list(nodes), None] - self.positions[None, :] < window
@@ -120,6 +120,8 @@ def pack(sequences: Sequence[Sequence[int]]) -> PackedTokens:
     """
     if isinstance(sequences, Tensor) and sequences.dim() != 2:
         raise ValueError(f"sequences has shape {tuple(sequences.shape)}, expected a list of token id lists")
+    if not isinstance(sequences, (Sequence, Tensor)) or isinstance(sequences, str):
+        raise ValueError(f"sequences is a {type(sequences).__name__}, expected a list of token id lists")
     lists = [_token_list(index, sequence) for index, sequence in enumerate(sequences)]
     if not lists:
         raise ValueError("sequences is empty, expected at least one token sequence")

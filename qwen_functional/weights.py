@@ -34,13 +34,14 @@ class BlockWeights:
 class Qwen2Weights:
     """All base weights, in one storage dtype on one device.
 
-    ``lm_head`` is the same tensor as ``embed_tokens`` where the config ties them.
+    ``lm_head`` is the same tensor as ``embed_tokens`` where the config ties them. It is None where it was left
+    out: only logits need it, and ``forward_vjp`` has none.
     """
 
     embed_tokens: Tensor  # (V, H)
     blocks: tuple[BlockWeights, ...]
     norm: Tensor  # (H,)
-    lm_head: Tensor  # (V, H)
+    lm_head: Tensor | None  # (V, H)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -69,7 +70,7 @@ class Qwen2Weights:
     def _storages(self) -> Iterator[Tensor]:
         yield self.embed_tokens
         yield self.norm
-        if self.lm_head is not self.embed_tokens:
+        if self.lm_head is not None and self.lm_head is not self.embed_tokens:
             yield self.lm_head
         for block in self.blocks:
             yield from (getattr(block, f.name) for f in fields(block))
@@ -96,15 +97,22 @@ class Qwen2Weights:
             views[prefix + "mlp.up_proj.weight"] = block.gate_up_proj[i:]
             views[prefix + "mlp.down_proj.weight"] = block.down_proj
         views["model.norm.weight"] = self.norm
-        if self.lm_head is not self.embed_tokens:
+        if self.lm_head is not None and self.lm_head is not self.embed_tokens:
             views["lm_head.weight"] = self.lm_head
         return views
 
 
 def empty_weights(
-    config: Qwen2Config, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    config: Qwen2Config,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    *,
+    lm_head: bool = True,
 ) -> Qwen2Weights:
-    """Weights of the right shapes, not yet filled in. See :meth:`Qwen2Weights.named_views`."""
+    """Weights of the right shapes, not yet filled in. See :meth:`Qwen2Weights.named_views`.
+
+    Without ``lm_head`` none is allocated, unless it is the embedding.
+    """
     h, q, k, i = config.hidden_size, config.q_size, config.kv_size, config.intermediate_size
 
     def new(*shape: int) -> Tensor:
@@ -115,8 +123,8 @@ def empty_weights(
         BlockWeights(new(h), new(q + 2 * k, h), new(q + 2 * k), new(h, q), new(h), new(2 * i, h), new(h, i))
         for _ in range(config.num_hidden_layers)
     )
-    lm_head = embed_tokens if config.tie_word_embeddings else new(config.vocab_size, h)
-    return Qwen2Weights(embed_tokens, blocks, new(h), lm_head)
+    head = embed_tokens if config.tie_word_embeddings else new(config.vocab_size, h) if lm_head else None
+    return Qwen2Weights(embed_tokens, blocks, new(h), head)
 
 
 def init_weights(
