@@ -5,7 +5,7 @@ The one file that imports transformers and peft, and only when the comparison is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,38 +22,57 @@ HALF_FACTOR = 1.1  # in half precision: of PEFT's own error against float32
 
 
 def compare_with_peft(
-    delta: DifferentiableDeltaCompute, model: str | Path, tensors: Mapping[str, Tensor], cotangent: Tensor
+    delta: DifferentiableDeltaCompute,
+    model: str | Path,
+    adapters: Sequence[Mapping[str, Tensor]],
+    cotangent: Tensor,
 ) -> tuple[bool, str]:
-    """Whether the delta and every gradient agree with PEFT's, and the measured errors.
+    """Whether the delta and every gradient of each adapter agree with PEFT's, and the measured errors.
 
     In float32 the relative error must be within 1e-5 for the hidden states and 1e-4 for each gradient. In half
-    precision our error against PEFT in float32 may be 1.1 times that of PEFT in the same dtype.
+    precision our error over all adapters against PEFT in float32, on the same rounded weights and LoRA tensors, may
+    be 1.1 times that of PEFT in the same dtype.
 
     Raises:
         ValueError: transformers or PEFT is not installed.
     """
     dtype = delta.weights.dtype
+    adapters = [{name: tensor.to(dtype).to(tensor.dtype) for name, tensor in one.items()} for one in adapters]
+    ours = [_our_value_and_gradients(delta, one, cotangent) for one in adapters]
     exact_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    exact = _peft_value_and_gradients(delta, model, tensors, cotangent, exact_dtype)
-    leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items()}
-    ours_delta = delta(leaves)
-    gradients = torch.autograd.grad(ours_delta, list(leaves.values()), cotangent)
-    ours = ours_delta.detach() + delta.base_activation, dict(zip(leaves, gradients, strict=True))
-    count = f"{len(ours[1])} of {len(delta.lora_shapes)} gradients"
+    exact = [_peft_value_and_gradients(delta, model, one, cotangent, exact_dtype) for one in adapters]
+    count = f"{len(ours[0][1])} of {len(delta.lora_shapes)} gradients"
     if dtype == exact_dtype:
-        value_error = _error(ours[0], exact[0])
-        errors = {name: _error(ours[1][name], exact[1][name]) for name in exact[1]}
+        value_error = _error(*(torch.cat([value for value, _ in side]) for side in (ours, exact)))
+        errors = {
+            name: max(_error(our[name], their[name]) for (_, our), (_, their) in zip(ours, exact, strict=True))
+            for name in exact[0][1]
+        }
         worst = max(errors, key=lambda name: errors[name])
         passed = value_error <= VALUE_TOLERANCE and errors[worst] <= GRADIENT_TOLERANCE
         return passed, f"value {value_error:.1e}; {count}, worst {errors[worst]:.1e} ({worst.split('.layers.')[1]})"
-    theirs = _peft_value_and_gradients(delta, model, tensors, cotangent, dtype)
-    our_errors = _error(ours[0], exact[0]), _error(_flat(ours[1]), _flat(exact[1]))
-    their_errors = _error(theirs[0], exact[0]), _error(_flat(theirs[1]), _flat(exact[1]))
-    passed = all(a <= HALF_FACTOR * b for a, b in zip(our_errors, their_errors, strict=True))
-    return passed, (
-        f"error against float32: value {our_errors[0]:.1e} (PEFT {their_errors[0]:.1e}); "
-        f"{count}, all together {our_errors[1]:.1e} (PEFT {their_errors[1]:.1e})"
+    theirs = [_peft_value_and_gradients(delta, model, one, cotangent, dtype) for one in adapters]
+    our_value, their_value = (
+        _error(*(torch.cat([value for value, _ in pairs]) for pairs in (side, exact))) for side in (ours, theirs)
     )
+    our_gradient, their_gradient = (
+        _error(*(torch.cat([_flat(gradients) for _, gradients in pairs]) for pairs in (side, exact)))
+        for side in (ours, theirs)
+    )
+    passed = our_value <= HALF_FACTOR * their_value and our_gradient <= HALF_FACTOR * their_gradient
+    return passed, (
+        f"error against float32 over {len(adapters)} adapters: value {our_value:.1e} (PEFT {their_value:.1e}); "
+        f"{count}, all together {our_gradient:.1e} (PEFT {their_gradient:.1e})"
+    )
+
+
+def _our_value_and_gradients(
+    delta: DifferentiableDeltaCompute, tensors: Mapping[str, Tensor], cotangent: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items()}
+    value = delta(leaves)
+    gradients = torch.autograd.grad(value, list(leaves.values()), cotangent, materialize_grads=True)
+    return value.detach() + delta.base_activation, dict(zip(leaves, gradients, strict=True))
 
 
 def _peft_value_and_gradients(
@@ -72,10 +91,10 @@ def _peft_value_and_gradients(
         raise ValueError(f"--against-peft needs transformers and peft: {error}") from error
     logging.disable_progress_bar()
     device = delta.weights.device
-    base: Any = AutoModelForCausalLM.from_pretrained(str(model), dtype=dtype)
+    base: Any = AutoModelForCausalLM.from_pretrained(str(model), dtype=delta.weights.dtype)
     alpha: Any = delta.spec.alpha
     lora = LoraConfig(r=delta.spec.rank, lora_alpha=alpha, target_modules=list(PROJECTIONS))
-    peft_model = get_peft_model(base.to(device), lora, autocast_adapter_dtype=False).eval().requires_grad_(False)
+    peft_model = get_peft_model(base.to(device, dtype), lora, autocast_adapter_dtype=False).eval().requires_grad_(False)
     leaves = {name: tensor.detach().to(dtype, copy=True).requires_grad_() for name, tensor in tensors.items()}
     parameters = {name.replace(".weight", ".default.weight"): leaf for name, leaf in leaves.items()}
     input_ids, mask = _padded(delta, device)

@@ -82,7 +82,8 @@ class DifferentiableDeltaCompute(nn.Module):
         }
         self._bases: OrderedDict[tuple, Tensor] = OrderedDict()
         self._checkpoint_used: str | None = None
-        self._bare = self._run(None, wanted=())[0][0]  # (layers, P, H); checks all arguments as well
+        with torch.inference_mode(False):  # or autograd could not save base_activation later
+            self._bare = self._run(None, wanted=())[0][0]  # (layers, P, H); checks all arguments as well
 
     @classmethod
     def from_pretrained(
@@ -148,9 +149,9 @@ class DifferentiableDeltaCompute(nn.Module):
         """
         lora = self.spec.bind(self.config, tensors)
         flat = [tensor for pair in lora.pairs.values() for tensor in (pair.A, pair.B)]
-        values = _Values.apply(self, lora, *flat) if flat else self._run(None, wanted=())[0]
-        delta = self._shaped(values - self._base(lora), lora.batched)
-        return delta
+        # Under no_grad autograd would still name the tensors that require gradients, and their keep be in vain.
+        values = _Values.apply(self, lora, *flat) if torch.is_grad_enabled() else self.values(lora)
+        return self._shaped(values - self._base(lora), lora.batched)
 
     def forward_batch(self, batch: Sequence[Mapping[str, Tensor]]) -> Tensor:
         """The deltas (G, …) of G adapters given one by one.
@@ -222,8 +223,16 @@ class _Values(torch.autograd.Function):
         return value
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        # once_differentiable refuses second derivatives only where the cotangent requires a gradient: with
+        # create_graph it must, or those of a loss that is linear in the delta would count as zero.
+        if torch.is_grad_enabled() and not cotangent.requires_grad:
+            cotangent = cotangent.detach().requires_grad_()
+        return _Values._gradients(ctx, cotangent)
+
+    @staticmethod
+    @once_differentiable
+    def _gradients(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         # saved_tensors raises where a tensor was changed in place since the forward.
         delta, lora = ctx.delta, _refilled(ctx.lora, ctx.saved_tensors)
         parts: list[dict[str, Tensor]] = []

@@ -1,15 +1,18 @@
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(1)  # the models here are tiny: a second thread costs more than it brings
 
 
-@pytest.fixture(scope="session")
-def real_checkpoint() -> str:
-    """Folder or hub id of a real Qwen2 checkpoint, from the environment."""
+@pytest.fixture
+def real_checkpoint() -> Iterator[str]:
+    """Folder or hub id of a real Qwen2 checkpoint, from the environment; its tests run on two threads."""
     model = os.environ.get("QWEN_FUNCTIONAL_CHECKPOINT")
     if not model:
         pytest.skip("QWEN_FUNCTIONAL_CHECKPOINT is not set: no test ran on real weights")
-    return model
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    yield model
+    torch.set_num_threads(1)

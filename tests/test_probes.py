@@ -11,8 +11,8 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from lora_delta.probes import create_domain_probes, create_generic_probes, create_mixed_probes
 from lora_delta.chat import load_chat_template
+from lora_delta.probes import create_domain_probes, create_generic_probes, create_mixed_probes
 from lora_delta.tokenization import load_tokenizer, tokenize_probes
 from qwen_functional.checkpoint import resolve_checkpoint
 

@@ -1,0 +1,34 @@
+"""The README's promises: its examples run, and its names exist."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lora_delta.embedded import embedded_checkpoint
+from lora_delta.embedded.build import build
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("code", EXAMPLES, ids=lambda code: code.split("\n")[1])
+def test_an_example_in_the_readme_fails(code: str) -> None:
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_generator_of_the_readme_does_not_learn() -> None:
+    result = subprocess.run([sys.executable, "-c", EXAMPLES[0]], capture_output=True, text=True, timeout=120)
+    losses = [float(line.split()[1]) for line in result.stdout.splitlines()]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"])
+def test_the_embedded_checkpoint_is_not_what_its_script_makes(name: str, tmp_path: Path) -> None:
+    build(tmp_path)
+    assert (tmp_path / name).read_bytes() == (embedded_checkpoint() / name).read_bytes()
