@@ -65,8 +65,11 @@ class DifferentiableDeltaCompute(nn.Module):
         super().__init__()
         if pooling not in POOLINGS:
             raise ValueError(f"pooling is {pooling!r}, expected one of {POOLINGS}")
-        if adapters_per_pass is not None and adapters_per_pass < 1:
-            raise ValueError(f"adapters_per_pass is {adapters_per_pass}, expected 1 or more, or None")
+        n = adapters_per_pass
+        if n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 1):
+            raise ValueError(f"adapters_per_pass is {n!r}, expected 1 or more, or None")
+        if not isinstance(layer, (int, Sequence)):
+            raise ValueError(f"layer is {layer!r}, expected an integer or several")
         self.config, self.weights = config, weights
         self.spec = LoraSpec() if spec is None else spec
         self.lora_shapes = self.spec.shapes(config)

@@ -103,9 +103,8 @@ def project(
     if not parts:
         return Projection(weight, bias, None, ())
     pairs = [lora.pairs[part.key] for part in parts]
-    ranks = torch.tensor([pair.A.shape[1] for pair in pairs])
-    scaling = torch.tensor([pair.scaling for pair in pairs], dtype=torch.float64).repeat_interleave(ranks)
-    scaling = scaling.to(weight.device, accumulation_dtype(dtype))
+    by_column = [pair.scaling for pair in pairs for _ in range(pair.A.shape[1])]
+    scaling = torch.tensor(by_column, dtype=accumulation_dtype(dtype), device=weight.device)
     if len(names) == 1:
         low_rank = LowRank(pairs[0].A.to(dtype), pairs[0].B.to(dtype), scaling)
     else:

@@ -1,0 +1,132 @@
+"""The GEMM floor: the base model's matrix products alone, each in the fastest layout that torch offers.
+
+Per block, forwards q|k|v, o, gate|up and down, and backwards the product that gives each one's dx: no LoRA,
+no attention, no norms, no embedding. Every product is over all G·S tokens of the prefix tree, in every block,
+so the floor counts ``4 · parameters · tokens`` FLOP. An engine may do a little less: the first block needs no
+dx of q, k and v, and the last needs q, o and the MLP at the read-out tokens only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from workload import Workload
+
+from qwen_functional import Qwen2Config
+
+ROWS_PER_CHUNK = 256
+BYTES_OF_WEIGHTS = 512 * 2**20  # per shape, distinct: far more than any cache holds
+CALIBRATION_WEIGHTS, CALIBRATION_ROUNDS = 4, 2
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A way to multiply: how the weight is stored, and the product ``y = x Wᵀ`` with it."""
+
+    prepare: Callable[[Tensor], Tensor]
+    multiply: Callable[[Tensor, Tensor, Tensor], Any]  # x, prepared weight, a buffer for y
+
+
+def _packed(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+def _packed_in_chunks(x: Tensor, weight: Tensor, y: Tensor) -> None:
+    """oneDNN allocates its output; in chunks of rows it stays small, in memory that is already mapped."""
+    for chunk in x.split(ROWS_PER_CHUNK):
+        _packed(chunk, weight)
+
+
+LAYOUTS = {
+    "linear": Layout(lambda w: w, lambda x, w, y: F.linear(x, w)),
+    "mm into a buffer": Layout(lambda w: w, lambda x, w, y: torch.mm(x, w.T, out=y)),
+    "mm, transposed weight": Layout(lambda w: w.T.contiguous(), lambda x, w, y: torch.mm(x, w, out=y)),
+    "oneDNN packed": Layout(
+        lambda w: torch.ops.mkldnn._reorder_linear_weight(w), lambda x, w, y: _packed(x, w)
+    ),
+    "oneDNN packed, row chunks": Layout(
+        lambda w: torch.ops.mkldnn._reorder_linear_weight(w, ROWS_PER_CHUNK), _packed_in_chunks
+    ),
+}
+
+
+def block_shapes(config: Qwen2Config) -> dict[str, tuple[int, int]]:
+    """{product: (outputs, inputs)} of one block, forwards and then backwards."""
+    h, q, i = config.hidden_size, config.q_size, config.intermediate_size
+    forward = {"qkv": (q + 2 * config.kv_size, h), "o": (h, q), "gate_up": (2 * i, h), "down": (h, i)}
+    return forward | {f"{name}_dx": (columns, rows) for name, (rows, columns) in reversed(forward.items())}
+
+
+class Floor:
+    """The floor of a workload as something to time; its first step picks a layout per shape."""
+
+    def __init__(self, workload: Workload, compute_dtype: torch.dtype) -> None:
+        config = workload.config()
+        self.layers = config.num_hidden_layers
+        self.rows = workload.tree_tokens
+        self.dtype = compute_dtype
+        self.shapes = block_shapes(config)
+        parameters = self.layers * sum(rows * columns for rows, columns in self.shapes.values())
+        self.flop = 2 * self.rows * parameters  # W counts twice: forwards, and for dx
+        self.layouts: dict[str, str] = {}
+        self.gflops: dict[str, float] = {}
+        self._products: dict[str, tuple[Layout, Tensor, list[Tensor], Tensor]] = {}
+
+    def _calibrate(self, name: str, outputs: int, inputs: int) -> None:
+        x = torch.randn(self.rows, inputs).to(self.dtype)
+        y = torch.empty(self.rows, outputs, dtype=self.dtype)
+        size = outputs * inputs * self.dtype.itemsize
+        copies = min(self.layers, max(CALIBRATION_WEIGHTS, BYTES_OF_WEIGHTS // size))
+        plain = [torch.randn(outputs, inputs).to(self.dtype) for _ in range(min(copies, CALIBRATION_WEIGHTS))]
+        seconds = {}
+        for layout_name, layout in LAYOUTS.items():
+            try:
+                weights = [layout.prepare(weight) for weight in plain]
+                layout.multiply(x, weights[0], y)
+            except (RuntimeError, NotImplementedError, AttributeError):
+                continue  # torch does not offer this layout here
+            rounds = [_seconds(layout, x, weights, y) for _ in range(CALIBRATION_ROUNDS)]
+            seconds[layout_name] = min(rounds) / len(weights)
+        best = min(seconds, key=lambda layout_name: seconds[layout_name])
+        self.layouts[name] = best
+        self.gflops[name] = 2 * self.rows * outputs * inputs / seconds[best] / 1e9
+        # Which numbers are multiplied makes no difference, where they lie does: copies of a few will do.
+        weights = [LAYOUTS[best].prepare(plain[copy % len(plain)].clone()) for copy in range(copies)]
+        self._products[name] = (LAYOUTS[best], x, weights, y)
+
+    def step(self) -> None:
+        """All products of one step, in the order of the model's blocks and then back."""
+        with torch.inference_mode():
+            for name, shape in self.shapes.items():
+                if name not in self._products:
+                    self._calibrate(name, *shape)
+        forward = [product for name, product in self._products.items() if not name.endswith("_dx")]
+        backward = [product for name, product in self._products.items() if name.endswith("_dx")]
+        with torch.inference_mode():
+            for products, layers in ((forward, range(self.layers)), (backward, reversed(range(self.layers)))):
+                for layer in layers:
+                    for layout, x, weights, y in products:
+                        layout.multiply(x, weights[layer % len(weights)], y)
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "counts": "4 x parameters x tokens: q|k|v, o, gate|up, down and each one's dx, every block",
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "tokens": self.rows,
+            "flop": self.flop,
+            "layouts": self.layouts,
+            "gflops_per_product": self.gflops,
+        }
+
+
+def _seconds(layout: Layout, x: Tensor, weights: list[Tensor], y: Tensor) -> float:
+    start = time.perf_counter()
+    for weight in weights:
+        layout.multiply(x, weight, y)
+    return time.perf_counter() - start

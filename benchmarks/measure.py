@@ -1,0 +1,158 @@
+"""Time, memory and machine facts."""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_STATUS = Path("/proc/self/status")
+_PAGE = 4096
+
+
+def _status_bytes(field: str) -> int | None:
+    """A field of /proc/self/status in bytes, None where there is no such file."""
+    try:
+        lines = _STATUS.read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), None)
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now (its peak so far where the system does not tell)."""
+    return _status_bytes("VmRSS") or peak_bytes()
+
+
+def peak_bytes() -> int:
+    """Largest resident memory of this process, since :func:`reset_peak` where that is supported.
+
+    VmHWM and not ``ru_maxrss``: the latter survives an exec, and so would count the parent process.
+    """
+    peak = _status_bytes("VmHWM")
+    if peak is not None:
+        return peak
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak() -> bool:
+    """Start counting the peak anew, so that loading does not hide a small step; False if not supported."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def settle(weights: Iterable[Tensor]) -> int:
+    """Touch every page of the weights, drop what loading left behind, and return the resident bytes.
+
+    Without this, weights that are mapped from a file become resident during the first step and would be
+    counted as the step's own.
+    """
+    for tensor in weights:
+        tensor.detach().flatten()[:: _PAGE // tensor.element_size()].float().sum()
+    gc.collect()
+    trim()
+    return resident_bytes()
+
+
+def trim() -> None:
+    """Give freed heap back to the system, where the C library can."""
+    if sys.platform == "linux":
+        import ctypes
+
+        try:
+            ctypes.CDLL(None).malloc_trim(0)
+        except AttributeError:
+            return  # a C library without malloc_trim
+
+
+def available_bytes() -> int | None:
+    """Memory that new processes can take, None where the system does not tell."""
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+    except (OSError, ValueError):
+        return free  # no control group, or one without a limit
+    return min(free, max(limit, 0))
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One timed call.
+
+    Attributes:
+        seconds: wall-clock time.
+        others: the mean number of CPUs that other processes kept busy meanwhile; None where it cannot be told.
+    """
+
+    seconds: float
+    others: float | None
+
+
+def timed(call: Callable[[], object]) -> Timing:
+    """Time a call. Garbage is collected before it, and what it returns is dropped after the clock has stopped."""
+    gc.collect()
+    busy, own, start = _busy_seconds(), _own_seconds(), time.perf_counter()
+    result = call()
+    seconds = time.perf_counter() - start
+    busy_after, own_after = _busy_seconds(), _own_seconds()
+    del result
+    if busy is None or busy_after is None:
+        return Timing(seconds, None)
+    return Timing(seconds, max(0.0, (busy_after - busy) - (own_after - own)) / seconds)
+
+
+def _own_seconds() -> float:
+    """CPU time of this process, all threads."""
+    times = os.times()
+    return times.user + times.system
+
+
+def _busy_seconds() -> float | None:
+    """CPU time that was not idle on the whole machine, what a hypervisor took included."""
+    try:
+        first, *_ = Path("/proc/stat").read_text().splitlines()
+    except OSError:
+        return None
+    user, nice, system, _idle, _iowait, irq, softirq, steal, *_ = map(int, first.split()[1:])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def machine_facts(threads: int) -> dict[str, Any]:
+    """What a reader needs to compare two runs."""
+    return {
+        "cpu": _cpu_name(),
+        "cpus": os.cpu_count(),
+        "threads": threads,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

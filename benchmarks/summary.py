@@ -1,0 +1,129 @@
+"""From samples to what is reported: the entries of the JSON file, and the table that is made from them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from compare import Agreement
+from schedule import Samples
+from ways import FLOOR, WAYS
+from workers import Footprint
+from workload import Workload
+
+
+def seconds_entry(samples: Samples) -> dict[str, Any]:
+    return {
+        "median": samples.median,
+        "min": min(samples.seconds),
+        "max": max(samples.seconds),
+        "samples": samples.seconds,
+        "others": samples.others,
+    }
+
+
+def floor_entry(samples: Samples) -> dict[str, Any]:
+    facts = samples.facts
+    return {**facts, "seconds": seconds_entry(samples), "gflops": facts["flop"] / samples.median / 1e9}
+
+
+def way_entry(
+    way: str,
+    workload: Workload,
+    footprint: Footprint,
+    samples: Mapping[str, Samples],
+    agreement: Agreement | None,
+    adapters: int,
+    anchor: str,
+) -> dict[str, Any]:
+    """Everything about one way; ``adapters`` is how many its step was timed on."""
+    own, floor = samples[way], samples[FLOOR]
+    # Over the rounds that both took part in, where there are any: the ratio does not see the machine drift then.
+    times_anchor = own.times_anchor or own.median / samples[anchor].median
+    share = floor.times_anchor if way == anchor else None
+    return {
+        "description": WAYS[way],
+        **own.facts,
+        "seconds": seconds_entry(own),
+        "adapters_timed": adapters,
+        "tokens_per_second": workload.tokens / own.median,
+        "adapters_per_second": workload.adapters / own.median,
+        "times_anchor": times_anchor,
+        "timed_beside_anchor": own.times_anchor is not None,
+        "share_of_floor": share or floor.median / own.median,
+        "weights_bytes": footprint.weights,
+        "peak_bytes": footprint.peak,
+        "step_bytes": footprint.peak - footprint.weights,
+        "agreement": dataclasses.asdict(agreement) if agreement else None,
+    }
+
+
+def headline(record: Mapping[str, Any]) -> str:
+    """What was run, on what."""
+    machine, probes, seed = record["machine"], record["probes"], ""
+    if record["seed_probes"] is not None:
+        seed = f"the seed's way takes {record['seed_probes']} probes at a time\n"
+    return (
+        f"{record['model']}, rank {record['rank']}, G = {record['adapters']}, "
+        f"{probes['count']} {probes['kind']} probes: {probes['tokens']} tokens, "
+        f"{probes['tree_tokens']} in the prefix tree, longest {probes['longest']}\n"
+        f"{seed}"
+        f"{machine['cpu']} ({machine['cpu_capability']}), {machine['threads']} threads on {machine['cpus']} "
+        f"CPUs, torch {machine['torch']}"
+    )
+
+
+def table(run: Mapping[str, Any]) -> str:
+    """One dtype's results as a Markdown table, with what a reader must know below it."""
+    anchor = run["anchor"]
+    header = (
+        run["dtype"], "s per step (min to max)", "tokens/s", "adapters/s", "peak GB", "over weights GB",
+        f"time / {anchor}", "share of floor", "error of value", "error of gradients (worst tensor)",
+    )  # fmt: skip
+    rows = [header, ("---", *["---:"] * (len(header) - 1))]
+    for way, entry in run["ways"].items():
+        agreement = entry["agreement"]
+        rows.append(
+            (
+                way + ("*" if entry["adapters_timed"] < run["adapters"] else ""),
+                _seconds(entry["seconds"]),
+                f"{entry['tokens_per_second']:.0f}",
+                f"{entry['adapters_per_second']:.3g}",
+                f"{entry['peak_bytes'] / 1e9:.2f}",
+                f"{entry['step_bytes'] / 1e9:.2f}",
+                f"{entry['times_anchor']:.2f}",
+                f"{entry['share_of_floor']:.2f}",
+                f"{agreement['value']:.1e}" if agreement else "",
+                f"{agreement['gradient']:.1e} ({agreement['worst']:.1e})" if agreement else "",
+            )
+        )
+    floor = run["floor"]
+    rows.append(("floor", _seconds(floor["seconds"]), *[""] * 5, "1.00", "", ""))
+    lines = ["", *("| " + " | ".join(row) + " |" for row in rows), ""]
+    lines += [
+        f"\\* timed on {entry['adapters_timed']} adapters in {len(entry['seconds']['samples'])} rounds, "
+        f"scaled to {run['adapters']}: it shares nothing between adapters."
+        for entry in run["ways"].values()
+        if entry["adapters_timed"] < run["adapters"]
+    ]
+    lines += [
+        f"{way} does not fit into memory beside {anchor}: it was timed on its own."
+        for way, entry in run["ways"].items()
+        if not entry["timed_beside_anchor"]
+    ]
+    others = max((o for entry in (*run["ways"].values(), floor) for o in entry["seconds"]["others"]), default=0.0)
+    if others > 0.1:
+        lines.append(f"Disturbed: during one of the steps other processes kept {others:.1f} CPUs busy.")
+    lines.append(
+        f"Floor: {floor['flop'] / 1e12:.3g} TFLOP in {floor['dtype']} at {floor['gflops']:.0f} GFLOP/s "
+        f"({floor['counts']}; {floor['tokens']} tokens)."
+    )
+    tolerated = ", ".join(f"{what} {limit:.0e}" for what, limit in run["tolerance"].items())
+    lines.append(f"Errors are relative to {run['reference']}; tolerated: {tolerated}.")
+    lines += [f"{way} was left out: {why}." for way, why in run["skipped"].items()]
+    return "\n".join(lines)
+
+
+def _seconds(entry: Mapping[str, Any]) -> str:
+    return f"{entry['median']:.3g} ({entry['min']:.3g} to {entry['max']:.3g})"

@@ -1,0 +1,225 @@
+"""Forward and backward to all LoRA tensors: this engine against its rivals and the GEMM floor, in one run.
+
+See README.md beside this file for what each figure means. Progress goes to stderr, the tables to stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from compare import TOLERANCE, Agreement, DisagreementError, compare, require
+from measure import available_bytes, machine_facts
+from probe_sets import PROBE_KINDS, probe_ids, tree_tokens
+from schedule import groups_that_fit, time_groups
+from sizes import SIZES
+from summary import floor_entry, headline, table, way_entry
+from ways import DEFAULT_WAYS, FLOOR, WAYS
+from workers import Footprint, Pool, WorkerError, set_threads
+from workload import DTYPES, Workload, config_of, local_folder
+
+# transformers' float16 goes through torch's CPU GEMM, at 1 to 2 GFLOP/s backwards: hours.
+TOO_SLOW = "float16 matrix products of torch run at 1 to 2 GFLOP/s backwards on a CPU"
+
+
+def report(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("--model", metavar="ID_OR_FOLDER", help="a Qwen2 checkpoint")
+    model.add_argument("--size", choices=SIZES, help="random weights of this size (default: 0.5b)")
+    parser.add_argument("--probes", choices=PROBE_KINDS, default="generic")
+    parser.add_argument("--adapters", type=int, default=8, metavar="G")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--ways", default=",".join(DEFAULT_WAYS), help=f"some of {','.join(WAYS)}")
+    add = parser.add_argument
+    add("--seed-adapters", type=int, help="time the seed's way on so many, scaled to G (default: at most 2)")
+    add("--seed-rounds", type=int, help="rounds in which the seed's way takes part (default: at most 2)")
+    add("--seed-probes", type=int, help="probes that the seed's way takes at a time (default: all)")
+    add("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    add("--memory", type=float, metavar="GIB", help="for all processes (default: 0.9 of what is free)")
+    add("--json", type=Path, metavar="FILE", help="write everything that was measured")
+    options = parser.parse_args(argv)
+    options.ways = options.ways.split(",")
+    for way in options.ways:
+        if way not in WAYS:
+            parser.error(f"--ways names {way!r}, expected some of {','.join(WAYS)}")
+    if len(set(options.ways)) < len(options.ways):
+        parser.error(f"--ways names one twice: {','.join(options.ways)}")
+    options.ways.sort(key=list(WAYS).index)
+    if options.model is None and options.size is None:
+        options.size = "0.5b"
+    if options.seed_adapters is None:
+        options.seed_adapters = min(options.adapters, 2)
+    if options.seed_rounds is None:
+        options.seed_rounds = min(options.rounds, 2)
+    for name in ("adapters", "rank", "rounds", "seed_adapters", "seed_probes", "seed_rounds", "threads"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} is {value}, expected at least 1")
+    if options.json and not options.json.resolve().parent.is_dir():
+        parser.error(f"--json names {options.json}, expected a file in a folder that exists")
+    if options.seed_adapters > options.adapters:
+        parser.error(f"--seed-adapters is {options.seed_adapters}, expected at most {options.adapters}")
+    return options
+
+
+def checked(
+    ways: Sequence[str], pool: Pool, adapters: Mapping[str, int]
+) -> tuple[dict[str, Footprint], dict[str, Agreement], str]:
+    """Let every way do one whole step in a process of its own; raise where they disagree.
+
+    In float32 the ways must agree with the first (the engine, if it is among them). In a narrower dtype, and
+    where there is only one, they are compared with float32 hooks on the same rounded numbers, over at most
+    two adapters.
+
+    Returns the ways' footprints, their agreements, and what the reference was.
+    """
+    workload, footprints, agreements = pool.workload, {}, {}
+    with tempfile.TemporaryDirectory() as scratch:
+        if workload.dtype == torch.float32 and len(ways) > 1:
+            reference, reference_path = ways[0], str(Path(scratch) / f"{ways[0]}.safetensors")
+        else:
+            reference, reference_path = "hooks-one in float32", str(Path(scratch) / "reference.safetensors")
+            report(f"reference: {reference}")
+            wide = dataclasses.replace(workload, dtype=torch.float32, rounded_to=workload.dtype)
+            check("hooks-one", Pool(wide, ["hooks-one"]), reference_path, min(workload.adapters, 2))
+        for way in (*ways, FLOOR):
+            path = str(Path(scratch) / f"{way}.safetensors")
+            report(f"checking {way}")
+            footprints[way] = check(way, pool, path, adapters[way])
+            report(f"  peak {footprints[way].peak / 1e9:.2f} GB, idle {footprints[way].idle / 1e9:.2f} GB")
+            if way != FLOOR and path != reference_path:
+                agreements[way] = compare(path, reference_path)
+                report(f"  {agreements[way]}")
+                require(way, agreements[way], workload.dtype)
+                Path(path).unlink()
+    return footprints, agreements, reference
+
+
+def check(way: str, pool: Pool, path: str, adapters: int) -> Footprint:
+    with pool.running([way]) as workers:
+        return workers[way].check(path, adapters)
+
+
+def measured(options: argparse.Namespace, workload: Workload) -> dict[str, Any]:
+    """Everything about one dtype, ready for json."""
+    ways, skipped = options.ways, {}
+    if workload.dtype == torch.float16:
+        skipped = {way: TOO_SLOW for way in ways if not way.startswith("engine")}
+        ways = [way for way in ways if way not in skipped]
+        for way, why in skipped.items():
+            report(f"{way} is left out: {why}")
+    adapters = dict.fromkeys((*ways, FLOOR), workload.adapters)
+    rounds = dict.fromkeys((*ways, FLOOR), options.rounds)
+    if "seed" in ways:
+        adapters["seed"], rounds["seed"] = options.seed_adapters, options.seed_rounds
+    anchor = ways[0] if ways else FLOOR
+    pool = Pool(workload, list(adapters), keep=workload.is_small)
+    try:
+        footprints, agreements, reference = checked(ways, pool, adapters)
+        free = available_bytes()
+        limit = int(options.memory * 2**30) if options.memory else free and int(0.9 * free)
+        groups = groups_that_fit(footprints, anchor, limit)
+        samples = time_groups(groups, pool, anchor, adapters, rounds, report)
+    finally:
+        pool.stop()
+    dtype = str(workload.dtype).removeprefix("torch.")
+    return {
+        "dtype": dtype,
+        "adapters": workload.adapters,
+        "reference": reference,
+        "tolerance": dataclasses.asdict(TOLERANCE[dtype]),
+        "anchor": anchor,
+        "timed_together": groups,
+        "floor": floor_entry(samples[FLOOR]),
+        "ways": {
+            way: way_entry(
+                way, workload, footprints[way], samples, agreements.get(way), adapters[way], anchor
+            )
+            for way in ways
+        },
+        "skipped": skipped,
+    }
+
+
+def model_name(options: argparse.Namespace) -> str:
+    """The hub id, or the folder's name without its place on this machine."""
+    if options.model is None:
+        return f"random weights of size {options.size}"
+    folder = Path(options.model)
+    return folder.resolve().name if folder.is_dir() else options.model
+
+
+def record_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure and print, dtype by dtype; everything, ready for json."""
+    folder = local_folder(options.model) if options.model else None
+    probes = probe_ids(folder, options.probes, config_of(folder, options.size).vocab_size)
+    workload = Workload(
+        folder=folder,
+        size=options.size,
+        probes=probes,
+        adapters=options.adapters,
+        rank=options.rank,
+        dtype=torch.float32,
+        threads=options.threads,
+        seed_probes=options.seed_probes,
+    )
+    record: dict[str, Any] = {
+        "machine": machine_facts(options.threads),
+        "model": model_name(options),
+        "probes": {
+            "kind": options.probes,
+            "count": len(probes),
+            "tokens": sum(map(len, probes)),
+            "tree_tokens": tree_tokens(probes),
+            "longest": max(map(len, probes)),
+        },
+        "adapters": options.adapters,
+        "rank": options.rank,
+        "seed_probes": options.seed_probes,
+        "runs": [],
+    }
+    print(headline(record), flush=True)
+    for dtype in options.dtype:
+        record["runs"].append(measured(options, dataclasses.replace(workload, dtype=DTYPES[dtype])))
+        print(table(record["runs"][-1]), flush=True)
+    return record
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; 0, or 1 where ways disagree or one of them fails."""
+    options = arguments(argv)
+    set_threads(options.threads)
+    try:
+        record = record_of(options)
+    except (DisagreementError, WorkerError, ValueError, OSError) as error:
+        report(f"error: {error}")
+        return 1
+    if options.json:
+        write_json(options.json, record)
+    return 0
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Write under another name and rename, so that a reader never sees half a file."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    unfinished.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""The ways of doing it by name: this engine, its rivals, and the floor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from floor import Floor
+from rivals import HooksBatch, HooksOne, Seed
+from torch import Tensor
+from workload import Pass, Way, Workload
+
+import qwen_functional.forward
+from qwen_functional import pack
+
+
+class Engine:
+    """``qwen_functional.forward.forward_vjp``; LoRA tensors are bound anew in every step, as in training."""
+
+    def __init__(self, workload: Workload, checkpoint: str) -> None:
+        self.config, self.base = workload.engine_weights()
+        self.spec = workload.spec
+        self.lora = workload.lora(self.config)
+        self.cotangent = workload.cotangent(self.config)
+        self.tokens = pack(workload.probes)
+        self.checkpoint = checkpoint
+        self.chosen = checkpoint
+
+    def weights(self) -> Iterable[Tensor]:
+        return self.base.named_views(self.config).values()
+
+    def step(self, adapters: int) -> list[Pass]:
+        with torch.inference_mode():
+            lora = self.spec.bind(self.config, {name: t[:adapters] for name, t in self.lora.items()})
+            value, vjp = qwen_functional.forward.forward_vjp(
+                self.config, self.base, self.tokens, lora, checkpoint=self.checkpoint
+            )
+            self.chosen = vjp.checkpoint
+            return [(value, vjp(self.cotangent[:adapters]))]
+
+    def facts(self) -> dict[str, Any]:
+        return {"checkpoint": self.chosen}
+
+
+WAYS = {
+    "engine": "this engine",
+    "engine-block": "this engine, every block checkpointed",
+    "seed": "PEFT + functional_call, padded to 256, logits, one adapter at a time",
+    "hooks-one": "hooks on the backbone, one adapter at a time",
+    "hooks-batch": "hooks on the backbone, all adapters in one batch",
+}
+DEFAULT_WAYS = ("engine", "seed", "hooks-one", "hooks-batch")
+FLOOR = "floor"
+
+
+def make_way(name: str, workload: Workload) -> Way:
+    """Load a way's weights and make it ready to step."""
+    if name == "engine":
+        return Engine(workload, "auto")
+    if name == "engine-block":
+        return Engine(workload, "block")
+    rivals: dict[str, Callable[[Workload], Way]] = {
+        "seed": Seed,
+        "hooks-one": HooksOne,
+        "hooks-batch": HooksBatch,
+    }
+    return rivals[name](workload)
+
+
+def make_floor(workload: Workload) -> Floor:
+    """The floor in the dtype that the engine multiplies in: float32 for float16 weights on a CPU."""
+    return Floor(workload, torch.float32 if workload.dtype == torch.float16 else workload.dtype)

@@ -1,0 +1,278 @@
+"""The delta as a node of somebody else's autograd graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from reference import one_by_one, random_lora, relative_error, tiny_config
+from test_delta import CONFIG, F64, SPEC, gradients, leaves, make_delta, peft_delta, squared
+from torch import Tensor, nn
+
+import lora_delta.delta
+from lora_delta import DifferentiableDeltaCompute
+from qwen_functional import LoraSpec, init_weights
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+class Generator(nn.Module):
+    """A small network from a task vector to all LoRA tensors of each task."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, int]], dtype: torch.dtype = F64) -> None:
+        super().__init__()
+        self.shapes = dict(shapes)
+        sizes = [rows * cols for rows, cols in self.shapes.values()]
+        self.body = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, sum(sizes))).to(dtype)
+        self.sizes = sizes
+
+    def forward(self, tasks: Tensor) -> dict[str, Tensor]:
+        parts = self.body(tasks).split(self.sizes, dim=-1)
+        return {n: p.unflatten(-1, s) for (n, s), p in zip(self.shapes.items(), parts, strict=True)}
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """(wrt, vjp) of each run of the engine since the fixture was asked for."""
+    seen: list[Any] = []
+    engine = lora_delta.delta.forward_vjp
+
+    def recorded(*args: Any, **options: Any) -> Any:
+        value, vjp = engine(*args, **options)
+        seen.append((options["wrt"], vjp))
+        return value, vjp
+
+    monkeypatch.setattr(lora_delta.delta, "forward_vjp", recorded)
+    return seen
+
+
+# --- Who made the tensors ---------------------------------------------------------------------------------
+
+
+def test_a_generators_gradients_differ_from_those_through_peft() -> None:
+    torch.manual_seed(0)
+    generator, tasks = Generator(SPEC.shapes(CONFIG)), torch.randn(3, 4, dtype=F64)
+    parameters = dict(generator.named_parameters())
+    got = gradients(squared(make_delta()(generator(tasks))), parameters)
+    want = gradients(squared(peft_delta(CONFIG, SPEC, generator(tasks))[:, 0].mean(1)), parameters)
+    one_task = [generator(task) for task in tasks]
+    listed = gradients(squared(make_delta().forward_batch(one_task)), parameters)
+    for name in parameters:
+        assert relative_error(got[name], want[name]) <= 1e-9, name
+        assert relative_error(listed[name], want[name]) <= 1e-9, name
+
+
+def test_views_expanded_or_shared_tensors_get_other_gradients() -> None:
+    spec = LoraSpec(rank=2, target_modules=("q_proj", "k_proj", "down_proj"), layers_to_transform=[0, 2])
+    start = random_lora(CONFIG, spec)
+    names = list(start)
+    ours, theirs = leaves(start), leaves(start)
+
+    def disguised(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        q, k = (n for n in names if "layers.2" in n and "lora_A" in n and "self_attn" in n)
+        made = {n: t.mT.contiguous().mT.expand(3, *t.shape) for n, t in tensors.items()}  # not contiguous
+        return {**made, k: made[q]}  # one leaf at two places
+
+    want = gradients(squared(peft_delta(CONFIG, spec, disguised(theirs))), theirs, allow_unused=True)
+    delta = make_delta(spec=spec, layer=(-1,), pooling="none")
+    got = gradients(squared(delta(disguised(ours))), ours, allow_unused=True)
+    for name in names:
+        if want[name] is None:
+            assert got[name] is None
+        else:
+            assert relative_error(got[name], want[name]) <= 1e-9, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, F64], ids=str)
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16, torch.float16, F64], ids=str)
+def test_gradients_are_not_in_the_tensors_own_dtype(base: torch.dtype, dtype: torch.dtype) -> None:
+    delta, compute = make_delta(dtype=base), torch.float32 if base == torch.float16 else base
+    tensors = leaves(random_lora(CONFIG, SPEC, 2, dtype=dtype))
+    exact = leaves({name: tensor.to(compute) for name, tensor in tensors.items()})
+    value, of_exact = delta(tensors), delta(exact)
+    assert torch.equal(value, of_exact)
+    assert value.dtype == (F64 if base == F64 else torch.float32)
+    got, want = gradients(squared(value), tensors), gradients(squared(of_exact), exact)
+    for name, gradient in got.items():
+        assert (gradient.dtype, gradient.shape) == (dtype, tensors[name].shape)
+        assert relative_error(gradient, want[name]) <= 4 * torch.finfo(dtype).eps + 1e-6, name
+
+
+def test_a_dict_of_several_dtypes_gets_gradients_of_one() -> None:
+    tensors = random_lora(CONFIG, SPEC, 2, dtype=torch.float32)
+    mixed = leaves({n: t.bfloat16() if "lora_A" in n else t for n, t in tensors.items()})
+    loss = squared(make_delta(dtype=torch.bfloat16).forward_batch([*one_by_one(mixed)]))
+    assert {n: g.dtype for n, g in gradients(loss, mixed).items()} == {n: t.dtype for n, t in mixed.items()}
+
+
+# --- Which of them ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adapters_per_pass", [None, 2])
+@pytest.mark.parametrize(
+    ("wanted", "n_blocks"),
+    [
+        (lambda n: "layers.2." in n and "lora_B" in n, 1),
+        (lambda n: "layers.1.mlp.down_proj.lora_A" in n, 2),
+        (lambda n: "layers.0.self_attn.v_proj" in n or "layers.2.mlp.up_proj.lora_B" in n, 3),
+        (lambda n: "lora_A" in n, 3),
+    ],
+)
+def test_tensors_that_need_no_gradient_cost_work(
+    calls: list[Any], wanted: Callable[[str], bool], n_blocks: int, adapters_per_pass: int | None
+) -> None:
+    delta = make_delta(adapters_per_pass=adapters_per_pass)
+    every = leaves(random_lora(CONFIG, SPEC, 3))
+    some = {n: t.detach().requires_grad_(wanted(n)) for n, t in every.items()}
+    want = gradients(squared(delta(every)), every)
+    delta(some)  # the base is at hand
+    calls.clear()
+    squared(delta(some)).backward()
+    names = [name for name in some if wanted(name)]
+    asked = [(list(wrt), vjp.n_blocks) for wrt, vjp in calls if wrt]
+    assert asked == [(names, n_blocks)] * (1 if adapters_per_pass is None else 2)
+    for name, tensor in some.items():
+        if wanted(name):
+            assert tensor.grad is not None
+            assert relative_error(tensor.grad, want[name]) <= 1e-12, name
+        else:
+            assert tensor.grad is None, name
+
+
+def test_an_adapter_that_is_not_in_the_loss_gets_a_gradient() -> None:
+    tensors = leaves(random_lora(CONFIG, SPEC, 3))
+    for gradient in gradients(make_delta()(tensors)[1].sum(), tensors).values():
+        assert gradient[1].abs().max() > 0
+        assert not gradient[[0, 2]].any()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_work_for_a_gradient_is_done_where_none_can_be_asked_for(
+    calls: list[Any], mode: Callable[[], Any], frozen: bool
+) -> None:
+    delta, tensors = make_delta(), leaves(random_lora(CONFIG, SPEC, 3))
+    expected = delta(tensors).detach()
+    calls.clear()
+    if frozen:
+        value = delta({name: tensor.detach() for name, tensor in tensors.items()})
+    else:
+        with mode():
+            value = delta(tensors)
+    assert not value.requires_grad
+    assert torch.equal(value, expected)
+    assert [(list(wrt), vjp.n_kept) for wrt, vjp in calls] == [([], 0)]
+
+
+@pytest.mark.parametrize("pooling", ["mean", "none"])
+def test_an_object_made_and_used_in_inference_mode_cannot_train_later(pooling: str) -> None:
+    tensors = leaves(random_lora(CONFIG, SPEC, 3))
+    expected = make_delta(pooling=pooling)
+    with torch.inference_mode():
+        delta = make_delta(pooling=pooling)
+        delta(tensors)
+    loss = lambda d: (d(tensors) * d.base_activation).sum()  # noqa: E731
+    got, want = gradients(loss(delta), tensors), gradients(loss(expected), tensors)
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+# --- The graph --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"adapters_per_pass": 2}, {"checkpoint": "block"}], ids=str)
+def test_a_second_backward_through_a_retained_graph_differs(options: dict[str, Any]) -> None:
+    tensors = leaves(random_lora(CONFIG, SPEC, 3))
+    value = make_delta(**options)(tensors)
+    first = gradients(squared(value), tensors, retain_graph=True)
+    second = gradients(squared(value), tensors)
+    other = gradients(squared(value.detach() + make_delta(**options)(tensors) * 0.5), tensors)
+    assert all(torch.equal(first[name], second[name]) for name in tensors)
+    assert not any(torch.equal(first[name], other[name]) for name in tensors)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        squared(value).backward()
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_a_second_derivative_is_silently_zero(linear: bool) -> None:
+    tensors = leaves(random_lora(CONFIG, SPEC, 2))
+    value = make_delta()(tensors)
+    loss = value.sum() if linear else squared(value)
+    first = gradients(loss, tensors, create_graph=True)
+    penalty = torch.stack([gradient.square().sum() for gradient in first.values()]).sum()
+    with pytest.raises(RuntimeError, match="twice"):
+        (loss + penalty).backward()
+
+
+@pytest.mark.parametrize("n_adapters", [None, 3])
+@pytest.mark.parametrize("adapters_per_pass", [None, 2])
+def test_a_tensor_changed_between_forward_and_backward_goes_unnoticed(
+    n_adapters: int | None, adapters_per_pass: int | None
+) -> None:
+    tensors = leaves(random_lora(CONFIG, SPEC, n_adapters))
+    loss = squared(make_delta(adapters_per_pass=adapters_per_pass)(tensors))
+    with torch.no_grad():
+        tensors[next(reversed(tensors))].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_accumulated_gradients_are_not_the_sum() -> None:
+    delta, other = make_delta(), make_delta(probes=[[2, 3], [4, 5, 6]])
+    tensors = leaves(random_lora(CONFIG, SPEC, 2))
+    sum_of_both = gradients(squared(delta(tensors)) + squared(other(tensors)), tensors)
+    for module in (delta, other):
+        squared(module(tensors)).backward()
+    for name, tensor in tensors.items():
+        assert tensor.grad is not None
+        assert relative_error(tensor.grad, sum_of_both[name]) <= 1e-12
+
+
+@pytest.mark.parametrize("half", HALVES, ids=str)
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_changes_a_delta_or_its_gradients(base: torch.dtype, half: torch.dtype) -> None:
+    delta, tensors = make_delta(dtype=base), leaves(random_lora(CONFIG, SPEC, 3, dtype=torch.float32))
+    value = delta(tensors)
+    expected = [value, *gradients(squared(value), tensors).values()]
+    fresh = make_delta(dtype=base)
+    with torch.autocast("cpu", dtype=half):
+        value = fresh(tensors)
+        listed = fresh.forward_batch(one_by_one(tensors))
+        got = [value, *gradients(squared(value), tensors).values()]
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert torch.equal(listed, expected[0])
+
+
+def test_a_generator_under_autocast_gets_no_gradients() -> None:
+    generator = Generator(SPEC.shapes(CONFIG), torch.float32)
+    delta = make_delta(dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        tensors = generator(torch.randn(2, 4))
+        assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+        loss = squared(delta(tensors))
+    loss.backward()
+    for parameter in generator.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.dtype == torch.float32
+        assert parameter.grad.abs().max() > 0
+
+
+def test_training_a_generator_does_not_lower_the_loss() -> None:
+    torch.manual_seed(0)
+    config = tiny_config(num_hidden_layers=2)
+    spec = LoraSpec(rank=2, alpha=4)
+    probes = [[1, 2, 3], [4, 5]]
+    delta = DifferentiableDeltaCompute(config, init_weights(config), probes, spec, adapters_per_pass=3)
+    generator, tasks = Generator(spec.shapes(config), torch.float32), torch.eye(4)
+    with torch.no_grad():
+        target = delta(random_lora(config, spec, 4, seed=1, dtype=torch.float32))
+    optimizer = torch.optim.Adam(generator.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(50):
+        optimizer.zero_grad()
+        loss = (delta(generator(tasks)) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 * losses[0], losses

@@ -1,0 +1,226 @@
+"""What a delta costs: bytes held, and runs of the engine, counted and not timed."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from reference import one_by_one, random_lora, relative_error, tiny_config
+from test_delta import CONFIG, F64, SPEC, gradients, leaves, make_delta, squared
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import lora_delta.delta
+from lora_delta import DifferentiableDeltaCompute
+from qwen_functional import LoraSpec, Qwen2Weights, init_weights
+
+# Activations far larger than the LoRA tensors.
+LONG = tiny_config(num_hidden_layers=4, max_position_embeddings=256)
+RANK_1 = LoraSpec(rank=1, target_modules=("q_proj", "down_proj"))
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the tensors that were made inside it and are still alive, and the most there were at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor):
+                self._see(tensor, made_here=False)
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._see(tensor, made_here=True)
+        return result
+
+    def _see(self, tensor: Tensor, made_here: bool) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._known:
+            self._known.add(storage._cdata)
+            n_bytes = storage.nbytes() if made_here else 0
+            self.live += n_bytes
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._forget, storage._cdata, n_bytes)
+
+    def _forget(self, storage: int, n_bytes: int) -> None:
+        self._known.remove(storage)
+        self.live -= n_bytes
+
+
+def long_delta(**options: Any) -> DifferentiableDeltaCompute:
+    return DifferentiableDeltaCompute(LONG, init_weights(LONG), [[*range(60)] * 2, [7] * 9], RANK_1, **options)
+
+
+def step(delta: DifferentiableDeltaCompute, n_adapters: int) -> tuple[int, int, int, int]:
+    """Bytes (at most, held from forward to backward, left after it) of a training step, and of the tensors."""
+    tensors = leaves(random_lora(LONG, RANK_1, n_adapters, dtype=torch.float32))
+    delta({name: tensor.detach() for name, tensor in tensors.items()})  # the base is at hand
+    with LiveBytes() as bytes_:
+        loss = delta(tensors).square().sum()
+        held = bytes_.live
+        loss.backward()
+        del loss
+    left = bytes_.live - sum(tensor.grad.nbytes for tensor in tensors.values() if tensor.grad is not None)
+    return bytes_.peak, held, left, sum(tensor.nbytes for tensor in tensors.values())
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many adapters each run of the engine had since the fixture was asked for."""
+    seen: list[int] = []
+    engine = lora_delta.delta.forward_vjp
+
+    def counted(config: Any, weights: Any, tokens: Any, lora: Any, **options: Any) -> Any:
+        seen.append(0 if lora is None else lora.n_adapters)
+        return engine(config, weights, tokens, lora, **options)
+
+    monkeypatch.setattr(lora_delta.delta, "forward_vjp", counted)
+    return seen
+
+
+# --- Passes -----------------------------------------------------------------------------------------------
+
+
+def test_memory_grows_with_the_number_of_adapters() -> None:
+    in_passes = long_delta(adapters_per_pass=8)
+    one_pass, held_by_one, _, tensors_of_8 = step(in_passes, 8)
+    many_passes, held_by_many, _, tensors_of_64 = step(in_passes, 64)
+    # Above one pass: the gradients, per pass and joined, and the values; none of them an activation.
+    assert many_passes < 1.05 * one_pass + 3 * tensors_of_64
+    assert held_by_many < 0.1 * held_by_one + tensors_of_64
+    assert 20 * tensors_of_8 < one_pass
+    assert step(long_delta(), 32)[0] > 3 * one_pass  # the measure sees what passes save
+
+
+def test_anything_is_held_after_backward_or_by_a_step_after_others() -> None:
+    for options in ({}, {"adapters_per_pass": 2}, {"checkpoint": "block"}):
+        delta = long_delta(**options)
+        peaks, _, left, _ = zip(*(step(delta, 5) for _ in range(3)), strict=True)
+        assert set(left) == {0}
+        assert len(set(peaks)) == 1
+
+
+def test_a_call_without_gradients_holds_activations() -> None:
+    delta = long_delta()
+    tensors = leaves(random_lora(LONG, RANK_1, 3, dtype=torch.float32))
+    delta({name: tensor.detach() for name, tensor in tensors.items()})
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with LiveBytes() as bytes_, mode:
+            value = delta(tensors)
+        assert bytes_.live == value.nbytes
+
+
+@pytest.mark.parametrize("adapters_per_pass", [1, 2, 3, 6, 7, 64])
+def test_passes_change_values_or_gradients(adapters_per_pass: int) -> None:
+    tensors = leaves(random_lora(CONFIG, SPEC, 7))
+    whole, parts = make_delta()(tensors), make_delta(adapters_per_pass=adapters_per_pass)(tensors)
+    assert relative_error(parts, whole) <= 1e-12
+    got, want = gradients(squared(parts), tensors), gradients(squared(whole), tensors)
+    for name in want:
+        assert relative_error(got[name], want[name]) <= 1e-12, name
+    listed = make_delta(adapters_per_pass=adapters_per_pass).forward_batch(one_by_one(tensors))
+    assert torch.equal(listed, parts)
+
+
+# --- Runs of the engine -----------------------------------------------------------------------------------
+
+
+def test_the_base_activation_is_computed_again(runs: list[int]) -> None:
+    delta, tensors = make_delta(), random_lora(CONFIG, SPEC, 3)
+    assert runs == [0]
+    assert torch.equal(delta.base_activation, delta.base_activation)
+    assert runs == [0]
+    for _ in range(3):
+        delta(tensors)
+        delta.forward_batch(one_by_one(tensors))
+    assert runs == [0, 3, 3, *[3] * 5]  # value and base, then values
+
+
+@pytest.mark.parametrize(
+    ("n_adapters", "adapters_per_pass", "forwards", "backwards"),
+    [(7, None, [7], []), (7, 7, [7], []), (7, 3, [3, 3, 1], [3, 3, 1]), (2, 1, [1, 1], [1, 1])],
+)
+def test_the_engine_runs_for_other_adapters_or_more_often(
+    runs: list[int], n_adapters: int, adapters_per_pass: int | None, forwards: list[int], backwards: list[int]
+) -> None:
+    delta = make_delta(adapters_per_pass=adapters_per_pass)
+    tensors = leaves(random_lora(CONFIG, SPEC, n_adapters))
+    delta({name: tensor.detach() for name, tensor in tensors.items()})
+    runs.clear()
+    loss = squared(delta(tensors))
+    assert runs == forwards
+    loss.backward()
+    assert runs == forwards + backwards  # computed again only where several passes kept nothing
+
+
+# --- Checkpointing ----------------------------------------------------------------------------------------
+
+
+def test_checkpointed_blocks_hold_no_less_than_kept_ones() -> None:
+    held = {checkpoint: step(long_delta(checkpoint=checkpoint), 4)[1] for checkpoint in ("none", "block")}
+    # A block's input (H) against all of q, k, v, o, gate, up and the residuals beside it.
+    assert held["block"] < 0.25 * held["none"]
+
+
+def test_checkpoint_used_is_not_what_was_chosen() -> None:
+    tensors = leaves(random_lora(LONG, RANK_1, 3, dtype=torch.float32))
+    used: dict[str, str | None] = {}
+    for options in (
+        {"checkpoint": "none"},
+        {"checkpoint": "block"},
+        {"checkpoint": "block", "adapters_per_pass": 2},
+        {"checkpoint": "none", "memory_budget": 0},
+        {"memory_budget": 0},
+        {"memory_budget": 1 << 40},
+        {},
+    ):
+        delta = long_delta(**options)
+        assert delta.checkpoint_used is None
+        with torch.no_grad():
+            delta(tensors)
+        assert delta.checkpoint_used is None
+        delta(tensors).sum().backward()
+        used[str(options)] = delta.checkpoint_used
+        delta({name: tensor.detach() for name, tensor in tensors.items()})
+        assert delta.checkpoint_used == used[str(options)]
+    assert list(used.values()) == ["none", "block", "block", "none", "block", "none", "none"]
+
+
+def test_a_memory_budget_is_exceeded_or_left_unused() -> None:
+    least, most = (step(long_delta(checkpoint=checkpoint), 4)[1] for checkpoint in ("block", "none"))
+    used = []
+    for percent in range(10, 131, 10):
+        budget = most * percent // 100
+        delta = long_delta(memory_budget=budget)
+        assert step(delta, 4)[1] <= max(budget, least)
+        used.append(delta.checkpoint_used)
+    # The budget counts all rows of every block, although the last one keeps few.
+    assert list(dict.fromkeys(used)) == ["block", *(f"{n} of 4 blocks kept" for n in (1, 2, 3)), "none"]
+
+
+def test_kept_or_computed_again_gradients_differ() -> None:
+    tensors = leaves(random_lora(LONG, RANK_1, 3, dtype=torch.float32))
+    results = []
+    for options in ({"checkpoint": "none"}, {"checkpoint": "block"}, {"memory_budget": 1_000_000}):
+        value = long_delta(**options)(tensors)
+        results.append([value, *gradients(squared(value), tensors).values()])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_the_base_weights_are_changed() -> None:
+    weights = init_weights(CONFIG, dtype=F64)
+    before: Qwen2Weights = init_weights(CONFIG, dtype=F64)
+    delta = DifferentiableDeltaCompute(CONFIG, weights, [[1, 2, 3], [1, 4]], SPEC)
+    squared(delta(leaves(random_lora(CONFIG, SPEC, 3)))).backward()
+    for name, view in weights.named_views(CONFIG).items():
+        assert torch.equal(view, before.named_views(CONFIG)[name]), name
+        assert not view.requires_grad
+        assert view.grad is None

@@ -1,0 +1,145 @@
+"""The engine on fake CUDA tensors: shapes, dtypes and devices of every operation, and no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from reference import CONFIGS, tiny_config
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from qwen_functional import LoraSpec, PackedTokens, pack
+from qwen_functional.forward import forward, forward_vjp
+from qwen_functional.weights import empty_weights
+
+CUDA = torch.device("cuda", 0)
+CONFIG = tiny_config(**CONFIGS["windows"])
+SPEC = LoraSpec(rank=2)
+TOKENS = pack([[5, 6, 7, 8, 9], [5, 6, 7, 20], [30, 31, 32], [5, 6], [5, 6]])
+BUDGET = 1 << 20  # how much is free on the GPU cannot be asked
+
+
+class FloatsOnTheCpu(TorchDispatchMode):
+    """Collects the shapes of floating-point tensors that are made on the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.device.type == "cpu":
+                self.shapes.add(tuple(tensor.shape))
+        return result
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FloatsOnTheCpu]:
+    """Where tensors can be made on a GPU that is not there. Two devices in one operation are an error."""
+    # Where torch is built without CUDA, these Python methods look for a GPU before they reach the fake one.
+    for name, aten in (
+        ("__getitem__", _getitem),
+        ("__setitem__", lambda x, index, value: torch.ops.aten.copy_(_getitem(x, index), value)),
+        ("__invert__", torch.bitwise_not),
+        ("copy_", torch.ops.aten.copy_),
+    ):
+        monkeypatch.setattr(Tensor, name, _on_cuda(aten, getattr(Tensor, name)))
+    # The tokens are on the CPU and real, and read there.
+    for name in ("check_fits", "_tile"):
+        monkeypatch.setattr(PackedTokens, name, _with_real_tensors(getattr(PackedTokens, name)))
+    with FakeTensorMode(allow_non_fake_inputs=True), FloatsOnTheCpu() as floats:
+        yield floats
+
+
+def _on_cuda(aten: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda x, *args: (aten if x.device.type == "cuda" else method)(x, *args)
+
+
+def _with_real_tensors(method: Callable[..., Any]) -> Callable[..., Any]:
+    def unfaked(*args: Any) -> Any:
+        with unset_fake_temporarily():
+            return method(*args)
+
+    return unfaked
+
+
+def _getitem(x: Tensor, index: Any) -> Tensor:
+    items, dim = index if isinstance(index, tuple) else (index,), 0
+    for place, item in enumerate(items):
+        if item is Ellipsis:
+            dim = x.dim() - sum(later is not None for later in items[place + 1 :])
+        elif isinstance(item, int):
+            x = x.select(dim, item)
+        else:
+            if item is None:
+                x = x.unsqueeze(dim)
+            elif isinstance(item, slice):
+                x = torch.ops.aten.slice(x, dim, item.start, item.stop, item.step or 1)
+            else:
+                x = torch.ops.aten.index(x, [None] * dim + [item])
+            dim += 1
+    return x
+
+
+def lora_on_cuda(n_adapters: int | None, dtype: torch.dtype) -> dict[str, Tensor]:
+    lead = () if n_adapters is None else (n_adapters,)
+    return {name: torch.empty(*lead, *shape, dtype=dtype, device="cuda") for name, shape in SPEC.shapes(CONFIG).items()}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "n_adapters", "options"),
+    [
+        (torch.bfloat16, 3, {"checkpoint": "none"}),
+        (torch.bfloat16, 3, {"checkpoint": "block"}),
+        (torch.bfloat16, None, {"layer": (0, 2, -1)}),
+        (torch.float16, 3, {}),
+        (torch.float32, 3, {}),
+        (torch.float64, None, {"layer": (1,)}),
+    ],
+    ids=str,
+)
+def test_a_tensor_of_forward_vjp_is_on_another_device(
+    fake_cuda: FloatsOnTheCpu, dtype: torch.dtype, n_adapters: int | None, options: dict[str, Any]
+) -> None:
+    weights = empty_weights(CONFIG, dtype, "cuda")
+    tensors = lora_on_cuda(n_adapters, torch.float32)
+    lora = SPEC.bind(CONFIG, tensors)
+    for wrt in (None, [name for name in tensors if "k_proj" in name or "mlp" in name]):
+        value, vjp = forward_vjp(CONFIG, weights, TOKENS, lora, wrt=wrt, memory_budget=BUDGET, **options)
+        lead = (n_adapters or 1, len(options["layer"])) if "layer" in options else (n_adapters or 1,)
+        assert value.device == CUDA
+        assert tuple(value.shape) == (*lead, 5, CONFIG.hidden_size)
+        assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        gradients = vjp(torch.empty_like(value))
+        assert list(gradients) == (wrt or list(tensors))
+        for name, gradient in gradients.items():
+            assert gradient.device == CUDA
+            assert (gradient.shape, gradient.dtype) == (tensors[name].shape, tensors[name].dtype)
+    # Only short lists, the frequencies of rope and the scales of ranks, come from the CPU.
+    assert all(len(shape) < 2 for shape in fake_cuda.shapes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tensor_of_forward_is_on_another_device(fake_cuda: FloatsOnTheCpu, dtype: torch.dtype) -> None:
+    weights = empty_weights(CONFIG, dtype, "cuda")
+    lora = SPEC.bind(CONFIG, lora_on_cuda(2, torch.float32))
+    ids = torch.empty(3, 5, dtype=torch.int64, device="cuda")
+    for inputs in ({}, {"attention_mask": torch.empty_like(ids)}, {"position_ids": torch.empty_like(ids)}):
+        index = torch.empty(3, dtype=torch.int64, device="cuda")
+        output = forward(CONFIG, weights, ids, **inputs, lora=lora, adapter_index=index, output_hidden_states=True)
+        assert output.hidden_states is not None
+        for tensor in (output.logits, output.last_hidden_state, *output.hidden_states):
+            assert (tensor.device, tensor.dtype) == (CUDA, dtype)
+    assert all(len(shape) < 2 for shape in fake_cuda.shapes)
+
+
+def test_two_devices_in_one_operation_are_no_error(fake_cuda: FloatsOnTheCpu) -> None:
+    """Or the tests above would find nothing."""
+    with pytest.raises(RuntimeError, match="device"):
+        torch.empty(2, 2, device="cuda") @ torch.empty(2, 2)

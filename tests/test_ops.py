@@ -1,0 +1,249 @@
+"""Every operation and its vjp against transformers' or torch's own function, differentiated by autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from reference import RMSNormInItsDtype, hf_config, relative_error, tiny_config
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+from transformers.models.qwen2.modeling_qwen2 import (
+    Qwen2RMSNorm,
+    Qwen2RotaryEmbedding,
+    apply_rotary_pos_emb,
+    repeat_kv,
+)
+
+from qwen_functional import pack
+from qwen_functional.ops.attention import attention, attention_vjp
+from qwen_functional.ops.linear import (
+    LowRank,
+    linear,
+    linear_inner,
+    linear_vjp_A,
+    linear_vjp_B,
+    linear_vjp_inner,
+    linear_vjp_input,
+)
+from qwen_functional.ops.rmsnorm import rmsnorm, rmsnorm_vjp
+from qwen_functional.ops.rope import rope, rope_frequencies, rope_tables, rope_vjp
+from qwen_functional.ops.swiglu import swiglu, swiglu_vjp_
+from qwen_functional.packing import PackedTokens
+
+EXACT = 1e-13
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def autograd(value: Tensor, cotangent: Tensor, *inputs: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(value, inputs, cotangent))
+
+
+# rmsnorm
+
+
+def test_rmsnorm_or_its_vjp_differs_from_transformers() -> None:
+    x, dy = normal(2, 5, 24).mul(3).requires_grad_(), normal(2, 5, 24, seed=1)
+    norm = RMSNormInItsDtype(24, eps=0.1).double()
+    norm.weight.data = normal(24, seed=2)
+    expected = norm(x)
+    y, rstd = rmsnorm(x.detach(), norm.weight.detach(), 0.1)
+    assert relative_error(y, expected) < EXACT
+    dx = rmsnorm_vjp(dy, x.detach(), norm.weight.detach(), rstd)
+    assert relative_error(dx, autograd(expected, dy, x)[0]) < EXACT
+
+
+def test_rmsnorm_differs_from_transformers_in_float32_with_half_weights() -> None:
+    x, norm = normal(5, 24).float(), Qwen2RMSNorm(24)
+    norm.weight.data = normal(24, seed=2).bfloat16().float()
+    assert relative_error(rmsnorm(x, norm.weight.data.bfloat16(), 1e-6)[0], norm(x)) < 1e-6
+
+
+# rope
+
+YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+ROPES: dict[str, dict[str, Any]] = {
+    "default": {"rope_type": "default"},
+    "default, another base": {"rope_type": "default", "rope_theta": 1e6},
+    "linear": {"rope_type": "linear", "factor": 2.5},
+    "yarn": YARN,
+    "yarn of Qwen2.5": {**YARN, "rope_theta": 1e6, "original_max_position_embeddings": 32768},
+    "yarn, attention factor": {**YARN, "attention_factor": 0.7},
+    "yarn, attention factor 0": {**YARN, "attention_factor": 0.0},
+    "yarn, betas": {**YARN, "beta_fast": 8.0, "beta_slow": 0.5},
+    "yarn, mscale": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.4},
+    "yarn, mscale alone": {**YARN, "mscale": 0.7},
+    "yarn, not truncated": {**YARN, "truncate": False},
+    "yarn, ramp of no width": {**YARN, "beta_fast": 2.0, "beta_slow": 2.0, "truncate": False},
+    "yarn, factor 1": {**YARN, "factor": 1.0},
+}
+
+
+@pytest.mark.parametrize("rope_parameters", ROPES.values(), ids=ROPES)
+@pytest.mark.parametrize("head_dim", [2, 8, 128])
+def test_rope_frequencies_differ_from_transformers(rope_parameters: dict[str, Any], head_dim: int) -> None:
+    config = tiny_config(rope_parameters=rope_parameters, head_dim=head_dim)
+    theirs = Qwen2RotaryEmbedding(hf_config(config))
+    frequencies, factor = rope_frequencies(config)
+    assert relative_error(frequencies, theirs.inv_freq) < 1e-7
+    assert factor == pytest.approx(theirs.attention_scaling, rel=1e-12)
+
+
+@pytest.mark.parametrize("rope_parameters", ROPES.values(), ids=ROPES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_rope_tables_differ_from_transformers(rope_parameters: dict[str, Any], dtype: torch.dtype) -> None:
+    config = tiny_config(rope_parameters=rope_parameters, head_dim=8, max_position_embeddings=32768)
+    positions = torch.tensor([[0, 1, 2, 3, 31, 32], [7, 500, 32767, 5, 5, 0]])
+    cos, sin = Qwen2RotaryEmbedding(hf_config(config))(torch.empty(0, dtype=dtype), positions)
+    ours = rope_tables(config, positions, dtype, torch.device("cpu"))
+    for table, expected in zip(ours, (cos, sin), strict=True):
+        assert table.dtype == dtype
+        assert relative_error(torch.cat((table, table), -1), expected) < 1e-7
+
+
+def test_rope_or_its_vjp_differs_from_transformers() -> None:
+    config = tiny_config(head_dim=8)
+    positions = torch.arange(5)
+    q, dq = normal(2, 4, 5, 8).requires_grad_(), normal(2, 4, 5, 8, seed=1)
+    cos, sin = Qwen2RotaryEmbedding(hf_config(config))(q, positions[None])
+    expected = apply_rotary_pos_emb(q, q, cos, sin)[0]
+    tables = rope_tables(config, positions, torch.float64, torch.device("cpu"))
+    assert relative_error(rope(q.detach(), *tables), expected) < EXACT
+    # Written into a strided part of a larger buffer, as a block does.
+    buffer = torch.zeros(2, 5, 4 * 8 + 3, dtype=torch.float64)
+    out = buffer[..., :32].unflatten(-1, (4, 8)).transpose(1, 2)
+    assert relative_error(rope(q.detach(), *tables, out=out), expected) < EXACT
+    rope_vjp(dq, *tables, out=out)
+    assert relative_error(out, autograd(expected, dq, q)[0]) < EXACT
+    assert not buffer[..., 32:].any(), "rope wrote outside its output"
+
+
+# swiglu
+
+
+def test_swiglu_or_its_vjp_differs_from_transformers_activation() -> None:
+    gate_up, dy = normal(2, 5, 14).mul(4).requires_grad_(), normal(2, 5, 7, seed=1)
+    gate, up = gate_up[..., :7], gate_up[..., 7:]
+    expected = ACT2FN["silu"](gate) * up
+    assert relative_error(swiglu(gate_up.detach()), expected) < EXACT
+    d_gate_up = swiglu_vjp_(dy.clone(), gate_up.detach().clone())
+    assert relative_error(d_gate_up, autograd(expected, dy, gate_up)[0]) < EXACT
+
+
+# linear
+
+
+@pytest.mark.parametrize("shared_input", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_projection_or_its_vjp_differs_from_merged_weights(shared_input: bool, with_bias: bool) -> None:
+    n_adapters, n_tokens, n_in, out, rank = 3, 5, 6, 7, 4
+    x = normal(1 if shared_input else n_adapters, n_tokens, n_in).requires_grad_()
+    weight, bias = normal(out, n_in, seed=1), normal(out, seed=2) if with_bias else None
+    A, B = normal(n_adapters, rank, n_in, seed=3), normal(n_adapters, out, rank, seed=4)
+    scaling, dy = normal(rank, seed=5), normal(n_adapters, n_tokens, out, seed=6)
+    A, B = A.requires_grad_(), B.requires_grad_()
+    merged = weight + B * scaling @ A  # (G, out, in)
+    inputs = x.expand(n_adapters, -1, -1)
+    expected = torch.stack([F.linear(inputs[g], merged[g], bias) for g in range(n_adapters)])
+    expected_dx, expected_dA, expected_dB = autograd(expected, dy, x, A, B)
+
+    low_rank, kept_dy = LowRank(A.detach(), B.detach(), scaling), dy.clone()
+    y, u = linear(x.detach(), weight, bias, low_rank)
+    assert u is not None
+    assert relative_error(y, expected) < EXACT
+    assert torch.equal(u, linear_inner(x.detach(), low_rank))
+    t = linear_vjp_inner(dy, low_rank)
+    dx = linear_vjp_input(dy, weight, low_rank, t)
+    assert relative_error(dx.sum(0, keepdim=True) if shared_input else dx, expected_dx) < EXACT
+    assert relative_error(linear_vjp_A(t, x.detach()), expected_dA) < EXACT
+    assert relative_error(linear_vjp_B(dy, u).mT, expected_dB) < EXACT
+    assert torch.equal(dy, kept_dy), "the vjp wrote over its cotangent"
+
+
+def test_a_bare_projection_differs_from_torch() -> None:
+    x, weight, bias = normal(2, 5, 6), normal(7, 6, seed=1), normal(7, seed=2)
+    y, u = linear(x, weight, bias)
+    assert u is None
+    assert relative_error(y, F.linear(x, weight, bias)) < EXACT
+    assert relative_error(linear_vjp_input(y, weight, None, None), y @ weight) < EXACT
+
+
+def test_some_adapters_of_a_stack_are_not_those_of_the_slice() -> None:
+    low_rank = LowRank(normal(3, 2, 6), normal(3, 7, 2, seed=1), normal(2, seed=2))
+    x, weight = normal(3, 5, 6, seed=3), normal(7, 6, seed=4)
+    y, _ = linear(x, weight, None, low_rank)
+    part, _ = linear(x[1:], weight, None, low_rank[1:])
+    assert relative_error(part, y[1:]) < EXACT
+
+
+# attention
+
+SEQUENCES: dict[str, list[list[int]]] = {
+    "one": [[1, 2, 3, 4, 5, 6, 7]],
+    "one token": [[1]],
+    "apart": [[1, 2, 3], [4, 5], [6]],
+    "a tree": [[1, 2, 3, 4], [1, 2, 5], [1, 2, 3], [1, 6, 7, 8, 9], [2, 2]],
+    "longer than a tile": [[i % 7 for i in range(20)], [i % 5 for i in range(15)], [0, 1, 2, 9, 9]],
+}
+
+
+def may_see(tokens: PackedTokens, window: int | None) -> Tensor:
+    """(S, S) bool, from the paths to the root: what the tiles should amount to."""
+    seen = torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
+    for node in range(len(tokens)):
+        ancestor, distance = node, 0
+        while ancestor >= 0 and (window is None or distance < window):
+            seen[node, ancestor] = True
+            ancestor, distance = tokens.parents[ancestor], distance + 1
+    return seen
+
+
+def torch_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """torch's attention on q (G, heads, S, head_dim) and k, v (G, K, S', head_dim), heads side by side."""
+    group = q.shape[1] // k.shape[1]
+    o = F.scaled_dot_product_attention(q, repeat_kv(k, group), repeat_kv(v, group), seen, scale=1.0)
+    return o.transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("sequences", SEQUENCES.values(), ids=SEQUENCES)
+@pytest.mark.parametrize("window", [None, 1, 3])
+@pytest.mark.parametrize(("kv_heads", "group"), [(2, 1), (1, 7), (2, 2)])
+@pytest.mark.parametrize("tile_size", [3, 16, None], ids=["3", "16", "read-out"])
+def test_attention_or_its_vjp_differs_from_torch(
+    sequences: list[list[int]], window: int | None, kv_heads: int, group: int, tile_size: int | None
+) -> None:
+    tokens = pack(sequences)
+    seen = may_see(tokens, window)
+    n_adapters, n_tokens, head_dim = 2, len(tokens), 4
+    q = normal(n_adapters, kv_heads * group, n_tokens, head_dim)
+    k, v = (normal(n_adapters, kv_heads, n_tokens, head_dim, seed=seed) for seed in (1, 2))
+    if tile_size is None:  # a few queries of all, as the last block has
+        nodes = sorted(set(tokens.last))
+        tiles, q, seen = [tokens.readout_tile(nodes, window)], q[:, :, nodes], seen[nodes]
+    else:
+        tiles = tokens.tiles(window, tile_size)
+    do = normal(n_adapters, q.shape[2], kv_heads * group * head_dim, seed=3)
+    q, k, v = (t.requires_grad_() for t in (q, k, v))
+    expected = torch_attention(q, k, v, seen)
+
+    grouped = q.detach().unflatten(1, (kv_heads, group)).transpose(2, 3)  # (G, K, S, group, head_dim)
+    assert relative_error(attention(grouped, k.detach(), v.detach(), tiles), expected) < EXACT
+    dq, dk, dv = attention_vjp(do, grouped, k.detach(), v.detach(), tiles)
+    ours = (dq.transpose(2, 3).flatten(1, 2), dk, dv)
+    for gradient, wanted in zip(ours, autograd(expected, do, q, k, v), strict=True):
+        # Where each query sees one key only, the gradient of q and k is zero.
+        assert (gradient - wanted).norm() < EXACT * max(1.0, wanted.norm().item())
+
+
+def test_a_tile_holds_keys_that_none_of_its_queries_sees() -> None:
+    tokens = pack(SEQUENCES["longer than a tile"])
+    for window in (None, 3):
+        seen = may_see(tokens, window)
+        for tile in tokens.tiles(window, size=8):
+            wanted = seen[tile.queries].any(0).nonzero().flatten()
+            assert torch.equal(torch.arange(len(tokens))[tile.keys], wanted)

@@ -1,0 +1,44 @@
+"""What torch is asked to do while a test looks on."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Watch(TorchDispatchMode):
+    """Records every GEMM with a base weight as (rows, in, out), and all tensors that are made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gemms: list[tuple[int, int, int]] = []
+        self.made: list[weakref.ref[Tensor]] = []
+        self.shapes: set[int] = set()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            left, right = args[-2:]
+            self.gemms.append((*left.shape, right.shape[1]))
+            self.dtypes.update((left.dtype, right.dtype))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.made.append(weakref.ref(tensor))
+                self.shapes.update(tensor.shape)
+        return result
+
+    def work(self) -> int:
+        """Multiplications in all GEMMs."""
+        return sum(rows * n_in * out for rows, n_in, out in self.gemms)
+
+    def held(self) -> int:
+        """Bytes of what was made and lives still."""
+        alive = [tensor for tensor in (ref() for ref in self.made) if tensor is not None]
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in alive}
+        return sum(storage.nbytes() for storage in storages.values())
