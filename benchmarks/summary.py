@@ -119,7 +119,12 @@ def table(run: Mapping[str, Any]) -> str:
         f"Floor: {floor['flop'] / 1e12:.3g} TFLOP in {floor['dtype']} at {floor['gflops']:.0f} GFLOP/s "
         f"({floor['counts']}; {floor['tokens']} tokens)."
     )
-    tolerated = ", ".join(f"{what} {limit:.0e}" for what, limit in run["tolerance"].items())
+    lines += [
+        f"{way} ran with checkpoint={entry['checkpoint']!r}."
+        for way, entry in run["ways"].items()
+        if "checkpoint" in entry
+    ]
+    tolerated = ", ".join(f"{what} {limit:g}" for what, limit in run["tolerance"].items())
     lines.append(f"Errors are relative to {run['reference']}; tolerated: {tolerated}.")
     lines += [f"{way} was left out: {why}." for way, why in run["skipped"].items()]
     return "\n".join(lines)

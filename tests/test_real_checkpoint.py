@@ -156,10 +156,16 @@ def test_forward_in_half_precision_is_worse_than_transformers(
     with torch.no_grad():
         ours = at_real_tokens(forward(config, weights, **inputs, output_hidden_states=True), inputs)
         theirs = at_real_tokens(call(hf_model(config, weights), **inputs, output_hidden_states=True), inputs)
-    expected = (reference.logits, reference.hidden_states)
-    assert_no_worse(f"{dtype} logits", error(ours[0], expected[0]), error(theirs[0], expected[0]))
-    for layer, (mine, other, exact) in enumerate(zip(ours[1], theirs[1], expected[1], strict=True)):
-        assert_no_worse(f"{dtype} hidden state {layer}", error(mine, exact), error(other, exact))
+    logits, hidden_states = reference.logits, reference.hidden_states
+    assert_no_worse(f"{dtype} logits", error(ours[0], logits), error(theirs[0], logits))
+    assert_no_worse(
+        f"{dtype} last hidden state", error(ours[1][-1], hidden_states[-1]), error(theirs[1][-1], hidden_states[-1])
+    )
+    # In the blocks between, five entries a thousand times the typical one outweigh all others, and rounding just
+    # these to the dtype of the output decides the norm. So token by token, of which most have none.
+    for layer, states in enumerate(zip(ours[1], theirs[1], hidden_states, strict=True)):
+        mine, other = (median(map(error, half, states[2])) for half in states[:2])
+        assert_no_worse(f"{dtype} hidden state {layer}, median token", mine, other)
 
 
 @pytest.mark.parametrize("adapter", [None, torch.float32], ids=["half adapters", "float32 adapters"])
