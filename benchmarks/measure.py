@@ -117,7 +117,9 @@ def timed(call: Callable[[], object]) -> Timing:
     del result
     if busy is None or busy_after is None:
         return Timing(seconds, None)
-    return Timing(seconds, max(0.0, (busy_after - busy) - (own_after - own)) / seconds)
+    # The machine's clock ticks a hundred times a second: short steps give nonsense outside of the possible.
+    others = ((busy_after - busy) - (own_after - own)) / seconds
+    return Timing(seconds, min(max(others, 0.0), float(os.cpu_count() or 1)))
 
 
 def _own_seconds() -> float:
