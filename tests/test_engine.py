@@ -126,6 +126,16 @@ def test_texts_longer_than_a_tile_differ_from_peft() -> None:
         assert_parity(config, spec, random_lora(config, spec, 2), long)
 
 
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+@pytest.mark.parametrize("checkpoint", ["none", "block"])
+def test_adapters_in_chunks_differ_from_peft(monkeypatch: pytest.MonkeyPatch, at_once: int, checkpoint: str) -> None:
+    """The MLP of many tokens is cut into chunks of adapters: here of few."""
+    config, spec = tiny_config(), SPECS["some layers"]
+    gate_up_of_one = len(pack(SEQUENCES)) * 2 * config.intermediate_size * 8
+    monkeypatch.setattr("qwen_functional.block.CPU_CHUNK_BYTES", gate_up_of_one * at_once)
+    assert_parity(config, spec, random_lora(config, spec, 5), layer=(1, -1), checkpoint=checkpoint)
+
+
 def test_forward_differs_from_forward_vjp() -> None:
     config, spec = tiny_config(), SPECS["patterns"]
     tensors, weights = random_lora(config, spec, 2), init_weights(config, dtype=torch.float64)
