@@ -16,9 +16,9 @@ from .config import Qwen2Config
 from .dtypes import accumulation_dtype
 from .lora import Lora
 from .ops.attention import attention, attention_vjp
-from .ops.rmsnorm import rmsnorm, rmsnorm_vjp
-from .ops.rope import rope, rope_vjp
-from .ops.swiglu import swiglu, swiglu_vjp_
+from .ops.rmsnorm import rmsnorm_engine, rmsnorm_vjp
+from .ops.rope import rope_engine, rope_vjp
+from .ops.swiglu import swiglu_engine, swiglu_vjp_
 from .packing import AttentionTile
 from .stacking import DOWN, GATE_UP, KV, QKV, Gradients, O, Projection, Q, project
 from .weights import BlockWeights
@@ -101,7 +101,7 @@ def kept_bytes(config: Qwen2Config, n_adapters: int, n_tokens: int, compute: tor
 def attention_half(block: Block, x: Tensor, row: Row) -> Kept:
     """``x_mid = x + o(attention(qkv(norm(x))))`` and all that the vjp needs of it."""
     config, compute = block.config, block.o.weight.dtype
-    h = rmsnorm(x, block.weights.input_layernorm, config.rms_norm_eps)[0].to(compute)
+    h, _ = rmsnorm_engine(x, block.weights.input_layernorm, config.rms_norm_eps, compute)
     qkv, u_qkv = block.qkv(h)
     if block.q is None:
         queries, kv, u_q = qkv[..., : config.q_size], qkv[..., config.q_size :], None
@@ -129,8 +129,7 @@ def attention_half_vjp(
     if do is None:
         return None
     dq, dk, dv = attention_vjp(do, kept.q, kept.k, kept.v, row.tiles)
-    h, rstd = rmsnorm(x, block.weights.input_layernorm, config.rms_norm_eps)
-    h = h.to(compute)
+    h, rstd = rmsnorm_engine(x, block.weights.input_layernorm, config.rms_norm_eps, compute)
     d_queries = do.new_empty(*do.shape[:-1], config.q_size)
     d_kv = do.new_empty(dk.shape[0], dk.shape[2], 2 * config.kv_size)
     if block.q is None:  # one buffer for q|k|v
@@ -164,7 +163,7 @@ def mlp_half(block: Block, x_mid: Tensor, keep: list[KeptMlp] | None = None) -> 
     x_out = x_mid if in_place else torch.empty_like(x_mid, memory_format=torch.contiguous_format)
     for chunk in _chunks(block, x_mid):
         _, _, gate_up, u_gate_up = _gate_up(block, x_mid, chunk)
-        y, u_down = block.down(swiglu(gate_up), chunk)
+        y, u_down = block.down(swiglu_engine(gate_up)[0], chunk)
         torch.add(x_mid[chunk], y, out=x_out[chunk])
         if keep is not None:
             keep.append(KeptMlp(gate_up, u_gate_up, u_down))
@@ -182,13 +181,13 @@ def mlp_half_vjp(
     x_mid = x_mid.expand(dx_out.shape)
     for index, chunk in enumerate(_chunks(block, x_mid)):
         h, rstd, gate_up, u_gate_up = _gate_up(block, x_mid, chunk, kept[index] if kept else None)
-        a = swiglu(gate_up)
+        a, silu = swiglu_engine(gate_up, keep_silu=True)
         u_down = kept[index].u_down if kept else block.down.inner(a, chunk)
         dy = dx_out[chunk].to(compute)
         da = block.down.vjp(dy, a, u_down, gradients, need_dx=need_gate_up, adapters=chunk)
         if da is None:
             continue
-        d_gate_up = swiglu_vjp_(da, gate_up)
+        d_gate_up = swiglu_vjp_(da, gate_up, silu, scratch=a)
         dh = block.gate_up.vjp(d_gate_up, h, u_gate_up, gradients, need_dx=need_dx, adapters=chunk)
         if dh is not None:
             weight = block.weights.post_attention_layernorm
@@ -201,8 +200,7 @@ def _gate_up(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """norm(x_mid), its rstd, gate|up and its u, of a chunk of adapters."""
     weight, eps = block.weights.post_attention_layernorm, block.config.rms_norm_eps
-    h, rstd = rmsnorm(x_mid[chunk], weight, eps)
-    h = h.to(block.gate_up.weight.dtype)
+    h, rstd = rmsnorm_engine(x_mid[chunk], weight, eps, block.gate_up.weight.dtype)
     gate_up, u = block.gate_up(h, chunk) if kept is None else (kept.gate_up, kept.u_gate_up)
     return h, rstd, gate_up, u
 
@@ -238,4 +236,4 @@ def _query_heads(x: Tensor, config: Qwen2Config) -> Tensor:
 
 
 def _rotated(heads: Tensor, tables: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
-    return rope(heads, *tables, out=torch.empty(heads.shape, dtype=dtype, device=heads.device))
+    return rope_engine(heads, *tables, out=torch.empty(heads.shape, dtype=dtype, device=heads.device))

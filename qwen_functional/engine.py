@@ -163,7 +163,8 @@ class _Run:
         self.rows = torch.tensor(nodes).to(weights.device)
         self.row_of = torch.tensor([nodes.index(node) for node in tokens.last]).to(weights.device)  # (P,)
         rows = _Rows(config, weights, tokens, nodes)
-        windows = {config.window(i): rows.whole(i) for i in range(self.top)}
+        layer_of = {config.window(i): i for i in range(self.top)}
+        windows = {window: rows.whole(i) for window, i in layer_of.items()}
         self.row_at = [*(windows[config.window(i)] for i in range(self.top)), rows.read_out(self.top)]
         self.value_shape = (lora.n_adapters, len(layers), len(tokens.last), config.hidden_size)
         self.saved: dict[int, tuple[Tensor, Kept | None]] = {}

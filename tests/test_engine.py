@@ -223,7 +223,7 @@ def specs(draw: st.DrawFn, config: Qwen2Config) -> LoraSpec:
 SEQUENCE = st.lists(st.integers(0, 2), min_size=1, max_size=9)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(data=st.data(), sequences=st.lists(SEQUENCE, min_size=1, max_size=5), seed=st.integers(0, 99))
 def test_something_random_differs_from_peft(data: st.DataObject, sequences: list[list[int]], seed: int) -> None:
     config = data.draw(configs(), "config")

@@ -113,6 +113,11 @@ def test_gradients_that_nobody_wants_cost_something() -> None:
     assert works[-1] == 0, "the last projection's own gradient needs no GEMM with a base weight"
 
 
+def test_the_other_half_of_an_adapter_costs_something() -> None:
+    products = [watched(wrt=names(f"layers.3.mlp.down_proj{side}"))[1].batched for side in ("", ".lora_A", ".lora_B")]
+    assert products == [3, 2, 1]  # t, dA and dB
+
+
 @pytest.mark.parametrize("nothing", [{"wrt": ()}, {"n_adapters": None, "wrt": []}], ids=["batch", "one"])
 def test_no_gradients_cost_something(nothing: dict[str, Any]) -> None:
     value, vjp = run(checkpoint="none", **nothing)
@@ -182,6 +187,21 @@ def test_more_is_kept_than_was_asked_for() -> None:
         # A budget that allows another block is used.
         assert vjp.n_kept == blocks or held + 1.5 * (whole - inputs) / (blocks - 1) > budget
     assert kept == set(range(blocks + 1))
+
+
+@pytest.mark.parametrize("checkpoint", ["none", "block"])
+def test_a_block_is_kept_after_its_vjp(checkpoint: str) -> None:
+    held: list[int] = []
+    with Watch() as nothing:
+        without = run(checkpoint=checkpoint, wrt=())
+    with Watch() as there:
+        value, vjp = run(checkpoint=checkpoint)
+    with Watch(before_gemm=lambda: held.append(there.held() - nothing.held())):
+        vjp(torch.ones_like(value))
+    assert without
+    assert held == sorted(held, reverse=True)
+    # The last block keeps least, as it computes few rows: then there are three more, and one is left.
+    assert held[-1] < 0.4 * held[0], held
 
 
 def test_plenty_of_memory_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,9 +28,9 @@ from qwen_functional.ops.linear import (
     linear_vjp_inner,
     linear_vjp_input,
 )
-from qwen_functional.ops.rmsnorm import rmsnorm, rmsnorm_vjp
-from qwen_functional.ops.rope import rope, rope_frequencies, rope_tables, rope_vjp
-from qwen_functional.ops.swiglu import swiglu, swiglu_vjp_
+from qwen_functional.ops.rmsnorm import rmsnorm, rmsnorm_engine, rmsnorm_vjp
+from qwen_functional.ops.rope import rope, rope_engine, rope_frequencies, rope_tables, rope_vjp
+from qwen_functional.ops.swiglu import swiglu, swiglu_engine, swiglu_vjp_
 from qwen_functional.packing import PackedTokens
 
 EXACT = 1e-13
@@ -52,7 +52,11 @@ def test_rmsnorm_or_its_vjp_differs_from_transformers() -> None:
     norm = RMSNormInItsDtype(24, eps=0.1).double()
     norm.weight.data = normal(24, seed=2)
     expected = norm(x)
-    y, rstd = rmsnorm(x.detach(), norm.weight.detach(), 0.1)
+    for y, rstd in (
+        rmsnorm(x.detach(), norm.weight.detach(), 0.1),
+        rmsnorm_engine(x.detach(), norm.weight.detach(), 0.1, x.dtype),
+    ):
+        assert relative_error(y, norm(x).detach()) < EXACT
     assert relative_error(y, expected) < EXACT
     dx = rmsnorm_vjp(dy, x.detach(), norm.weight.detach(), rstd)
     assert relative_error(dx, autograd(expected, dy, x)[0]) < EXACT
@@ -117,7 +121,7 @@ def test_rope_or_its_vjp_differs_from_transformers() -> None:
     # Written into a strided part of a larger buffer, as a block does.
     buffer = torch.zeros(2, 5, 4 * 8 + 3, dtype=torch.float64)
     out = buffer[..., :32].unflatten(-1, (4, 8)).transpose(1, 2)
-    assert relative_error(rope(q.detach(), *tables, out=out), expected) < EXACT
+    assert relative_error(rope_engine(q.detach(), *tables, out=out), expected) < EXACT
     rope_vjp(dq, *tables, out=out)
     assert relative_error(out, autograd(expected, dq, q)[0]) < EXACT
     assert not buffer[..., 32:].any(), "rope wrote outside its output"
@@ -131,7 +135,10 @@ def test_swiglu_or_its_vjp_differs_from_transformers_activation() -> None:
     gate, up = gate_up[..., :7], gate_up[..., 7:]
     expected = ACT2FN["silu"](gate) * up
     assert relative_error(swiglu(gate_up.detach()), expected) < EXACT
-    d_gate_up = swiglu_vjp_(dy.clone(), gate_up.detach().clone())
+    assert relative_error(swiglu_engine(gate_up.detach())[0], expected) < EXACT
+    product, silu = swiglu_engine(gate_up.detach(), keep_silu=True)
+    assert relative_error(product, expected) < EXACT
+    d_gate_up = swiglu_vjp_(dy.clone(), gate_up.detach().clone(), silu, scratch=product)
     assert relative_error(d_gate_up, autograd(expected, dy, gate_up)[0]) < EXACT
 
 

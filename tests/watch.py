@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,18 +13,27 @@ from torch.utils._pytree import tree_leaves
 
 
 class Watch(TorchDispatchMode):
-    """Records every GEMM with a base weight as (rows, in, out), and all tensors that are made."""
+    """Records every GEMM with a base weight as (rows, in, out), and all tensors that are made.
 
-    def __init__(self) -> None:
+    ``before_gemm`` is called before each of these GEMMs.
+    """
+
+    def __init__(self, before_gemm: Callable[[], object] | None = None) -> None:
         super().__init__()
+        self.before_gemm = before_gemm
+        self.batched = 0  # number of batched GEMMs: the low-rank parts, and attention
         self.gemms: list[tuple[int, int, int]] = []
         self.made: list[weakref.ref[Tensor]] = []
         self.shapes: set[int] = set()
         self.dtypes: set[torch.dtype] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        is_gemm = func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        if is_gemm and self.before_gemm:
+            self.before_gemm()
         result = func(*args, **(kwargs or {}))
-        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+        self.batched += func.overloadpacket in (torch.ops.aten.bmm, torch.ops.aten.baddbmm, torch.ops.aten.baddbmm_)
+        if is_gemm:
             left, right = args[-2:]
             self.gemms.append((*left.shape, right.shape[1]))
             self.dtypes.update((left.dtype, right.dtype))

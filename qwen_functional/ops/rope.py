@@ -62,24 +62,28 @@ def rope_tables(
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:
-    """``[x₁ cos − x₂ sin, x₂ cos + x₁ sin]`` for the halves x₁, x₂ of each head.
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """``[x₁ cos − x₂ sin, x₂ cos + x₁ sin]`` for the halves x₁, x₂ of each head. Differentiable.
 
     Args:
         x: (..., head_dim), any strides and dtype.
         cos, sin: broadcastable to (..., head_dim/2).
-        out: (..., head_dim) to write to; without it the result is differentiable.
     """
     x1, x2 = x.chunk(2, -1)
-    y1, y2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin
-    if out is None:
-        return torch.cat((y1, y2), -1)
-    out1, out2 = out.chunk(2, -1)
-    out1.copy_(y1)
-    out2.copy_(y2)
-    return out
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1)
+
+
+def rope_engine(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
+    """The same, written to ``out`` (..., head_dim), of any strides; computed in the dtype of cos and sin."""
+    x = x.to(cos.dtype)
+    x1, x2 = x.chunk(2, -1)
+    y = out if out.dtype == cos.dtype else torch.empty_like(x)
+    y1, y2 = y.chunk(2, -1)
+    torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=-1)
+    torch.mul(x2, cos, out=y2).addcmul_(x1, sin)
+    return out if y is out else out.copy_(y)
 
 
 def rope_vjp(dy: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
     """``[dy₁ cos + dy₂ sin, dy₂ cos − dy₁ sin]``: the rotation back; written to ``out`` (..., head_dim)."""
-    return rope(dy, cos, -sin, out)
+    return rope_engine(dy, cos, -sin, out)
