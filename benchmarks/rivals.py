@@ -6,6 +6,7 @@ by adapter go backwards after each, so that they hold one adapter's tape at a ti
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -33,7 +34,7 @@ def last_hidden(hidden: Tensor, mask: Tensor) -> Tensor:
     return hidden[torch.arange(hidden.shape[0]), mask.sum(dim=1) - 1].float()
 
 
-class _OneByOne:
+class _OneByOne(ABC):
     """Adapter by adapter: forward, backward, next; all probes at once, or ``probes_per_pass`` of them."""
 
     def __init__(self, workload: Workload, length: int, probes_per_pass: int | None = None) -> None:
@@ -62,9 +63,9 @@ class _OneByOne:
         gradients = {name: leaf.grad[None] for name, leaf in leaves.items() if leaf.grad is not None}
         return torch.cat(values)[None], gradients
 
+    @abstractmethod
     def hidden(self, lora: dict[str, Tensor], input_ids: Tensor, mask: Tensor) -> Tensor:
         """(N, H) float32: each row's last hidden state under one adapter."""
-        raise NotImplementedError
 
 
 class Seed(_OneByOne):

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qwen_functional import Lora, LoraSpec, Qwen2Config, Qwen2Weights, load_pretrained, pack
+from qwen_functional import Lora, LoraSpec, PackedTokens, Qwen2Config, Qwen2Weights, load_pretrained, pack
 from qwen_functional.checkpoint import resolve_checkpoint
+from qwen_functional.engine import check_checkpoint, checked_layers
 from qwen_functional.forward import Vjp, forward_vjp
 from qwen_functional.lora import LoraPair
 
@@ -63,17 +64,12 @@ class DifferentiableDeltaCompute(nn.Module):
         memory_budget: int | None = None,
     ) -> None:
         super().__init__()
-        if pooling not in POOLINGS:
-            raise ValueError(f"pooling is {pooling!r}, expected one of {POOLINGS}")
-        n = adapters_per_pass
-        if n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 1):
-            raise ValueError(f"adapters_per_pass is {n!r}, expected 1 or more, or None")
-        if not isinstance(layer, (int, Sequence)):
-            raise ValueError(f"layer is {layer!r}, expected an integer or several")
+        self.tokens = _checked_tokens(
+            config, probes, layer=layer, pooling=pooling, adapters_per_pass=adapters_per_pass, checkpoint=checkpoint
+        )
         self.config, self.weights = config, weights
         self.spec = LoraSpec() if spec is None else spec
         self.lora_shapes = self.spec.shapes(config)
-        self.tokens = pack(probes)
         self.layer = layer if isinstance(layer, int) else tuple(layer)
         self.pooling = pooling
         self.adapters_per_pass = adapters_per_pass
@@ -86,7 +82,7 @@ class DifferentiableDeltaCompute(nn.Module):
         self._bases: OrderedDict[tuple, Tensor] = OrderedDict()
         self._checkpoint_used: str | None = None
         with torch.inference_mode(False):  # or autograd could not save base_activation later
-            self._bare = self._run(None, wanted=())[0][0]  # (layers, P, H); checks all arguments as well
+            self._bare = self._run(None, wanted=())[0][0]  # (layers, P, H)
 
     @classmethod
     def from_pretrained(
@@ -126,6 +122,8 @@ class DifferentiableDeltaCompute(nn.Module):
             template = load_chat_template(folder)
             texts = [template.apply_chat_template(text) for text in texts]
         tokenized = tokenize_probes(tokenizer, texts, max_length, add_special_tokens=not chat)
+        config = Qwen2Config.from_json_file(folder / "config.json")
+        _checked_tokens(config, tokenized.ids, **options)  # before the weights are read
         config, weights = load_pretrained(folder, dtype=dtype, device=device, lm_head=False)
         delta = cls(config, weights, tokenized.ids, spec, **options)
         delta.truncated_probes = tokenized.truncated
@@ -209,6 +207,29 @@ class DifferentiableDeltaCompute(nn.Module):
 
     def _run(self, lora: Lora | None, wanted: Sequence[str] | None) -> tuple[Tensor, Vjp]:
         return forward_vjp(self.config, self.weights, self.tokens, lora, wrt=wanted, **self._engine_options)
+
+
+def _checked_tokens(
+    config: Qwen2Config,
+    probes: Sequence[Sequence[int]],
+    *,
+    layer: int | Sequence[int] = -1,
+    pooling: str = "mean",
+    adapters_per_pass: int | None = None,
+    checkpoint: str = "auto",
+    memory_budget: int | None = None,
+) -> PackedTokens:
+    """The packed probes, after all checks that need no weights."""
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling is {pooling!r}, expected one of {POOLINGS}")
+    n = adapters_per_pass
+    if n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 1):
+        raise ValueError(f"adapters_per_pass is {n!r}, expected 1 or more, or None")
+    checked_layers(config, layer)
+    check_checkpoint(checkpoint)
+    tokens = pack(probes)
+    tokens.check_fits(config)
+    return tokens
 
 
 class _Values(torch.autograd.Function):

@@ -59,9 +59,8 @@ def forward_vjp(
             the model lacks, an unknown ``checkpoint``, a name in ``wrt`` that ``lora`` lacks, another device.
     """
     tokens.check_fits(config)
-    layers = _checked_layers(config, layer)
-    if checkpoint not in CHECKPOINTS:
-        raise ValueError(f"checkpoint is {checkpoint!r}, expected one of {CHECKPOINTS}")
+    layers = checked_layers(config, layer)
+    check_checkpoint(checkpoint)
     lora = Lora({}, 1, batched=False) if lora is None else lora
     for name in wrt or ():
         if name not in lora.names():
@@ -249,11 +248,21 @@ def _plain(weights: Qwen2Weights) -> Iterator[None]:
         yield
 
 
-def _checked_layers(config: Qwen2Config, layer: int | Sequence[int]) -> tuple[int, ...]:
+def checked_layers(config: Qwen2Config, layer: int | Sequence[int]) -> tuple[int, ...]:
+    """``layer`` of :func:`forward_vjp` as a tuple, or a ``ValueError`` for one that the model lacks."""
+    highest = config.num_hidden_layers - 1
+    if not isinstance(layer, (int, Sequence)):
+        raise ValueError(f"layer is {layer!r}, expected -1, 0 to {highest}, or several of these")
     layers = (layer,) if isinstance(layer, int) else tuple(layer)
     if not layers:
         raise ValueError("layer is empty, expected at least one layer")
     for one in layers:
-        if not isinstance(one, int) or not -1 <= one < config.num_hidden_layers:
-            raise ValueError(f"layer is {one!r}, expected -1 or 0 to {config.num_hidden_layers - 1}")
+        if not isinstance(one, int) or not -1 <= one <= highest:
+            raise ValueError(f"layer is {one!r}, expected -1 or 0 to {highest}")
     return layers
+
+
+def check_checkpoint(checkpoint: str) -> None:
+    """Raises ``ValueError`` unless ``checkpoint`` is one that :func:`forward_vjp` knows."""
+    if checkpoint not in CHECKPOINTS:
+        raise ValueError(f"checkpoint is {checkpoint!r}, expected one of {CHECKPOINTS}")
