@@ -120,7 +120,8 @@ def table(run: Mapping[str, Any]) -> str:
         f"({floor['counts']}; {floor['tokens']} tokens)."
     )
     lines += [
-        f"{way} ran with checkpoint={entry['checkpoint']!r}."
+        f"{way} ran with checkpoint={entry['checkpoint']!r}, "
+        f"{'prepacked weights' if entry['prepacked'] else 'weights as torch stores them'}."
         for way, entry in run["ways"].items()
         if "checkpoint" in entry
     ]

@@ -18,8 +18,10 @@ from qwen_functional import pack
 class Engine:
     """``qwen_functional.forward.forward_vjp``; LoRA tensors are bound anew in every step, as in training."""
 
-    def __init__(self, workload: Workload, checkpoint: str) -> None:
+    def __init__(self, workload: Workload, checkpoint: str, *, prepack: bool) -> None:
         self.config, self.base = workload.engine_weights()
+        if prepack and self.base.can_prepack:
+            self.base = self.base.prepack()
         self.spec = workload.spec
         self.lora = workload.lora(self.config)
         self.cotangent = workload.cotangent(self.config)
@@ -40,26 +42,25 @@ class Engine:
             return [(value, vjp(self.cotangent[:adapters]))]
 
     def facts(self) -> dict[str, Any]:
-        return {"checkpoint": self.chosen}
+        return {"checkpoint": self.chosen, "prepacked": self.base.packed is not None}
 
 
 WAYS = {
-    "engine": "this engine",
-    "engine-block": "this engine, every block checkpointed",
+    "engine": "this engine, base weights packed for the processor",
+    "engine-plain": "this engine, base weights as torch stores them",
+    "engine-block": "this engine, base weights as torch stores them, every block checkpointed: the least memory",
     "seed": "PEFT + functional_call, padded to 256, logits, one adapter at a time",
     "hooks-one": "hooks on the backbone, one adapter at a time",
     "hooks-batch": "hooks on the backbone, all adapters in one batch",
 }
-DEFAULT_WAYS = ("engine", "seed", "hooks-one", "hooks-batch")
+DEFAULT_WAYS = ("engine", "engine-block", "seed", "hooks-one", "hooks-batch")
 FLOOR = "floor"
 
 
 def make_way(name: str, workload: Workload) -> Way:
     """Load a way's weights and make it ready to step."""
-    if name == "engine":
-        return Engine(workload, "auto")
-    if name == "engine-block":
-        return Engine(workload, "block")
+    if name.startswith("engine"):
+        return Engine(workload, "block" if name == "engine-block" else "auto", prepack=name == "engine")
     rivals: dict[str, Callable[[Workload], Way]] = {
         "seed": Seed,
         "hooks-one": HooksOne,

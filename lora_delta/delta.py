@@ -16,6 +16,7 @@ from qwen_functional.checkpoint import resolve_checkpoint
 from qwen_functional.engine import check_checkpoint, checked_layers
 from qwen_functional.forward import Vjp, forward_vjp
 from qwen_functional.lora import LoraPair
+from qwen_functional.memory import free_bytes
 
 from .chat import load_chat_template
 from .probes import create_generic_probes
@@ -41,6 +42,9 @@ class DifferentiableDeltaCompute(nn.Module):
         adapters_per_pass: how many adapters to run at once; None for all. With more adapters than that, the
             activation memory is that of one pass: the gradient computes each pass again.
         checkpoint, memory_budget: see :func:`qwen_functional.forward.forward_vjp`.
+        prepack: whether to hold a second form of the weights that a CPU multiplies faster, see
+            :meth:`qwen_functional.Qwen2Weights.prepack`; ``"auto"`` does where it takes at most a quarter of the
+            free memory.
 
     Shapes: one adapter gives (H,), G of them (G, H). Several layers put a dimension before H, and without pooling
     the probes put one before H: (G, layers, probes, H) with both. float32 (float64 for float64 weights).
@@ -62,12 +66,19 @@ class DifferentiableDeltaCompute(nn.Module):
         adapters_per_pass: int | None = None,
         checkpoint: str = "auto",
         memory_budget: int | None = None,
+        prepack: bool | str = "auto",
     ) -> None:
         super().__init__()
         self.tokens = _checked_tokens(
-            config, probes, layer=layer, pooling=pooling, adapters_per_pass=adapters_per_pass, checkpoint=checkpoint
+            config,
+            probes,
+            layer=layer,
+            pooling=pooling,
+            adapters_per_pass=adapters_per_pass,
+            checkpoint=checkpoint,
+            prepack=prepack,
         )
-        self.config, self.weights = config, weights
+        self.config, self.weights = config, _prepacked(weights, prepack)
         self.spec = LoraSpec() if spec is None else spec
         self.lora_shapes = self.spec.shapes(config)
         self.layer = layer if isinstance(layer, int) else tuple(layer)
@@ -218,8 +229,11 @@ def _checked_tokens(
     adapters_per_pass: int | None = None,
     checkpoint: str = "auto",
     memory_budget: int | None = None,
+    prepack: bool | str = "auto",
 ) -> PackedTokens:
     """The packed probes, after all checks that need no weights."""
+    if prepack not in (True, False, "auto"):
+        raise ValueError(f"prepack is {prepack!r}, expected True, False or 'auto'")
     if pooling not in POOLINGS:
         raise ValueError(f"pooling is {pooling!r}, expected one of {POOLINGS}")
     n = adapters_per_pass
@@ -230,6 +244,12 @@ def _checked_tokens(
     tokens = pack(probes)
     tokens.check_fits(config)
     return tokens
+
+
+def _prepacked(weights: Qwen2Weights, prepack: bool | str) -> Qwen2Weights:
+    if weights.packed is None and prepack == "auto":
+        prepack = weights.can_prepack and weights.prepack_nbytes() <= free_bytes(weights.device) // 4
+    return weights.prepack() if prepack and weights.packed is None else weights
 
 
 class _Values(torch.autograd.Function):

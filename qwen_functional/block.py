@@ -16,14 +16,17 @@ from .config import Qwen2Config
 from .dtypes import accumulation_dtype
 from .lora import Lora
 from .ops.attention import attention, attention_vjp
+from .ops.linear import PackedWeight
 from .ops.rmsnorm import rmsnorm_engine, rmsnorm_vjp
 from .ops.rope import rope_engine, rope_vjp
 from .ops.swiglu import swiglu_engine, swiglu_vjp_
 from .packing import AttentionTile
 from .stacking import DOWN, GATE_UP, KV, QKV, Gradients, O, Projection, Q, project
-from .weights import BlockWeights
+from .weights import BlockWeights, PackedBlock
 
-CPU_CHUNK_BYTES = 24 << 20  # of gate|up: below malloc's mmap threshold, so memory is reused and not faulted in again
+# A chunk's gate|up on a CPU. Small enough that the C library hands its memory on to the next chunk, where larger pieces
+# go back to the system and are faulted in again. torch's own GEMM lays the weight out anew in every call: fewer calls.
+PACKED_CHUNK_BYTES, PLAIN_CHUNK_BYTES = 12 << 20, 24 << 20
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ class Block:
     """A block's weights and adapters, ready to multiply. ``q`` is None where it is stacked in ``qkv``."""
 
     config: Qwen2Config
-    weights: BlockWeights
+    input_layernorm: Tensor
+    post_attention_layernorm: Tensor
     qkv: Projection  # of k|v alone where q is apart
     q: Projection | None
     o: Projection
@@ -54,17 +58,40 @@ class Block:
     down: Projection
 
     @classmethod
-    def bind(cls, config: Qwen2Config, weights: BlockWeights, lora: Lora, layer: int, *, q_apart: bool) -> Block:
-        """``q_apart``: for a block that is read out at a few rows, which needs k and v of all rows but not q."""
-        w, b, n = weights.qkv_proj, weights.qkv_bias, config.q_size
+    def bind(
+        cls,
+        config: Qwen2Config,
+        weights: BlockWeights,
+        packed: PackedBlock | None,
+        lora: Lora,
+        layer: int,
+        compute: torch.dtype,
+        *,
+        q_apart: bool,
+    ) -> Block:
+        """The block of a layer, in the dtype ``compute``; its packed matrices where there are any.
+
+        ``q_apart``: for a block that is read out at a few rows, which needs k and v of all rows but not q.
+        """
+        b, n = weights.qkv_bias.to(compute), config.q_size
+
+        def matrix(name: str) -> Tensor | PackedWeight:
+            return getattr(weights, name).to(compute) if packed is None else getattr(packed, name)
+
+        if q_apart:  # a packed matrix cannot be cut
+            w = weights.qkv_proj.to(compute)
+            qkv, q = project(config, lora, layer, KV, w[n:], b[n:]), project(config, lora, layer, Q, w[:n], b[:n])
+        else:
+            qkv, q = project(config, lora, layer, QKV, matrix("qkv_proj"), b), None
         return cls(
             config,
-            weights,
-            project(config, lora, layer, KV, w[n:], b[n:]) if q_apart else project(config, lora, layer, QKV, w, b),
-            project(config, lora, layer, Q, w[:n], b[:n]) if q_apart else None,
-            project(config, lora, layer, O, weights.o_proj),
-            project(config, lora, layer, GATE_UP, weights.gate_up_proj),
-            project(config, lora, layer, DOWN, weights.down_proj),
+            weights.input_layernorm,
+            weights.post_attention_layernorm,
+            qkv,
+            q,
+            project(config, lora, layer, O, matrix("o_proj")),
+            project(config, lora, layer, GATE_UP, matrix("gate_up_proj")),
+            project(config, lora, layer, DOWN, matrix("down_proj")),
         )
 
 
@@ -101,7 +128,7 @@ def kept_bytes(config: Qwen2Config, n_adapters: int, n_tokens: int, compute: tor
 def attention_half(block: Block, x: Tensor, row: Row) -> Kept:
     """``x_mid = x + o(attention(qkv(norm(x))))`` and all that the vjp needs of it."""
     config, compute = block.config, block.o.weight.dtype
-    h, _ = rmsnorm_engine(x, block.weights.input_layernorm, config.rms_norm_eps, compute)
+    h, _ = rmsnorm_engine(x, block.input_layernorm, config.rms_norm_eps, compute)
     qkv, u_qkv = block.qkv(h)
     if block.q is None:
         queries, kv, u_q = qkv[..., : config.q_size], qkv[..., config.q_size :], None
@@ -129,7 +156,7 @@ def attention_half_vjp(
     if do is None:
         return None
     dq, dk, dv = attention_vjp(do, kept.q, kept.k, kept.v, row.tiles)
-    h, rstd = rmsnorm_engine(x, block.weights.input_layernorm, config.rms_norm_eps, compute)
+    h, rstd = rmsnorm_engine(x, block.input_layernorm, config.rms_norm_eps, compute)
     d_queries = do.new_empty(*do.shape[:-1], config.q_size)
     d_kv = do.new_empty(dk.shape[0], dk.shape[2], 2 * config.kv_size)
     if block.q is None:  # one buffer for q|k|v
@@ -148,7 +175,7 @@ def attention_half_vjp(
             dh.index_add_(1, row.rows, dh_rows)
     if dh is None:
         return None
-    dx = rmsnorm_vjp(dh.to(x.dtype), x, block.weights.input_layernorm, rstd)
+    dx = rmsnorm_vjp(dh.to(x.dtype), x, block.input_layernorm, rstd)
     return dx.add_(dx_mid) if row.rows is None else dx.index_add_(1, row.rows, dx_mid)
 
 
@@ -190,7 +217,7 @@ def mlp_half_vjp(
         d_gate_up = swiglu_vjp_(da, gate_up, silu, scratch=a)
         dh = block.gate_up.vjp(d_gate_up, h, u_gate_up, gradients, need_dx=need_dx, adapters=chunk)
         if dh is not None:
-            weight = block.weights.post_attention_layernorm
+            weight = block.post_attention_layernorm
             dx_out[chunk] += rmsnorm_vjp(dh.to(x_mid.dtype), x_mid[chunk], weight, rstd)
     return dx_out if need_dx else None
 
@@ -199,7 +226,7 @@ def _gate_up(
     block: Block, x_mid: Tensor, chunk: slice, kept: KeptMlp | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """norm(x_mid), its rstd, gate|up and its u, of a chunk of adapters."""
-    weight, eps = block.weights.post_attention_layernorm, block.config.rms_norm_eps
+    weight, eps = block.post_attention_layernorm, block.config.rms_norm_eps
     h, rstd = rmsnorm_engine(x_mid[chunk], weight, eps, block.gate_up.weight.dtype)
     gate_up, u = block.gate_up(h, chunk) if kept is None else (kept.gate_up, kept.u_gate_up)
     return h, rstd, gate_up, u
@@ -211,12 +238,13 @@ def _n_adapters(block: Block, x: Tensor) -> int:
 
 
 def _chunks(block: Block, x: Tensor) -> list[slice]:
-    """Slices of whole adapters whose gate|up fits CPU_CHUNK_BYTES; all at once on a GPU."""
+    """Slices of whole adapters whose gate|up fits a chunk; all at once on a GPU."""
     n_adapters, n_tokens = x.shape[0], x.shape[1]
     step = n_adapters
     if x.device.type == "cpu":
-        bytes_each = n_tokens * block.gate_up.weight.shape[0] * block.gate_up.weight.element_size()
-        step = max(1, CPU_CHUNK_BYTES // bytes_each)
+        bytes_each = n_tokens * block.gate_up.weight.shape[0] * block.gate_up.weight.dtype.itemsize
+        packed = isinstance(block.gate_up.weight, PackedWeight)
+        step = max(1, (PACKED_CHUNK_BYTES if packed else PLAIN_CHUNK_BYTES) // bytes_each)
         step = -(-n_adapters // -(-n_adapters // step))  # as even as can be
     return [slice(start, min(start + step, n_adapters)) for start in range(0, n_adapters, step)]
 

@@ -179,8 +179,17 @@ class _Run:
         return min(n_blocks, max(0, budget - inputs) // kept_bytes(self.config, n, len(self.tokens), compute))
 
     def block(self, layer: int) -> Block:
-        weights = self.weights.blocks[layer].to(self.weights.compute_dtype)
-        return Block.bind(self.config, weights, self.lora, layer, q_apart=layer == self.top)
+        weights = self.weights
+        packed = None if weights.packed is None else weights.packed[layer]
+        return Block.bind(
+            self.config,
+            weights.blocks[layer],
+            packed,
+            self.lora,
+            layer,
+            weights.compute_dtype,
+            q_apart=layer == self.top,
+        )
 
     def forward(self, n_keep: int) -> Tensor:
         dtype = accumulation_dtype(self.weights.compute_dtype)

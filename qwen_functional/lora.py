@@ -261,8 +261,8 @@ def _check_finite(tensors: Mapping[str, Tensor]) -> None:
     """One reduction for all tensors, and so one synchronization on a GPU."""
     if not tensors or any(is_symbolic(tensor) for tensor in tensors.values()):
         return
-    largest = torch._foreach_norm([tensor.detach() for tensor in tensors.values()], float("inf"))
-    finite = torch.isfinite(torch.stack([value.double() for value in largest])).tolist()
+    extremes = [torch.stack(tensor.detach().aminmax()).double() for tensor in tensors.values()]  # NaN is both
+    finite = torch.isfinite(torch.stack(extremes)).all(1).tolist()
     for name, is_finite in zip(tensors, finite, strict=True):
         if not is_finite:
             raise ValueError(f"LoRA tensor {name!r} is not finite: it holds NaN or infinity")

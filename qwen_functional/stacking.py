@@ -14,29 +14,30 @@ from torch import Tensor
 from .config import Qwen2Config
 from .dtypes import accumulation_dtype
 from .lora import Lora, parse_name, peft_name, projection_shape
-from .ops.linear import LowRank, linear, linear_inner, linear_vjp_A, linear_vjp_B, linear_vjp_inner, linear_vjp_input
+from .ops.linear import (
+    LowRank,
+    PackedWeight,
+    Part,
+    linear,
+    linear_inner,
+    linear_vjp_A,
+    linear_vjp_B,
+    linear_vjp_inner,
+    linear_vjp_input,
+)
 
 QKV, KV, Q, O = ("q_proj", "k_proj", "v_proj"), ("k_proj", "v_proj"), ("q_proj",), ("o_proj",)
 GATE_UP, DOWN = ("gate_proj", "up_proj"), ("down_proj",)
 
 
 @dataclass(frozen=True)
-class Part:
-    """Where one projection lies in a stack."""
-
-    key: tuple[int, str]  # (layer, projection)
-    ranks: slice  # of R
-    outputs: slice  # of the stacked output features
-
-
-@dataclass(frozen=True)
 class Projection:
     """A base weight (out, in), perhaps stacked, with its bias and its adapters; ``low_rank`` None: it has none."""
 
-    weight: Tensor
+    weight: Tensor | PackedWeight
     bias: Tensor | None
     low_rank: LowRank | None
-    parts: tuple[Part, ...]
+    keys: tuple[tuple[int, str], ...]  # (layer, projection) of each part of low_rank
 
     def __call__(self, x: Tensor, adapters: slice = slice(None)) -> tuple[Tensor, Tensor | None]:
         """y and u of :func:`ops.linear.linear`, for x of the adapters in the slice."""
@@ -63,59 +64,52 @@ class Projection:
         low_rank = self.low_rank[adapters] if self.low_rank else None
         t = None
         if low_rank is not None and u is not None:
-            wanted_A = [part for part in self.parts if gradients.wants(part.key, "A")]
-            wanted_B = [part for part in self.parts if gradients.wants(part.key, "B")]
+            parts = list(zip(self.keys, low_rank.parts, strict=True))
+            wanted_A = [(key, part.ranks) for key, part in parts if gradients.wants(key, "A")]
             if need_dx or wanted_A:
                 t = linear_vjp_inner(dy, low_rank)
-            if t is not None and len(wanted_A) == len(self.parts):
+            if t is not None and len(wanted_A) == len(parts):
                 dA = linear_vjp_A(t, x)
-                for part in wanted_A:
-                    gradients.put(part.key, "A", adapters, dA[:, part.ranks])
+                for key, ranks in wanted_A:
+                    gradients.put(key, "A", adapters, dA[:, ranks])
             elif t is not None:
-                for part in wanted_A:
-                    gradients.put(part.key, "A", adapters, linear_vjp_A(t[..., part.ranks], x))
-            if len(wanted_B) == len(self.parts):
-                dB = linear_vjp_B(dy, u)
-                for part in wanted_B:
-                    gradients.put(part.key, "B", adapters, dB[:, part.ranks, part.outputs].mT)
-            else:
-                for part in wanted_B:
+                for key, ranks in wanted_A:
+                    gradients.put(key, "A", adapters, linear_vjp_A(t[..., ranks], x))
+            for key, part in parts:
+                if gradients.wants(key, "B"):
                     dB = linear_vjp_B(dy[..., part.outputs], u[..., part.ranks])
-                    gradients.put(part.key, "B", adapters, dB.mT)
+                    gradients.put(key, "B", adapters, dB)
         return linear_vjp_input(dy, self.weight, low_rank, t) if need_dx else None
 
 
 def project(
-    config: Qwen2Config, lora: Lora, layer: int, names: tuple[str, ...], weight: Tensor, bias: Tensor | None = None
+    config: Qwen2Config,
+    lora: Lora,
+    layer: int,
+    names: tuple[str, ...],
+    weight: Tensor | PackedWeight,
+    bias: Tensor | None = None,
 ) -> Projection:
     """The stacked projection of ``names`` in a layer; ``weight`` and ``bias`` are stacked already."""
     dtype = weight.dtype
-    parts = []
+    keys, pairs, parts = [], [], []
     rank = out = 0
     for name in names:
         rows, _ = projection_shape(config, name)
         pair = lora.pairs.get((layer, name))
         if pair is not None:
             r = pair.A.shape[1]
-            parts.append(Part((layer, name), slice(rank, rank + r), slice(out, out + rows)))
+            keys.append((layer, name))
+            pairs.append(pair)
+            parts.append(Part(pair.B.to(dtype), slice(out, out + rows), slice(rank, rank + r)))
             rank += r
         out += rows
     if not parts:
         return Projection(weight, bias, None, ())
-    pairs = [lora.pairs[part.key] for part in parts]
     by_column = [pair.scaling for pair in pairs for _ in range(pair.A.shape[1])]
     scaling = torch.tensor(by_column, dtype=accumulation_dtype(dtype), device=weight.device)
-    if len(names) == 1:
-        low_rank = LowRank(pairs[0].A.to(dtype), pairs[0].B.to(dtype), scaling)
-    else:
-        first = pairs[0].A
-        A = first.new_empty(first.shape[0], rank, first.shape[2], dtype=dtype)
-        B = first.new_zeros(first.shape[0], out, rank, dtype=dtype)
-        for part, pair in zip(parts, pairs, strict=True):
-            A[:, part.ranks] = pair.A
-            B[:, part.outputs, part.ranks] = pair.B
-        low_rank = LowRank(A, B, scaling)
-    return Projection(weight, bias, low_rank, tuple(parts))
+    A = pairs[0].A.to(dtype) if len(pairs) == 1 else torch.cat([pair.A.to(dtype) for pair in pairs], 1)
+    return Projection(weight, bias, LowRank(A, tuple(parts), scaling), tuple(keys))
 
 
 class Gradients:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from .config import Qwen2Config
+from .ops.linear import PackedWeight, can_pack
+
+_MATRICES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -31,17 +34,29 @@ class BlockWeights:
 
 
 @dataclass(frozen=True)
+class PackedBlock:
+    """The matrices of a block in oneDNN's layout, in the compute dtype."""
+
+    qkv_proj: PackedWeight
+    o_proj: PackedWeight
+    gate_up_proj: PackedWeight
+    down_proj: PackedWeight
+
+
+@dataclass(frozen=True)
 class Qwen2Weights:
     """All base weights, in one storage dtype on one device.
 
     ``lm_head`` is the same tensor as ``embed_tokens`` where the config ties them. It is None where it was left
-    out: only logits need it, and ``forward_vjp`` has none.
+    out: only logits need it, and ``forward_vjp`` has none. ``packed`` is a faster form of the same blocks that
+    ``forward_vjp`` takes where there is one: see :meth:`prepack`.
     """
 
     embed_tokens: Tensor  # (V, H)
     blocks: tuple[BlockWeights, ...]
     norm: Tensor  # (H,)
     lm_head: Tensor | None  # (V, H)
+    packed: tuple[PackedBlock, ...] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -64,8 +79,38 @@ class Qwen2Weights:
         return self.dtype
 
     def nbytes(self) -> int:
-        """Bytes of all weights, a tied lm_head counted once."""
+        """Bytes of all weights, a tied lm_head counted once, packed copies left out."""
         return sum(tensor.nbytes for tensor in self._storages())
+
+    @property
+    def can_prepack(self) -> bool:
+        """Whether :meth:`prepack` works here: on a CPU, where oneDNN multiplies in the compute dtype."""
+        return can_pack(self.compute_dtype, self.device)
+
+    def prepack_nbytes(self) -> int:
+        """Bytes that :meth:`prepack` takes: twice the blocks' matrices, in the compute dtype."""
+        elements = sum(getattr(block, name).numel() for block in self.blocks for name in _MATRICES)
+        return 2 * elements * self.compute_dtype.itemsize
+
+    def prepack(self) -> Qwen2Weights:
+        """The same weights with ``packed`` filled in: ``forward_vjp`` runs faster, for :meth:`prepack_nbytes`.
+
+        Raises:
+            ValueError: not :attr:`can_prepack`.
+        """
+        if not self.can_prepack:
+            raise ValueError(
+                f"weights are {str(self.dtype).removeprefix('torch.')} on {self.device}, expected float32, float16 or "
+                "(where the processor has it) bfloat16 on a CPU with oneDNN to pack them"
+            )
+        dtype = self.compute_dtype
+        return replace(
+            self,
+            packed=tuple(
+                PackedBlock(*(PackedWeight(getattr(block, name).to(dtype)) for name in _MATRICES))
+                for block in self.blocks
+            ),
+        )
 
     def _storages(self) -> Iterator[Tensor]:
         yield self.embed_tokens

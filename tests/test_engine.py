@@ -132,7 +132,7 @@ def test_adapters_in_chunks_differ_from_peft(monkeypatch: pytest.MonkeyPatch, at
     """The MLP of many tokens is cut into chunks of adapters: here of few."""
     config, spec = tiny_config(), SPECS["some layers"]
     gate_up_of_one = len(pack(SEQUENCES)) * 2 * config.intermediate_size * 8
-    monkeypatch.setattr("qwen_functional.block.CPU_CHUNK_BYTES", gate_up_of_one * at_once)
+    monkeypatch.setattr("qwen_functional.block.PLAIN_CHUNK_BYTES", gate_up_of_one * at_once)
     assert_parity(config, spec, random_lora(config, spec, 5), layer=(1, -1), checkpoint=checkpoint)
 
 

@@ -21,6 +21,9 @@ from qwen_functional import pack
 from qwen_functional.ops.attention import attention, attention_vjp
 from qwen_functional.ops.linear import (
     LowRank,
+    PackedWeight,
+    Part,
+    can_pack,
     linear,
     linear_inner,
     linear_vjp_A,
@@ -143,21 +146,34 @@ def test_swiglu_or_its_vjp_differs_from_transformers_activation() -> None:
 # linear
 
 
+def stacked(A: torch.Tensor, Bs: list[torch.Tensor], scaling: torch.Tensor) -> LowRank:
+    """An adapter whose parts lie one below the other, in outputs and in ranks."""
+    parts, out, rank = [], 0, 0
+    for B in Bs:
+        parts.append(Part(B, slice(out, out + B.shape[1]), slice(rank, rank + B.shape[2])))
+        out, rank = out + B.shape[1], rank + B.shape[2]
+    return LowRank(A, tuple(parts), scaling)
+
+
 @pytest.mark.parametrize("shared_input", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_a_projection_or_its_vjp_differs_from_merged_weights(shared_input: bool, with_bias: bool) -> None:
+@pytest.mark.parametrize("parts", [((7, 4),), ((4, 1), (2, 2), (1, 1))], ids=["alone", "stacked"])
+def test_a_projection_or_its_vjp_differs_from_merged_weights(
+    shared_input: bool, with_bias: bool, parts: tuple[tuple[int, int], ...]
+) -> None:
     n_adapters, n_tokens, n_in, out, rank = 3, 5, 6, 7, 4
     x = normal(1 if shared_input else n_adapters, n_tokens, n_in).requires_grad_()
     weight, bias = normal(out, n_in, seed=1), normal(out, seed=2) if with_bias else None
-    A, B = normal(n_adapters, rank, n_in, seed=3), normal(n_adapters, out, rank, seed=4)
+    A = normal(n_adapters, rank, n_in, seed=3).requires_grad_()
+    Bs = [normal(n_adapters, rows, r, seed=10 + i).requires_grad_() for i, (rows, r) in enumerate(parts)]
     scaling, dy = normal(rank, seed=5), normal(n_adapters, n_tokens, out, seed=6)
-    A, B = A.requires_grad_(), B.requires_grad_()
+    B = torch.stack([torch.block_diag(*(B[g] for B in Bs)) for g in range(n_adapters)])
     merged = weight + B * scaling @ A  # (G, out, in)
     inputs = x.expand(n_adapters, -1, -1)
     expected = torch.stack([F.linear(inputs[g], merged[g], bias) for g in range(n_adapters)])
-    expected_dx, expected_dA, expected_dB = autograd(expected, dy, x, A, B)
+    expected_dx, expected_dA, *expected_dBs = autograd(expected, dy, x, A, *Bs)
 
-    low_rank, kept_dy = LowRank(A.detach(), B.detach(), scaling), dy.clone()
+    low_rank, kept_dy = stacked(A.detach(), [B.detach() for B in Bs], scaling), dy.clone()
     y, u = linear(x.detach(), weight, bias, low_rank)
     assert u is not None
     assert relative_error(y, expected) < EXACT
@@ -166,8 +182,25 @@ def test_a_projection_or_its_vjp_differs_from_merged_weights(shared_input: bool,
     dx = linear_vjp_input(dy, weight, low_rank, t)
     assert relative_error(dx.sum(0, keepdim=True) if shared_input else dx, expected_dx) < EXACT
     assert relative_error(linear_vjp_A(t, x.detach()), expected_dA) < EXACT
-    assert relative_error(linear_vjp_B(dy, u).mT, expected_dB) < EXACT
+    for part, expected_dB in zip(low_rank.parts, expected_dBs, strict=True):
+        dB = linear_vjp_B(dy[..., part.outputs], u[..., part.ranks])
+        assert relative_error(dB, expected_dB) < EXACT
     assert torch.equal(dy, kept_dy), "the vjp wrote over its cotangent"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_weight_multiplies_otherwise_than_the_weight(dtype: torch.dtype) -> None:
+    if not can_pack(dtype, torch.device("cpu")):
+        pytest.skip(f"oneDNN does not pack {dtype} on this processor")
+    weight, bias, x, dy = (normal(*shape).to(dtype) for shape in ((48, 80), (48,), (2, 5, 80), (2, 5, 48)))
+    low_rank = stacked(normal(2, 3, 80).to(dtype), [normal(2, 48, 3).to(dtype)], torch.ones(3))
+    packed = PackedWeight(weight)
+    eps = torch.finfo(dtype).eps
+    assert relative_error(linear(x, packed, bias, low_rank)[0], linear(x, weight, bias, low_rank)[0]) < eps
+    assert relative_error(linear(x, packed)[0], linear(x, weight)[0]) < eps
+    dx = linear_vjp_input(dy, packed, None, None)
+    assert dx.shape == x.shape
+    assert relative_error(dx, linear_vjp_input(dy, weight, None, None)) < eps
 
 
 def test_a_bare_projection_differs_from_torch() -> None:
@@ -179,7 +212,7 @@ def test_a_bare_projection_differs_from_torch() -> None:
 
 
 def test_some_adapters_of_a_stack_are_not_those_of_the_slice() -> None:
-    low_rank = LowRank(normal(3, 2, 6), normal(3, 7, 2, seed=1), normal(2, seed=2))
+    low_rank = stacked(normal(3, 2, 6), [normal(3, 7, 2, seed=1)], normal(2, seed=2))
     x, weight = normal(3, 5, 6, seed=3), normal(7, 6, seed=4)
     y, _ = linear(x, weight, None, low_rank)
     part, _ = linear(x[1:], weight, None, low_rank[1:])
