@@ -20,6 +20,8 @@ from torch import Tensor
 from ways import FLOOR, Engine, make_floor, make_way
 from workload import Pass, Workload
 
+from qwen_functional.memory import keep_freed_memory
+
 # Fresh interpreters: a forked one would begin with the parent's memory.
 _CONTEXT = multiprocessing.get_context("spawn")
 
@@ -138,6 +140,7 @@ def _serve(connection: Connection, way: str, workload: Workload) -> None:
     """The worker's end: answer (failed, value) to each command until the parent hangs up."""
     try:
         torch.set_num_threads(workload.threads)
+        keep_freed_memory()  # for all ways alike
         server = _Server(way, workload)
         connection.send((False, None))
         while True:
