@@ -1,0 +1,99 @@
+"""Prepacked weights: the numbers of the weights themselves, and when they are packed."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from reference import random_lora, relative_error, tiny_config
+from torch import Tensor
+
+from lora_delta import DifferentiableDeltaCompute
+from qwen_functional import LoraSpec, Qwen2Weights, init_weights, pack
+from qwen_functional.forward import forward_vjp
+
+SEQUENCES = [[1, 2, 3, 4, 5], [1, 2, 6], [7, 8]]
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 0.05}
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+
+
+def value_and_gradients(weights: Qwen2Weights, layer: int, checkpoint: str) -> tuple[Tensor, dict[str, Tensor]]:
+    config, spec = tiny_config(), LoraSpec(rank=3)
+    lora = spec.bind(config, {name: tensor.float() for name, tensor in random_lora(config, spec, 3).items()})
+    value, vjp = forward_vjp(config, weights, pack(SEQUENCES), lora, layer=layer, checkpoint=checkpoint)
+    return value, vjp(torch.ones_like(value))
+
+
+@needs_onednn
+@pytest.mark.parametrize("layer", [-1, 0])
+@pytest.mark.parametrize("checkpoint", ["none", "block"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_packing_changes_a_value_or_gradient(dtype: torch.dtype, checkpoint: str, layer: int) -> None:
+    weights = init_weights(tiny_config(), dtype=dtype)
+    if not weights.can_prepack:
+        pytest.skip(f"oneDNN does not pack {dtype} on this processor")
+    expected, expected_gradients = value_and_gradients(weights, layer, checkpoint)
+    value, gradients = value_and_gradients(weights.prepack(), layer, checkpoint)
+    assert relative_error(value, expected) < TOLERANCE[dtype]
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in gradients.items():
+        assert relative_error(gradient, expected_gradients[name]) < TOLERANCE[dtype], name
+
+
+def test_weights_that_onednn_cannot_multiply_are_packed() -> None:
+    weights = init_weights(tiny_config(), dtype=torch.float64)
+    assert not weights.can_prepack
+    with pytest.raises(ValueError, match="weights are float64 on cpu, expected float32"):
+        weights.prepack()
+
+
+@needs_onednn
+def test_the_packed_copies_take_another_size_than_is_said() -> None:
+    weights = init_weights(tiny_config(), dtype=torch.float16)
+    block = weights.blocks[0]
+    matrices = (block.qkv_proj, block.o_proj, block.gate_up_proj, block.down_proj)
+    assert weights.prepack_nbytes() == 2 * 4 * len(weights.blocks) * sum(matrix.numel() for matrix in matrices)
+
+
+@needs_onednn
+@pytest.mark.parametrize(("prepack", "free", "packed"), [
+    (True, 0, True), (False, 1 << 40, False), ("auto", 1 << 40, True), ("auto", 1000, False),
+])  # fmt: skip
+def test_a_delta_packs_against_its_argument(
+    prepack: bool | str, free: int, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora_delta.delta.free_bytes", lambda device: free)
+    config = tiny_config()
+    delta = DifferentiableDeltaCompute(config, init_weights(config), SEQUENCES, prepack=prepack)
+    assert (delta.weights.packed is not None) is packed
+
+
+def test_an_unknown_prepack_is_taken() -> None:
+    config = tiny_config()
+    with pytest.raises(ValueError, match="prepack is 'always', expected True, False or 'auto'"):
+        DifferentiableDeltaCompute(config, init_weights(config), SEQUENCES, prepack="always")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
+def test_kept_memory_goes_back_to_the_system() -> None:
+    program = """
+import torch
+from pathlib import Path
+from qwen_functional.memory import keep_freed_memory
+def resident(): return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+print(keep_freed_memory())
+torch.ones(2 << 20)
+before = resident()
+tensor = torch.ones(6 << 20)  # 24 MiB, below the largest threshold that glibc takes
+during = resident()
+del tensor
+print(during - before > 20 << 20, resident() - before > 20 << 20)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env={**os.environ}
+    )
+    took, grew, kept = done.stdout.split()
+    if took == "False":
+        pytest.skip("the C library is not glibc")
+    assert (grew, kept) == ("True", "True")
