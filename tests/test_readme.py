@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from lora_delta.embedded import embedded_checkpoint
 from lora_delta.embedded.build import build
@@ -35,7 +36,9 @@ def test_an_example_in_the_readme_fails(code: str) -> None:
     _run(code)
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"])
-def test_the_embedded_checkpoint_is_not_what_its_script_makes(name: str, tmp_path: Path) -> None:
-    build(tmp_path)
-    assert (tmp_path / name).read_bytes() == (embedded_checkpoint() / name).read_bytes()
+def test_the_embedded_checkpoint_is_not_of_the_kind_that_its_script_makes(tmp_path: Path) -> None:
+    build(tmp_path, steps=1)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / name).read_bytes() == (embedded_checkpoint() / name).read_bytes()
+    made, there = (load_file(folder / "model.safetensors") for folder in (tmp_path, embedded_checkpoint()))
+    assert {n: (t.shape, t.dtype) for n, t in made.items()} == {n: (t.shape, t.dtype) for n, t in there.items()}

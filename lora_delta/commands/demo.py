@@ -1,0 +1,54 @@
+"""``lora-delta demo``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from qwen_functional.memory import keep_freed_memory
+
+
+def add(subcommands: argparse._SubParsersAction) -> None:
+    """Register the subcommand."""
+    demo = subcommands.add_parser(
+        "demo",
+        help="teachers, labels, generators and a verdict on the embedded checkpoint, in three minutes",
+        description="Trains teacher adapters for small text tasks, labels them with their deltas, trains generators by "
+        "weights, by deltas and by both, and judges them on held-out prompts and tasks. No network is needed.",
+    )
+    demo.add_argument("--out", type=Path, default=Path("lora-delta-demo"), help="folder (default: ./%(default)s)")
+    demo.add_argument("--teacher-steps", type=int, default=100, help="training of the teachers (default: %(default)s)")
+    demo.add_argument("--steps", type=int, default=400, help="training of each generator (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default: %(default)s)")
+    demo.add_argument("--json", action="store_true", help="print the record as JSON instead of the table")
+    demo.add_argument("--quiet", action="store_true", help="no progress bars")
+    demo.set_defaults(run=_demo)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from ..demo import run_demo
+
+    for name in ("teacher_steps", "steps"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected at least 1")
+    if options.out.exists() and any(options.out.iterdir()):
+        raise ValueError(f"--out names {options.out}, which is not empty: expected a new folder")
+    keep_freed_memory()
+    plots = find_spec("matplotlib") is not None
+    record = run_demo(
+        options.out,
+        teacher_steps=options.teacher_steps,
+        steps=options.steps,
+        seed=options.seed,
+        plots=plots,
+        progress=not options.quiet,
+        say=lambda line: print(line, file=sys.stderr if options.json else sys.stdout, flush=True),
+    )
+    if not plots:
+        print("no pictures: they need matplotlib, pip install 'qwen-functional[plots]'", file=sys.stderr)
+    if options.json:
+        print(json.dumps(record, indent=1))
+    return 0

@@ -1,0 +1,64 @@
+"""``lora-delta generate``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+import torch
+
+from qwen_functional.memory import keep_freed_memory
+
+_PER_BATCH = 16
+
+
+def add(subcommands: argparse._SubParsersAction) -> None:
+    """Register the subcommand."""
+    generate = subcommands.add_parser(
+        "generate",
+        help="write PEFT adapters from prompts with a trained generator",
+        description="Writes one PEFT adapter folder for each line of FILE: a prompt, or JSON "
+        '{"name": "...", "prompts": ["...", "..."]}.',
+    )
+    generate.add_argument("--run", type=Path, required=True, dest="folder", help="what lora-delta train has written")
+    generate.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="text or JSON lines")
+    generate.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for the adapters' folders")
+    generate.add_argument("--base-model", help="name that the adapters give their base model (default: the run's)")
+    generate.add_argument("--device", help="default: a GPU where there is one, else the CPU")
+    generate.add_argument("--json", action="store_true", help="print the folders as JSON")
+    generate.add_argument("--quiet", action="store_true", help="no progress bar")
+    generate.set_defaults(run=_generate)
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from ..adapters import save_peft_adapter
+    from ..conditions import Condition
+    from ..runs import load_run, read_prompts
+
+    prompts = read_prompts(options.prompts, key="name")
+    names = {name: re.sub(r"[^\w.-]+", "_", name) for name in prompts}
+    if len(set(names.values())) < len(names):
+        raise ValueError(f"{options.prompts} gives names that are the same folder, expected different ones")
+    keep_freed_memory()
+    run = load_run(options.folder, options.device)
+    written = []
+    entries = list(prompts.items())
+    bar = tqdm(total=len(entries), desc="generate", unit=" adapters", disable=options.quiet)
+    for start in range(0, len(entries), _PER_BATCH):
+        batch = entries[start : start + _PER_BATCH]
+        condition = Condition.collate([torch.cat(run.encoder(texts)) for _, texts in batch]).to(run.weights.device)
+        with torch.no_grad():
+            tensors = run.format.detokenize(run.generator(condition.states, condition.mask))
+        for index, (name, _) in enumerate(batch):
+            folder = options.out / names[name]
+            one = {key: tensor[index].cpu().contiguous() for key, tensor in tensors.items()}
+            save_peft_adapter(folder, run.spec, one, base_model=options.base_model or run.base)
+            written.append(str(folder))
+            bar.update()
+    bar.close()
+    print(json.dumps(written, indent=1) if options.json else f"wrote {len(written)} adapters to {options.out}")
+    return 0

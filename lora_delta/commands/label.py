@@ -1,0 +1,126 @@
+"""``lora-delta label``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from qwen_functional.memory import keep_freed_memory
+
+from ..adapters import find_adapters
+from ..delta import POOLINGS, DifferentiableDeltaCompute
+from ..labels import LabelReport, compute_labels
+from ..probes import create_generic_probes
+from . import DTYPES
+
+_INTERRUPTED = 130  # what a shell says of a program that Ctrl-C ended
+
+
+def add(subcommands: argparse._SubParsersAction) -> None:
+    """Register the subcommand."""
+    label = subcommands.add_parser(
+        "label",
+        help="write the deltas of many adapters to a folder",
+        description="Computes the deltas of LoRA adapters, many at a time, and adds them to a folder of labels. What "
+        "has a label there already is not computed again. Exit status 1 when an adapter has none in the end.",
+    )
+    label.add_argument(
+        "adapters",
+        nargs="+",
+        metavar="ADAPTER",
+        help="a PEFT adapter's folder, a folder of them, a glob, a .txt file with one per line, or a hub id",
+    )
+    label.add_argument("--model", required=True, help="hub id or folder of the base model, a Qwen2 checkpoint")
+    label.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for the labels, new or begun before")
+    label.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the base weights (default: %(default)s)")
+    label.add_argument("--device", help="default: a GPU where there is one, else the CPU")
+    label.add_argument("--probes", type=Path, metavar="FILE", help="texts, one per line (default: five generic ones)")
+    label.add_argument("--chat", action="store_true", help="put each probe into the model's chat template")
+    label.add_argument("--max-length", type=int, default=256, help="tokens of a probe, at most (default: %(default)s)")
+    label.add_argument(
+        "--layer",
+        action="append",
+        metavar="N[,N…]",
+        help="block to read out, from 0; -1 is after the last one and the final norm (the default). Several, by "
+        "commas or repetition, give a row for each: --layer=-1,12",
+    )
+    label.add_argument(
+        "--pooling", choices=POOLINGS, default="mean", help="over the probes; none keeps each (default: %(default)s)"
+    )
+    label.add_argument("--adapters-per-pass", type=int, metavar="G", help="default: 8, and 32 on a GPU")
+    label.add_argument("--json", action="store_true", help="print the summary as JSON")
+    label.add_argument("--quiet", action="store_true", help="no progress bar")
+    label.set_defaults(run=_label)
+
+
+def _label(options: argparse.Namespace) -> int:
+    keep_freed_memory()
+    adapters = find_adapters(options.adapters)  # before anything large is read
+    probes = create_generic_probes() if options.probes is None else _probes(options.probes)
+    delta = DifferentiableDeltaCompute.from_pretrained(
+        options.model,
+        probes,
+        dtype=DTYPES[options.dtype],
+        device=options.device,
+        max_length=options.max_length,
+        chat=options.chat,
+        layer=_layers(options.layer),
+        pooling=options.pooling,
+        adapters_per_pass=options.adapters_per_pass,
+    )
+    if delta.truncated_probes:
+        cut = ", ".join(map(str, delta.truncated_probes))
+        print(f"cut to {options.max_length} tokens: probes {cut}, counted from 0", file=sys.stderr)
+    try:
+        report = compute_labels(
+            delta,
+            adapters,
+            options.out,
+            model=options.model,
+            probes=probes,
+            chat=options.chat,
+            max_length=options.max_length,
+            progress=not options.quiet,
+        )
+    except KeyboardInterrupt:
+        print(f"interrupted: what was finished is in {options.out}; the same command goes on there", file=sys.stderr)
+        return _INTERRUPTED
+    print(json.dumps(_facts(report, options.out), indent=1) if options.json else _summary(report, options.out))
+    return 1 if report.failed else 0
+
+
+def _probes(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--probes names {path}, which cannot be read as text: {error}") from error
+    probes = [line for line in lines if line.strip()]
+    if not probes:
+        raise ValueError(f"--probes names {path}, which holds no text, expected one probe per line")
+    return probes
+
+
+def _layers(given: list[str] | None) -> int | tuple[int, ...]:
+    try:
+        layers = tuple(int(layer) for text in given or ["-1"] for layer in text.split(","))
+    except ValueError:
+        raise ValueError(f"--layer is {','.join(given or [])!r}, expected numbers such as 12 or -1,12") from None
+    return layers[0] if len(layers) == 1 else layers
+
+
+def _facts(report: LabelReport, out: Path) -> dict[str, object]:
+    failed = [dataclasses.asdict(failure) for failure in report.failed]
+    rate = len(report.computed) / report.seconds if report.seconds else None
+    counts = {"labels": report.labels, "computed": len(report.computed), "reused": len(report.reused)}
+    return {"out": str(out), **counts, "failed": failed, "seconds": report.seconds, "labels_per_second": rate}
+
+
+def _summary(report: LabelReport, out: Path) -> str:
+    computed, failed = len(report.computed), len(report.failed)
+    rate = f" in {report.seconds:.1f} s, {computed / report.seconds:.2f} a second" if computed else ""
+    head = f"{out} holds {report.labels} labels: {computed} computed{rate}; {len(report.reused)} were there already"
+    lines = [f"  {failure.name}: {failure.reason}" for failure in report.failed]
+    return "\n".join([head, *([f"{failed} failed:", *lines] if failed else [])])

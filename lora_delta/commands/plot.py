@@ -1,0 +1,52 @@
+"""``lora-delta plot``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+
+def add(subcommands: argparse._SubParsersAction) -> None:
+    """Register the subcommand."""
+    plot = subcommands.add_parser(
+        "plot",
+        help="draw the deltas of a label folder in two dimensions",
+        description="Draws the deltas of a label folder by their first two principal components; with classes, "
+        "coloured by class and with the silhouette score.",
+    )
+    plot.add_argument("labels", type=Path, metavar="DELTAS", help="folder that lora-delta label has written")
+    plot.add_argument("--classes", type=Path, metavar="FILE", help="JSON object {adapter's name or source: class}")
+    plot.add_argument("--out", type=Path, metavar="FILE", help="a .png file (default: DELTAS/deltas.png)")
+    plot.add_argument("--json", action="store_true", help="print what was drawn as JSON")
+    plot.set_defaults(run=_plot)
+
+
+def _plot(options: argparse.Namespace) -> int:
+    from ..label_table import DeltaLabels
+    from ..plots import plot_deltas, silhouette_score
+
+    labels = DeltaLabels(options.labels)
+    classes = None
+    if options.classes is not None:
+        classes = _classes(options.classes, labels.names)
+    deltas = labels.tensor.flatten(1)
+    out = options.out or options.labels / "deltas.png"
+    plot_deltas(deltas, classes, None if len(labels) > 60 else [Path(name).name for name in labels.names], path=out)
+    score = None if classes is None else float(silhouette_score(deltas, classes))
+    if options.json:
+        print(json.dumps({"picture": str(out), "adapters": len(labels), "silhouette_score": score}))
+    else:
+        print(f"{len(labels)} deltas in {out}" + ("" if score is None else f", silhouette score {score:.3f}"))
+    return 0
+
+
+def _classes(path: Path, names: list[str]) -> list[str]:
+    try:
+        classes = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--classes names {path}, which cannot be read as JSON: {error}") from error
+    missing = [name for name in names if name not in classes]
+    if missing:
+        raise ValueError(f"--classes lacks {missing[0]!r} and {len(missing) - 1} others, expected a class for each")
+    return [str(classes[name]) for name in names]

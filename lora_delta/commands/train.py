@@ -1,0 +1,38 @@
+"""``lora-delta train``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from qwen_functional.memory import keep_freed_memory
+
+
+def add(subcommands: argparse._SubParsersAction) -> None:
+    """Register the subcommand."""
+    train = subcommands.add_parser(
+        "train",
+        help="train a generator from prompts to LoRA weights, by weights and by deltas",
+        description="Trains the reference generator on labelled teachers as a TOML file says; the module "
+        "lora_delta.runs shows one. Run again, it goes on from its last checkpoint.",
+    )
+    train.add_argument("config", type=Path, metavar="CONFIG.toml")
+    train.add_argument("--json", action="store_true", help="print the last step's metrics as JSON")
+    train.add_argument("--quiet", action="store_true", help="no progress bar")
+    train.set_defaults(run=_train)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from ..runs import RunConfig, train_run
+
+    config = RunConfig.from_toml(options.config)
+    keep_freed_memory()
+    history = train_run(config, progress=not options.quiet)
+    last = history[-1]
+    if options.json:
+        print(json.dumps(last, indent=1))
+    else:
+        terms = ", ".join(f"{name} {last[name]:.4f}" for name in ("loss", "weights", "delta") if name in last)
+        print(f"{len(history)} steps, at the last one {terms}; {config.out} holds the run")
+    return 0

@@ -1,0 +1,399 @@
+"""Pictures of deltas, losses and verdicts as PNG files, and the two measures behind the first of them.
+
+Drawing needs matplotlib, ``pip install 'qwen-functional[plots]'``; :func:`project_2d` and :func:`silhouette_score`
+need torch alone. Nothing here touches pyplot or its state.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import textwrap
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+METRICS = ("euclidean", "cosine")
+
+# Okabe and Ito's colours, https://jfly.uni-koeln.de/color, without yellow, which is faint on white, and with grey for
+# black. Seven colours and eight markers: 56 classes differ from each other.
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#4D4D4D")
+_MARKERS = {"o": 1.0, "s": 0.9, "^": 1.1, "D": 0.75, "v": 1.1, "P": 1.2, "X": 1.2, "*": 1.9}  # areas that look alike
+_INKS = ("#005A8E", "#9A6A00", "#00694C", "#A44800", "#9C4F78", "#22719F", "#333333")  # the colours, darker, for text
+_LINES = ("-", "--", "-.", ":")
+_DPI = 150
+_STYLE: Any = {
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.edgecolor": "#888888",
+    "axes.linewidth": 0.6,
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
+    "axes.labelcolor": "#333333",
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E8E8E8",
+    "grid.linewidth": 0.6,
+    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize"), 9),
+    **dict.fromkeys(("xtick.color", "ytick.color"), "#555555"),
+    **dict.fromkeys(("xtick.major.width", "ytick.major.width"), 0.6),
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "auto",
+    "savefig.bbox": "standard",  # "tight" would change the size in pixels
+}
+
+
+def project_2d(deltas: Tensor) -> tuple[Tensor, Tensor]:
+    """The first two principal components of deltas (N, H), in float64.
+
+    Their signs are those of scikit-learn's PCA: the largest coefficient of a component is positive.
+
+    Returns:
+        Points (N, 2), and the share (2,) of the variance that each component explains; 0 where there is none.
+
+    Raises:
+        ValueError: not (N, H) with N and H of 2 or more, not floating point, not finite.
+    """
+    deltas = _checked_vectors("deltas", deltas)
+    if min(deltas.shape) < 2:
+        raise ValueError(f"deltas has shape {tuple(deltas.shape)}, expected two or more of each")
+    U, S, Vh = torch.linalg.svd(deltas - deltas.mean(0), full_matrices=False)
+    largest = Vh[:2].gather(1, Vh[:2].abs().argmax(1, keepdim=True))[:, 0]
+    points = U[:, :2] * S[:2] * torch.where(largest < 0, -1.0, 1.0).to(S)
+    variance = S.square()
+    return points, variance[:2] / variance.sum().clamp(min=torch.finfo(S.dtype).tiny)
+
+
+def silhouette_score(points: Tensor, classes: Sequence[Hashable] | Tensor, metric: str = "euclidean") -> float:
+    """Mean silhouette of points in their classes: from −1, among another class, over 0 to 1, far from all others.
+
+    ``(b − a) / max(a, b)`` of a point, for a its mean distance to the others of its class and b that to the nearest
+    other class (Rousseeuw 1987, doi 10.1016/0377-0427(87)90125-7). As with scikit-learn, 0 for one alone in its class.
+
+    Args:
+        points: (N, H); computed in float64, with a matrix (N, N).
+        classes: the class of each point.
+        metric: ``"euclidean"``, or ``"cosine"`` for 1 − cosine similarity, which is 1 from a vector of zeros.
+
+    Raises:
+        ValueError: an unknown metric, fewer than two classes, no two points in one class, another number of classes
+            than of points, points that are not (N, H), floating point and finite.
+    """
+    if metric not in METRICS:
+        raise ValueError(f"metric is {metric!r}, expected one of {METRICS}")
+    points = _checked_vectors("points", points)
+    index, names = _indexed(classes, len(points))
+    if not 2 <= len(names) < len(points):
+        raise ValueError(f"{len(points)} points are in {len(names)} classes, expected 2 to {len(points) - 1}")
+    if metric == "cosine":
+        units = torch.nn.functional.normalize(points, dim=1)
+        distances = (1 - units @ units.mT).clamp(min=0).fill_diagonal_(0)
+    else:
+        distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
+    members = torch.nn.functional.one_hot(index, len(names)).to(distances)  # (N, classes)
+    sums, sizes = distances @ members, members.sum(0)
+    own = members.bool()
+    size = sizes[index]
+    a = sums[own] / (size - 1).clamp(min=1)
+    b = (sums / sizes).masked_fill(own, math.inf).amin(1)
+    silhouettes = (b - a) / torch.maximum(a, b).clamp(min=torch.finfo(a.dtype).tiny)
+    return float(torch.where(size > 1, silhouettes, 0.0).mean())
+
+
+def plot_deltas(
+    deltas: Tensor,
+    classes: Sequence[Hashable] | Tensor | None = None,
+    names: Sequence[str] | None = None,
+    *,
+    path: str | Path,
+    title: str = "Deltas",
+    metric: str = "euclidean",
+) -> Path:
+    """Deltas in the plane of their first two principal components, as a PNG.
+
+    It has 1200 × 780 pixels, or, to hold more than 20 names, 1500 × 1020.
+
+    Args:
+        deltas: (N, H).
+        classes: the class of each delta: its colour and marker. Names stand at the centroids and in a legend; made
+            for up to 40. The title says the silhouette score, of the deltas themselves, not of the points drawn.
+        names: the name of each delta, drawn at its point, in the place of those at the centroids.
+        path: where to write; its folder is made.
+        metric: of the silhouette score.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: as :func:`project_2d`, another number of classes or names than of deltas, an unknown metric, a
+            path that does not end in ``.png``.
+        ImportError: matplotlib is not installed.
+    """
+    points, explained = project_2d(deltas)
+    index, class_names = _indexed(classes if classes is not None else [""] * len(points), len(points))
+    if names is not None and len(names) != len(points):
+        raise ValueError(f"there are {len(names)} names, expected one for each of {len(points)} deltas")
+    subtitle = f"{len(points)} adapters"
+    if classes is not None:
+        subtitle += f" in {len(class_names)} class{'es' if len(class_names) > 1 else ''}"
+        if 2 <= len(class_names) < len(points):
+            subtitle += f", silhouette {silhouette_score(deltas, classes, metric):.2f} ({metric})"
+    area = 42 if len(points) <= 150 else 26 if len(points) <= 600 else 12
+    markers = list(_MARKERS.items())
+    size = (10, 6.8) if len(names or class_names) > 20 else (8, 5.2)
+    with _drawing(path, *size) as (figure, axes):
+        for number, name in enumerate(class_names):
+            x, y = points[index == number].T.tolist()
+            colour, (marker, scale) = _COLOURS[number % len(_COLOURS)], markers[number % len(markers)]
+            drawn = axes.scatter(x, y, scale * area, colour, marker=marker, label=_text(name), alpha=0.85)
+            drawn.set(edgecolor="white", linewidth=0.5)
+        axes.set_aspect("equal", "datalim")
+        axes.margins(0.08)
+        first, second = (f"{share:.0%}" for share in explained.tolist())
+        axes.set(xlabel=f"first principal component, {first} of the variance", ylabel=f"second, {second}")
+        axes.set_title(f"{_text(title, 90)}\n{subtitle}")
+        if classes is not None:
+            _legend(figure, axes)
+        if names is not None:
+            _label(figure, axes, points, points, [(_text(name), "#333333") for name in names])
+        elif classes is not None:
+            centroids = torch.stack([points[index == number].mean(0) for number in range(len(class_names))])
+            labels = [(_text(name), _INKS[n % len(_INKS)]) for n, name in enumerate(class_names)]
+            _label(figure, axes, centroids, points, labels)
+    return Path(path)
+
+
+def plot_loss_curves(
+    curves: Mapping[str, Sequence[tuple[int, float]]],
+    path: str | Path,
+    *,
+    title: str = "",
+    ylabel: str = "loss",
+    log: bool | None = None,
+) -> Path:
+    """Losses by step, as a PNG of 1200 × 675 pixels.
+
+    Args:
+        curves: {label: [(step, value), …]}. A value that is not finite is a gap.
+        path: where to write; its folder is made.
+        log: whether the losses' axis is logarithmic; None: where all are positive and some 20 times others.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: no curves, a curve without a finite value, a path that does not end in ``.png``.
+        ImportError: matplotlib is not installed.
+    """
+    if not curves:
+        raise ValueError("curves is empty, expected at least one")
+    finite = {label: [float(v) for _, v in curve if math.isfinite(v)] for label, curve in curves.items()}
+    for label, values in finite.items():
+        if not values:
+            raise ValueError(f"curve {label!r} has no finite value, expected [(step, value), …]")
+    lowest, highest = min(map(min, finite.values())), max(map(max, finite.values()))
+    with _drawing(path, 8, 4.5) as (figure, axes):
+        for number, (label, curve) in enumerate(curves.items()):
+            style = _LINES[number // len(_COLOURS) % len(_LINES)]
+            axes.plot(
+                [step for step, _ in curve],
+                [float(value) if math.isfinite(value) else math.nan for _, value in curve],
+                style,
+                color=_COLOURS[number % len(_COLOURS)],
+                linewidth=1.5,
+                marker="o" if len(curve) <= 20 else None,
+                markersize=3.5,
+                label=_text(label),
+            )
+        if log or (log is None and lowest > 0 and 20 * lowest <= highest):
+            axes.set_yscale("log")
+        axes.locator_params(axis="x", integer=True)
+        axes.set(xlabel="step", ylabel=_text(ylabel), title=_text(title, 90))
+        if len(curves) > 1:
+            _legend(figure, axes)
+    return Path(path)
+
+
+def plot_bars(
+    groups: Mapping[str, Mapping[str, float]], path: str | Path, *, title: str = "", ylabel: str = ""
+) -> Path:
+    """A table as grouped bars with their values, as a PNG of 1200 × 675 pixels.
+
+    Args:
+        groups: {group: {series: value}}, the same series in every group; NaN, a value that is not known, has no bar.
+        path: where to write; its folder is made.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: no groups, groups of different series, an infinite value, a path that does not end in ``.png``.
+        ImportError: matplotlib is not installed.
+    """
+    series = list(next(iter(groups.values()), {}))
+    if not series:
+        raise ValueError("groups is empty, expected {group: {series: value}}")
+    for group, values in groups.items():
+        if set(values) != set(series):
+            raise ValueError(f"group {group!r} has the series {sorted(values)}, expected {sorted(series)}")
+        for name, value in values.items():
+            if math.isinf(value):
+                raise ValueError(f"{name!r} of group {group!r} is {value}, expected a finite number, or NaN")
+    bars = len(groups) * len(series)
+    with _drawing(path, 8, 4.5) as (figure, axes):
+        width, form = 0.8 / len(series), _decimals([v for values in groups.values() for v in values.values()])
+        for number, name in enumerate(series):
+            offset = (number - (len(series) - 1) / 2) * width
+            heights = [float(values[name]) for values in groups.values()]
+            container = axes.bar(
+                [place + offset for place in range(len(groups))],
+                heights,
+                width * 0.92,
+                color=_COLOURS[number % len(_COLOURS)],
+                hatch=("", "//", "..", "xx")[number // len(_COLOURS) % 4],
+                edgecolor="white",
+                linewidth=0,
+                label=_text(name),
+            )
+            if bars <= 40:
+                numbers = ["" if math.isnan(h) else f"{h:{form}}".replace("-", "−") for h in heights]
+                size = 8.5 if bars <= 16 else 7 if bars <= 26 else 5.5
+                axes.bar_label(container, numbers, padding=2, fontsize=size, color="#333333")
+        axes.axhline(0, color="#888888", linewidth=0.6)
+        axes.grid(False, axis="x")
+        axes.margins(x=0.02, y=0.1)
+        axes.tick_params(axis="x", length=0)
+        room = 80 // len(groups)  # characters under a group
+        names = [_text(group, 60) for group in groups]
+        if max(len(word) for name in names for word in (name.split() or [""])) <= room:
+            axes.set_xticks(range(len(groups)), [textwrap.fill(name, room) for name in names])
+        else:
+            axes.set_xticks(range(len(groups)), names, rotation=30, ha="right", rotation_mode="anchor")
+        axes.set(ylabel=_text(ylabel), title=_text(title, 90))
+        if len(series) > 1:
+            _legend(figure, axes)
+    return Path(path)
+
+
+@contextmanager
+def _drawing(path: str | Path, width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
+    """A figure of a size in inches; at the end it is written beside the path and renamed, whole or not at all."""
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"path is {str(path)!r}, expected the name of a .png file")
+    try:
+        import matplotlib
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(f"plots need matplotlib, pip install 'qwen-functional[plots]': {error}") from error
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure, figure.add_subplot()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            figure.savefig(temporary, format="png", dpi=_DPI)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    columns = math.ceil(len(labels) / 22)
+    size = 8.5 if columns == 1 else 7.5
+    figure.legend(handles, labels, loc="outside right upper", ncols=columns, fontsize=size, columnspacing=1)
+
+
+def _label(figure: Figure, axes: Axes, anchors: Tensor, points: Tensor, labels: Sequence[tuple[str, str]]) -> None:
+    """Texts near their anchors, one after another, each where it hides no other text and the fewest points.
+
+    anchors (n, 2) and points (N, 2) in data coordinates; labels are (text, colour).
+    """
+    from matplotlib.patheffects import withStroke
+    from matplotlib.text import Text
+
+    size = 8.5 if len(labels) <= 16 else 7 if len(labels) <= 60 else 5.5
+    figure.draw_without_rendering()  # settles the layout, and so where a point is in pixels
+    box, pixels = axes.get_window_extent(), _DPI / 72
+    corners = torch.tensor([[box.x0, box.y0], [box.x1, box.y1]], dtype=torch.float64)
+    hidden = torch.as_tensor(axes.transData.transform(points.numpy()))  # what texts should not hide, in pixels
+    taken = torch.empty(0, 2, 2, dtype=torch.float64)  # (texts, low and high, x and y)
+    angles = torch.arange(24, dtype=torch.float64) * math.pi / 12
+    around = torch.stack((angles.cos(), angles.sin()), 1).repeat(9, 1)  # (spots, 2)
+    radii = torch.tensor([6, 9, 13, 18, 25, 34, 46, 62, 84], dtype=torch.float64).repeat_interleave(24)[:, None]
+    along = torch.linspace(0.1, 0.9, 9, dtype=torch.float64)[:, None]
+    for (text, colour), anchor in zip(labels, anchors.tolist(), strict=True):
+        note = axes.annotate(
+            text, anchor, (0, 0), textcoords="offset points", ha="center", va="center", fontsize=size, color=colour,
+            path_effects=[withStroke(linewidth=2, foreground="white")], zorder=4,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 1},
+        )  # fmt: skip
+        note.set_in_layout(False)
+        extent = Text.get_window_extent(note)  # without the line
+        half = torch.tensor([extent.width, extent.height], dtype=torch.float64) / 2 + pixels
+        start = torch.as_tensor(axes.transData.transform(anchor))
+        middle = start + around * (radii * pixels + half * torch.tensor([1, 0.5]))  # (spots, 2)
+        low, high = middle - half, middle + half
+        lines = start + along[None] * (middle - start)[:, None]  # (spots, 9, 2)
+        cost = (
+            1000 * ((low < corners[0]) | (high > corners[1])).any(1)
+            + 100 * ((taken[:, 0] < high[:, None]) & (taken[:, 1] > low[:, None])).all(2).sum(1)
+            + 10 * ((taken[:, 0] < lines[:, :, None]) & (taken[:, 1] > lines[:, :, None])).all(3).any(1).sum(1)
+            + 6 * ((hidden > low[:, None] - 4) & (hidden < high[:, None] + 4)).all(2).sum(1).clamp(max=10)
+            + radii[:, 0] / 4
+        )
+        best = int(cost.argmin())
+        dx, dy = ((middle[best] - start) / pixels).tolist()
+        note.set_position((dx, dy))
+        if radii[best] < 12 and note.arrow_patch is not None:
+            note.arrow_patch.set_visible(False)  # the text is at its point
+        else:
+            hidden = torch.cat((hidden, lines[best]))
+        taken = torch.cat((taken, torch.stack((low[best], high[best]))[None]))
+
+
+def _decimals(values: Sequence[float]) -> str:
+    """A format that shows the largest of the values with two or three digits, and the others like it."""
+    largest = max((abs(value) for value in values if not math.isnan(value)), default=0) or 1
+    magnitude = math.floor(math.log10(largest))
+    return f".{max(0, 2 - magnitude - (magnitude < 0))}f" if -4 < magnitude < 6 else ".2g"
+
+
+def _checked_vectors(name: str, vectors: Tensor) -> Tensor:
+    """(N, H) in float64 on the CPU, without its graph."""
+    if not isinstance(vectors, Tensor) or vectors.dim() != 2 or not vectors.is_floating_point():
+        what = f"{vectors.dtype} {tuple(vectors.shape)}" if isinstance(vectors, Tensor) else type(vectors).__name__
+        raise ValueError(f"{name} is {what}, expected floating-point (N, H)")
+    if not vectors.isfinite().all():
+        raise ValueError(f"{name} is not finite: it holds NaN or infinity")
+    return vectors.detach().cpu().double()
+
+
+def _indexed(classes: Sequence[Hashable] | Tensor, count: int) -> tuple[Tensor, list[Hashable]]:
+    """The class of each point as a number, and the classes in the order of their first point."""
+    each = classes.tolist() if isinstance(classes, Tensor) else list(classes)
+    if len(each) != count:
+        raise ValueError(f"there are {len(each)} classes, expected one for each of {count} points")
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(each))}
+    return torch.tensor([numbers[name] for name in each]), list(numbers)
+
+
+def _text(value: object, width: int = 32) -> str:
+    """As matplotlib shows it unchanged: no formulas between dollars, and no leading _, which hides from a legend."""
+    text = " ".join(str(value).split())
+    text = text if len(text) <= width else text[: width - 1] + "…"
+    return (" " + text if text.startswith("_") else text).replace("$", r"\$")

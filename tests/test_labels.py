@@ -1,0 +1,376 @@
+"""Labels of many adapters against transformers and PEFT, and against themselves when runs stop, go on and differ."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from reference import SPECS, hf_model, hidden_states_at_end, peft_model, random_lora, relative_error, tiny_config
+from torch import Tensor
+
+from lora_delta import DifferentiableDeltaCompute, cli, labels
+from lora_delta.adapters import save_peft_adapter
+from lora_delta.embedded import embedded_checkpoint
+from lora_delta.label_table import DeltaLabels
+from lora_delta.labels import compute_labels, deltas_of, model_fingerprint, share_a_pass
+from qwen_functional import LoraSpec, Qwen2Config, init_weights
+
+CONFIG = tiny_config()
+PROBES = [[5, 6, 7, 8], [5, 6, 9], [1], [5, 6, 7, 8, 9, 10]]
+SPEC = LoraSpec(rank=3, alpha=5)
+
+
+def make_delta(probes: Sequence[Sequence[int]] = PROBES, seed: int = 0, **options: Any) -> DifferentiableDeltaCompute:
+    dtype = options.pop("dtype", torch.float32)
+    return DifferentiableDeltaCompute(CONFIG, init_weights(CONFIG, seed, dtype), probes, **options)
+
+
+def save(folder: Path, spec: LoraSpec = SPEC, seed: int = 0, config: Qwen2Config = CONFIG, factor: float = 1) -> None:
+    tensors = {name: factor * t for name, t in random_lora(config, spec, seed=seed, dtype=torch.float32).items()}
+    save_peft_adapter(folder, spec, tensors, base_model="a/base", config=config)
+
+
+@pytest.fixture
+def teachers(tmp_path: Path) -> Path:
+    """A folder of five adapters, a to e."""
+    for seed, name in enumerate("abcde"):
+        save(tmp_path / "teachers" / name, seed=seed)
+    return tmp_path / "teachers"
+
+
+def label(adapters: Path | str, out: Path, **options: Any) -> labels.LabelReport:
+    delta = options.pop("delta", None) or make_delta()
+    return compute_labels(delta, [adapters], out, **{"adapters_per_pass": 2, "progress": False, **options})
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many adapters each pass so far had."""
+    seen: list[int] = []
+
+    def counted(delta: DifferentiableDeltaCompute, lora: Any) -> Tensor:
+        seen.append(lora.n_adapters)
+        return deltas_of(delta, lora)
+
+    monkeypatch.setattr(labels, "deltas_of", counted)
+    return seen
+
+
+# --- The numbers ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def by_peft(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
+    """Adapters of every spec, written by PEFT itself, and {folder's name: per-probe delta of the last layers}."""
+    folder, expected, layers = tmp_path_factory.mktemp("by_peft"), {}, (1, -1)
+    weights = init_weights(CONFIG)
+    bare = hf_model(CONFIG, weights)
+    base = torch.stack([hidden_states_at_end(bare, None, ids, layers) for ids in PROBES], 1)
+    for seed, (name, spec) in enumerate(SPECS.items()):
+        model = peft_model(hf_model(CONFIG, weights), spec)
+        tensors = random_lora(CONFIG, spec, seed=seed, dtype=torch.float32)
+        for key, parameter in model.named_parameters():
+            if "lora_" in key:
+                parameter.data.copy_(tensors[key.replace(".default", "")])
+        model.save_pretrained(str(folder / name.replace(" ", "-")))
+        with torch.no_grad():
+            ends = torch.stack([hidden_states_at_end(model, None, ids, layers) for ids in PROBES], 1)
+        expected[name.replace(" ", "-")] = ends - base  # (layers, P, H)
+    return folder, expected
+
+
+@pytest.mark.parametrize("per_pass", [1, 3, 8])
+def test_labels_differ_from_peft_or_depend_on_who_shares_a_pass(
+    per_pass: int, by_peft: tuple[Path, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    folder, expected = by_peft
+    report = label(folder, tmp_path / "labels", adapters_per_pass=per_pass)
+    read = DeltaLabels(tmp_path / "labels")
+    assert (len(read), report.failed) == (len(SPECS), ())
+    for name, delta in expected.items():
+        assert relative_error(read[str(folder / name)], delta[1].mean(0)) <= 1e-4, name
+        assert read.entry(str(folder / name))["norm"] == pytest.approx(delta[1].mean(0).norm().item(), rel=1e-4)
+    assert read.entry(str(folder / "patterns"))["spec"]["rank_pattern"] == SPECS["patterns"].rank_pattern
+
+
+def test_labels_of_layers_and_probes_differ_from_peft(by_peft: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
+    folder, expected = by_peft
+    label(folder, tmp_path / "labels", delta=make_delta(layer=(1, -1), pooling="none"))
+    read = DeltaLabels(tmp_path / "labels")
+    assert read.tensor.shape == (len(SPECS), 2, len(PROBES), CONFIG.hidden_size)
+    for name, delta in expected.items():
+        assert relative_error(read[str(folder / name)], delta) <= 1e-4, name
+    assert read.settings["layer"] == [1, -1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("order", [list(SPECS), list(SPECS)[::-1]])
+def test_an_untrained_adapter_among_others_has_a_delta(dtype: torch.dtype, order: list[str]) -> None:
+    delta, loras = make_delta(dtype=dtype), []
+    for name in order:
+        tensors = random_lora(CONFIG, SPECS[name])
+        zero = {n: torch.zeros_like(t) if "lora_B" in n else t for n, t in tensors.items()}
+        loras += [SPECS[name].bind(CONFIG, tensors), SPECS[name].bind(CONFIG, zero)]
+    for some in (loras, loras[2:4], loras[:3], loras[5:6]):
+        rows = deltas_of(delta, share_a_pass(some, dtype))
+        untrained = torch.tensor([not any(pair.B.any() for pair in lora.pairs.values()) for lora in some])
+        assert torch.equal(rows.flatten(1).any(1), ~untrained)
+
+
+def test_adapters_that_share_a_pass_are_read_without_their_scales() -> None:
+    spec, other = LoraSpec(rank=2, alpha=8), LoraSpec(rank=5, target_modules=("k_proj",), use_rslora=True)
+    one, two = (s.bind(CONFIG, random_lora(CONFIG, s)) for s in (spec, other))
+    both = share_a_pass([one, two], torch.float64)
+    assert list(both.pairs) == list(one.pairs)
+    k, v = both.pairs[0, "k_proj"], both.pairs[0, "v_proj"]
+    assert k.A.shape[:2] == (2, 5)
+    for index, lora in enumerate((one, two)):
+        pair = lora.pairs[0, "k_proj"]
+        assert torch.allclose(k.B[index] @ k.A[index], pair.scaling * pair.B[0] @ pair.A[0], rtol=1e-12, atol=0)
+    assert not v.B[1].any()
+    assert {pair.scaling for pair in both.pairs.values()} == {1.0}
+
+
+# --- Runs -------------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_computes_something(teachers: Path, tmp_path: Path, passes: list[int]) -> None:
+    report = label(teachers, tmp_path / "labels")
+    assert passes == [2, 2, 1]
+    assert (report.computed, report.reused, report.labels) == (tuple(f"teachers/{n}" for n in "abcde"), (), 5)
+    before = {file: file.read_bytes() for file in (tmp_path / "labels").iterdir()}
+    report = label(str(teachers / "*"), tmp_path / "labels")
+    assert passes == [2, 2, 1]
+    assert (report.computed, len(report.reused), report.labels) == ((), 5, 5)
+    assert before == {file: file.read_bytes() for file in (tmp_path / "labels").iterdir()}
+
+
+def test_a_changed_adapter_keeps_its_label_or_others_lose_theirs(
+    teachers: Path, tmp_path: Path, passes: list[int]
+) -> None:
+    label(teachers, tmp_path / "labels")
+    before = DeltaLabels(tmp_path / "labels")
+    save(teachers / "c", seed=9)
+    save(teachers / "f", LoraSpec(rank=1), seed=10)
+    shutil.copytree(teachers / "a", teachers / "copy")
+    report = label(teachers, tmp_path / "labels")
+    assert passes == [2, 2, 1, 2]
+    assert (set(report.computed), len(report.reused)) == ({"teachers/c", "teachers/f"}, 5)
+    after = DeltaLabels(tmp_path / "labels")
+    assert after.names == [f"teachers/{name}" for name in ("a", "b", "c", "copy", "d", "e", "f")]
+    assert torch.equal(after["teachers/copy"], before["teachers/a"])
+    assert [torch.equal(after[name], before[name]) for name in before] == [True, True, False, True, True]
+    label(teachers / "c", tmp_path / "fresh")
+    assert relative_error(after["teachers/c"], DeltaLabels(tmp_path / "fresh")["teachers/c"]) <= 1e-5
+
+
+OTHERS: dict[str, tuple[Callable[[], DifferentiableDeltaCompute], str]] = {
+    "weights": (lambda: make_delta(seed=1), "model_sha256 is"),
+    "probes": (lambda: make_delta(PROBES[:3]), "probes_sha256 is"),
+    "order of the probes": (lambda: make_delta(PROBES[::-1]), "probes_sha256 is"),
+    "layer": (lambda: make_delta(layer=0), "layer is -1 there and 0 here"),
+    "layers": (lambda: make_delta(layer=[-1]), r"layer is -1 there and \[-1\] here"),
+    "pooling": (lambda: make_delta(pooling="none"), "pooling is 'mean' there and 'none' here"),
+    "dtype": (lambda: make_delta(dtype=torch.float64), "settings: dtype is 'float32' there and 'float64' here"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_labels_of_other_settings_go_into_one_table(
+    name: str, teachers: Path, tmp_path: Path, passes: list[int]
+) -> None:
+    label(teachers / "a", tmp_path / "labels")
+    make, message = OTHERS[name]
+    with pytest.raises(ValueError, match=message):
+        label(teachers, tmp_path / "labels", delta=make())
+    assert passes == [1]
+    assert DeltaLabels(tmp_path / "labels").names == ["teachers/a"]
+
+
+def test_the_fingerprint_misses_a_change_or_sees_one_that_no_delta_sees() -> None:
+    weights = init_weights(CONFIG)
+    known = model_fingerprint(CONFIG, weights)
+    assert known == model_fingerprint(CONFIG, init_weights(CONFIG).prepack())
+    assert weights.lm_head is not None
+    weights.lm_head.zero_()
+    assert known == model_fingerprint(CONFIG, weights)
+    weights.blocks[2].gate_up_proj[-1, -1] += 1e-6
+    assert known != model_fingerprint(CONFIG, weights)
+    assert known != model_fingerprint(tiny_config(rope_theta=100.0), init_weights(CONFIG))
+
+
+def spoil(teachers: Path) -> None:
+    """Three bad adapters among the good ones: of another model, cut, and so large that the delta overflows."""
+    save(teachers / "b", config=tiny_config(hidden_size=28, num_attention_heads=7, num_key_value_heads=1))
+    (teachers / "c" / "adapter_model.safetensors").write_bytes(b"1234")
+    save(teachers / "d", factor=1e30)
+
+
+def test_a_bad_adapter_ends_the_run_or_goes_unnoticed(teachers: Path, tmp_path: Path) -> None:
+    spoil(teachers)
+    report = label(teachers, tmp_path / "labels")
+    read = DeltaLabels(tmp_path / "labels")
+    assert read.names == ["teachers/a", "teachers/e"]
+    reasons = {failure.name: failure.reason for failure in report.failed}
+    assert set(reasons) == {"teachers/b", "teachers/c", "teachers/d"}
+    for name, reason in (("b", "expected (3, 24)"), ("c", "truncated or corrupt"), ("d", "its delta is not finite")):
+        assert reason in reasons[f"teachers/{name}"]
+    assert {entry["name"]: entry["reason"] for entry in read.manifest["failed"]} == reasons
+    for name in "bcd":
+        save(teachers / name, seed=5)
+    report = label(teachers, tmp_path / "labels")
+    assert (len(report.computed), len(report.reused), report.failed) == (3, 2, ())
+    assert DeltaLabels(tmp_path / "labels").manifest["failed"] == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_run_loses_what_was_finished(
+    error: type[BaseException], teachers: Path, tmp_path: Path, passes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = labels.deltas_of
+
+    def interrupted(delta: DifferentiableDeltaCompute, lora: Any) -> Tensor:
+        if len(passes) == 2:
+            raise error
+        return counted(delta, lora)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(labels, "deltas_of", interrupted)
+        with pytest.raises(error):
+            label(teachers, tmp_path / "labels")
+    assert DeltaLabels(tmp_path / "labels").names == [f"teachers/{name}" for name in "abcd"]
+    report = label(teachers, tmp_path / "labels")
+    assert report.computed == ("teachers/e",)
+    label(teachers, tmp_path / "whole")
+    whole = DeltaLabels(tmp_path / "whole")
+    assert relative_error(DeltaLabels(tmp_path / "labels").tensor, whole.tensor) <= 1e-6
+
+
+def test_a_killed_run_loses_all(teachers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_disk: list[int] = []
+
+    def watched(delta: DifferentiableDeltaCompute, lora: Any) -> Tensor:
+        on_disk.append(len(DeltaLabels(tmp_path / "labels")) if (tmp_path / "labels").exists() else 0)
+        return deltas_of(delta, lora)
+
+    monkeypatch.setattr(labels, "deltas_of", watched)
+    label(teachers, tmp_path / "labels", save_every=0)
+    assert on_disk == [0, 2, 4]
+    on_disk.clear()
+    label(teachers, tmp_path / "others", save_every=3600)
+    assert on_disk == [5, 5, 5]
+
+
+def test_many_adapters_that_are_there_already_hold_up_the_others(
+    teachers: Path, tmp_path: Path, passes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(labels, "_OUTCOMES_PER_BATCH", 2)
+    label(teachers, tmp_path / "labels")
+    for seed, name in enumerate(("a0", "c0", "f"), 20):
+        save(teachers / name, seed=seed)
+    report = label(teachers, tmp_path / "labels")
+    assert (len(report.computed), len(report.reused), passes) == (3, 5, [2, 2, 1, 2, 1])
+    assert len(DeltaLabels(tmp_path / "labels")) == 8
+
+
+def test_bad_arguments_write_labels(teachers: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file is a file, expected a folder for labels"):
+        label(teachers, tmp_path / "file")
+    with pytest.raises(ValueError, match="adapters_per_pass is 0, expected 1 or more"):
+        label(teachers, tmp_path / "labels", adapters_per_pass=0)
+    with pytest.raises(ValueError, match="nothing does not exist"):
+        label(tmp_path / "nothing", tmp_path / "labels")
+    assert not (tmp_path / "labels").exists()
+
+
+# --- The command ------------------------------------------------------------------------------------------
+
+
+def command(*arguments: Any) -> int:
+    return cli.main(["label", "--model", str(embedded_checkpoint()), *map(str, arguments)])
+
+
+@pytest.fixture
+def embedded_teachers(tmp_path: Path) -> Path:
+    config = Qwen2Config.from_json_file(embedded_checkpoint() / "config.json")
+    for seed, name in enumerate("ab"):
+        save(tmp_path / "teachers" / name, seed=seed, config=config)
+    return tmp_path / "teachers"
+
+
+def test_the_command_labels_otherwise_than_the_library(
+    embedded_teachers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    probes, listed = tmp_path / "probes.txt", tmp_path / "adapters.txt"
+    probes.write_text("one probe\n\nand another\n")
+    listed.write_text("teachers/a\nteachers/b  # the second\n")
+    options = ["--dtype", "float32", "--probes", probes, "--layer=-1,2", "--layer", "0", "--pooling", "none", "--json"]
+    assert command(*options, "--out", tmp_path / "labels", listed, "--quiet") == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    facts = json.loads(printed.out)
+    # Paths in the list are relative to it, names to the folder of labels.
+    assert (facts["labels"], facts["computed"], facts["reused"], facts["failed"]) == (2, 2, 0, [])
+    read = DeltaLabels(tmp_path / "labels")
+    assert read.names == ["teachers/a", "teachers/b"]
+    assert read.entry("teachers/a")["source"] == str((embedded_teachers / "a").resolve())
+    assert read.settings["probes"] == ["one probe", "and another"]
+    assert (read.settings["chat"], read.settings["max_length"], read.settings["dtype"]) == (False, 256, "float32")
+    delta = DifferentiableDeltaCompute.from_pretrained(
+        embedded_checkpoint(), ["one probe", "and another"], SPEC, torch.float32, layer=(-1, 2, 0), pooling="none"
+    )
+    tensors = [random_lora(delta.config, SPEC, seed=seed, dtype=torch.float32) for seed in (0, 1)]
+    assert relative_error(read.tensor, delta.forward_batch(tensors)) <= 1e-4
+
+
+def test_the_command_hides_what_failed(
+    embedded_teachers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (embedded_teachers / "b" / "adapter_model.safetensors").unlink()
+    assert command("--out", tmp_path / "labels", embedded_teachers) == 1
+    printed = capsys.readouterr()
+    assert "holds 1 labels: 1 computed" in printed.out
+    assert "1 failed:\n  teachers/b: " in printed.out
+    assert "2/2" in printed.err
+    save(embedded_teachers / "b", seed=1, config=Qwen2Config.from_json_file(embedded_checkpoint() / "config.json"))
+    assert command("--out", tmp_path / "labels", embedded_teachers, "--quiet") == 0
+    assert "holds 2 labels: 1 computed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--layer", "9"], "layer is 9"),
+        (["--layer", "last"], "--layer is 'last'"),
+        (["--probes", "/no/such/file"], "--probes names /no/such/file"),
+        (["--dtype", "float32"], "dtype is 'bfloat16' there and 'float32' here"),
+        (["/no/such/adapter"], "/no/such/adapter does not exist"),
+    ],
+)
+def test_a_command_that_cannot_run_is_not_told_from_one_that_failed(
+    arguments: list[str],
+    message: str,
+    embedded_teachers: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert command("--out", tmp_path / "labels", embedded_teachers, "--quiet") == 0
+    assert command("--out", tmp_path / "labels", embedded_teachers, *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_in_a_traceback(
+    embedded_teachers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(delta: DifferentiableDeltaCompute, lora: Any) -> Tensor:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(labels, "deltas_of", interrupted)
+    assert command("--out", tmp_path / "labels", embedded_teachers, "--quiet") == 130
+    assert "the same command goes on there" in capsys.readouterr().err

@@ -1,0 +1,400 @@
+"""Losses against their plain formulas: explicit weight updates, torch.nn.functional, finite differences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lora_delta.losses import (
+    Schedule,
+    delta_cosine,
+    delta_loss,
+    delta_mse,
+    product_mse,
+    tensors_mse,
+    tokens_mse,
+    weighted_sum,
+)
+from qwen_functional import LoraSpec
+from qwen_functional.lora import peft_name
+
+Q_A, Q_B = (peft_name(0, "q_proj", side) for side in "AB")
+UP_A, UP_B = (peft_name(1, "up_proj", side) for side in "AB")
+NAN = math.nan
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def adapter(*batch: int, seed: int = 0, ranks: tuple[int, int] = (3, 2)) -> dict[str, Tensor]:
+    """q_proj (7, 5) and up_proj (9, 4), in float64."""
+    r, s = ranks
+    shapes = {Q_A: (r, 5), Q_B: (7, r), UP_A: (s, 4), UP_B: (9, s)}
+    return {name: randn(*batch, *shape, seed=10 * seed + i) for i, (name, shape) in enumerate(shapes.items())}
+
+
+def updates(tensors: dict[str, Tensor], scalings: tuple[float, float] = (1, 1)) -> Tensor:
+    """The explicit weight updates of both modules, flat: (elements,) or (G, elements)."""
+    q, up = scalings[0] * tensors[Q_B] @ tensors[Q_A], scalings[1] * tensors[UP_B] @ tensors[UP_A]
+    return torch.cat([q.flatten(-2), up.flatten(-2)], -1)
+
+
+def relative(value: Tensor, expected: Tensor) -> float:
+    return float(((value.double() - expected).abs() / expected.abs()).detach())
+
+
+@pytest.mark.parametrize("shape", [(6,), (4, 6), (4, 2, 3, 6)])
+def test_the_loss_of_a_delta_is_another_than_its_formula(shape: tuple[int, ...]) -> None:
+    delta, target = randn(*shape), randn(*shape, seed=1)
+    cosine = 1 - F.cosine_similarity(delta, target, dim=-1).mean()
+    relative_mse = ((delta - target).norm(dim=-1) / target.norm(dim=-1)).square().mean()
+    torch.testing.assert_close(delta_mse(delta, target), F.mse_loss(delta, target), rtol=1e-12, atol=0)
+    torch.testing.assert_close(delta_mse(delta, target, normalize=True), relative_mse, rtol=1e-12, atol=0)
+    torch.testing.assert_close(delta_cosine(delta, target), cosine, rtol=1e-12, atol=0)
+    both = delta_loss(delta, target, mse_weight=0.5, cosine_weight=3, normalize=True)
+    torch.testing.assert_close(both, 0.5 * relative_mse + 3 * cosine, rtol=1e-12, atol=0)
+    assert delta_loss(delta, target, cosine_weight=0) == delta_mse(delta, target)
+    assert delta_loss(delta, target, mse_weight=0) == delta_cosine(delta, target)
+
+
+def test_the_cosine_of_nearly_equal_deltas_is_lost_to_rounding() -> None:
+    delta, noise = randn(896, dtype=torch.float32), 1e-5 * randn(896, seed=1, dtype=torch.float32)
+    exact = 1 - F.cosine_similarity(delta.double(), (delta + noise).double(), dim=0)
+    assert 1e-12 < exact < 1e-9
+    assert relative(delta_cosine(delta, delta + noise), exact) < 1e-2  # 1 − cos in float32 is off by 6e-8
+    assert delta_cosine(delta, delta) == 0
+
+
+@pytest.mark.parametrize("zero", ["delta", "target", "both"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_delta_or_a_target_of_zero_has_a_bad_gradient(zero: str, dtype: torch.dtype) -> None:
+    delta, target = randn(2, 6).to(dtype), randn(2, 6, seed=1).to(dtype)
+    delta[0] *= zero == "target"
+    target[0] *= zero == "delta"
+    leaves = delta.requires_grad_(), target.requires_grad_()
+    cosine = delta_cosine(*leaves)
+    kept = 1 - F.cosine_similarity(delta[1].double(), target[1].double(), dim=0)
+    assert relative(cosine, (1 + kept) / 2) < 1e-5
+    for gradient in torch.autograd.grad(cosine, leaves):
+        assert not gradient[0].any()
+        assert gradient[1].any()
+    loss = delta_mse(*leaves, normalize=True)
+    assert loss.isfinite()
+    for gradient in torch.autograd.grad(loss, leaves):
+        assert gradient.isfinite().all()
+
+
+def test_a_loss_of_half_precision_is_computed_in_it() -> None:
+    delta, target = (300 * randn(4, 64, seed=seed) for seed in (0, 1))  # their squares overflow float16
+    for loss in (delta_mse, delta_cosine, tokens_mse):
+        value = loss(delta.half(), target.half())
+        assert value.dtype == torch.float32
+        assert relative(value, loss(delta, target)) < 1e-3
+
+
+def masked(*shape: int) -> Tensor:
+    target = randn(*shape, seed=1)
+    target[..., -2:, :-1] = NAN
+    target[..., 0, 0] = NAN
+    return target
+
+
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_padding_of_the_target_counts_in_the_loss_of_tokens(batch: tuple[int, ...]) -> None:
+    tokens, target = randn(*batch, 3, 5, 4), masked(*batch, 3, 5, 4)
+    kept = ~target.isnan()
+    loss = tokens_mse(tokens.requires_grad_(), target)
+    torch.testing.assert_close(loss, F.mse_loss(tokens[kept], target[kept]), rtol=1e-12, atol=0)
+    (gradient,) = torch.autograd.grad(loss, tokens)
+    expected = torch.where(kept, 2 * (tokens - target) / kept.sum(), 0.0)
+    torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=0)
+    assert gradient[kept].all()
+    assert not gradient[~kept].any()
+
+
+def test_what_is_generated_into_the_padding_reaches_the_loss_or_its_gradient() -> None:
+    target = masked(3, 5, 4)
+    tokens = randn(3, 5, 4)
+    expected = tokens_mse(tokens, target)
+    spoilt = torch.where(target.isnan(), torch.tensor([NAN, math.inf, -math.inf, NAN]).double(), tokens)
+    loss = tokens_mse(spoilt.requires_grad_(), target.requires_grad_())
+    assert loss == expected
+    for gradient in torch.autograd.grad(loss, (spoilt, target)):
+        assert gradient.isfinite().all()
+        assert not gradient[target.isnan()].any()
+    assert tokens_mse(tokens * NAN, target).isnan()  # outside the padding it shows
+
+
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_the_loss_of_tensors_is_another_than_the_mean_over_their_elements(batch: tuple[int, ...]) -> None:
+    ours, theirs = adapter(*batch), adapter(*batch, seed=1)
+    flat, target = (torch.cat([tensors[name].flatten() for name in ours]) for tensors in (ours, theirs))
+    torch.testing.assert_close(tensors_mse(ours, theirs), F.mse_loss(flat, target), rtol=1e-12, atol=0)
+    spelt = {name[len("base_model.model.") : -len("weight")] + "default.weight": t for name, t in theirs.items()}
+    assert tensors_mse(ours, dict(reversed(spelt.items()))) == tensors_mse(ours, theirs)
+
+
+@pytest.mark.parametrize("batch", [0, 3])
+@pytest.mark.parametrize("ranks", [(3, 2), (2, 4)])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_loss_of_products_is_not_of_explicit_updates(batch: int, ranks: tuple[int, int], scaled: bool) -> None:
+    shape = (batch,) if batch else ()
+    ours, theirs = adapter(*shape), adapter(*shape, seed=1, ranks=ranks)
+    options: dict[str, Any] = {}
+    scalings: tuple[tuple[float, float], tuple[float, float]] = (1, 1), (1, 1)
+    if scaled:
+        options["spec"] = LoraSpec(rank=3, alpha=6, rank_pattern={"up_proj": 2})
+        options["target_spec"] = LoraSpec(rank=ranks[0], alpha=5, rank_pattern={"up_proj": ranks[1]}, use_rslora=True)
+        scalings = (2, 3), (5 / ranks[0] ** 0.5, 5 / ranks[1] ** 0.5)
+    update, target = updates(ours, scalings[0]), updates(theirs, scalings[1])
+    torch.testing.assert_close(product_mse(ours, theirs, **options), F.mse_loss(update, target), rtol=1e-12, atol=0)
+    expected = ((update - target).norm(dim=-1) / target.norm(dim=-1)).square().mean()
+    torch.testing.assert_close(product_mse(ours, theirs, **options, normalize=True), expected, rtol=1e-12, atol=0)
+
+
+def test_the_loss_of_products_depends_on_the_gauge_or_scales_the_target_otherwise() -> None:
+    ours, theirs, M = adapter(ranks=(3, 3)), adapter(seed=1, ranks=(3, 3)), randn(3, 3, seed=5)
+    spec = LoraSpec(rank=3, alpha=9)
+    torch.testing.assert_close(product_mse(ours, theirs, spec=spec), 9 * product_mse(ours, theirs))
+    turned = {**ours, Q_A: torch.linalg.inv(M) @ ours[Q_A], Q_B: ours[Q_B] @ M}
+    torch.testing.assert_close(product_mse(turned, theirs), product_mse(ours, theirs), rtol=1e-10, atol=0)
+    assert tensors_mse(turned, theirs) != pytest.approx(tensors_mse(ours, theirs).item(), rel=1e-2)
+    assert product_mse(turned, ours) < 1e-12
+
+
+# Not nearer in another gauge: the rounding of the turned tensors to float32 is itself a distance.
+@pytest.mark.parametrize(("distance", "turn"), [(0.1, False), (1e-3, False), (1e-6, False), (0.1, True), (1e-4, True)])
+def test_the_distance_of_nearly_equal_products_is_lost_to_rounding(distance: float, turn: bool) -> None:
+    r, sizes = 16, (896, 1152)
+    A, B = randn(r, sizes[0]) / 30, randn(sizes[1], r, seed=1) / 10
+    other_A, other_B = A * (1 + distance * randn(*A.shape, seed=2)), B * (1 + distance * randn(*B.shape, seed=3))
+    if turn:
+        M, _ = torch.linalg.qr(randn(r, r, seed=4))
+        other_A, other_B = M.mT @ other_A, other_B @ M
+    ours, theirs = {Q_A: A.float(), Q_B: B.float()}, {Q_A: other_A.float(), Q_B: other_B.float()}
+    update, target = (t[Q_B].double() @ t[Q_A].double() for t in (ours, theirs))
+    expected = (update - target).square().sum() / target.square().sum()
+    assert distance / 2 < expected.sqrt() < 2 * distance
+    value = product_mse(ours, theirs, normalize=True)
+    assert value.dtype == torch.float32
+    assert relative(value, expected) < 1e-6
+    leaf = ours[Q_A].requires_grad_()
+    (gradient,) = torch.autograd.grad(product_mse(ours, theirs), leaf)
+    exact = 2 * B.float().double().mT @ (update - target) / update.numel()
+    assert (gradient - exact).norm() < 1e-5 * exact.norm()
+
+
+def test_equal_products_have_a_loss_or_a_gradient_other_than_zero() -> None:
+    ours = {name: tensor.float().requires_grad_() for name, tensor in adapter(2).items()}
+    theirs = {name: tensor.detach().clone() for name, tensor in ours.items()}
+    for normalize in (False, True):
+        loss = product_mse(ours, theirs, normalize=normalize)
+        assert loss == 0
+        assert not any(gradient.any() for gradient in torch.autograd.grad(loss, list(ours.values())))
+
+
+def test_a_product_of_zero_as_target_has_a_bad_gradient() -> None:
+    ours = {name: tensor.requires_grad_() for name, tensor in adapter(2).items()}
+    theirs = adapter(2, seed=1)
+    for name in (Q_B, UP_B):
+        theirs[name][0] = 0
+    loss = product_mse(ours, theirs, normalize=True)
+    each = (updates(ours) - updates(theirs)).square()
+    expected = (each[0].mean() + each[1].sum() / updates(theirs)[1].square().sum()) / 2
+    torch.testing.assert_close(loss, expected)
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(loss, list(ours.values())))
+
+
+def test_the_loss_of_products_keeps_float64_copies_until_the_backward() -> None:
+    ours, theirs = ({name: t.float().requires_grad_() for name, t in adapter(seed=seed).items()} for seed in (0, 1))
+
+    def keep(tensor: Tensor) -> Tensor:
+        assert tensor.dtype != torch.float64 or tensor.numel() == 1
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        product_mse(ours, theirs)
+
+
+def from_flat(loss: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
+    def function(*flat: Tensor) -> Tensor:
+        return loss(*(dict(zip((Q_A, Q_B, UP_A, UP_B), side, strict=True)) for side in (flat[:4], flat[4:])), **options)
+
+    return function
+
+
+VECTORS = randn(2, 3, 4), randn(2, 3, 4, seed=1)
+TENSORS = (*adapter(2).values(), *adapter(2, seed=1).values())
+OTHER_RANK = (*adapter(2).values(), *adapter(2, seed=1, ranks=(2, 3)).values())
+GRADCHECKED: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
+    "delta_mse": (delta_mse, VECTORS),
+    "delta_mse, normalized": (lambda d, t: delta_mse(d, t, normalize=True), VECTORS),
+    "delta_cosine": (delta_cosine, VECTORS),
+    "delta_loss": (delta_loss, VECTORS),
+    "tokens_mse": (lambda tokens: tokens_mse(tokens, masked(2, 3, 4)), VECTORS[:1]),
+    "tensors_mse": (from_flat(tensors_mse), TENSORS),
+    "product_mse": (from_flat(product_mse), TENSORS),
+    "product_mse, normalized": (from_flat(product_mse, normalize=True), OTHER_RANK),
+}
+
+
+@pytest.mark.parametrize("name", GRADCHECKED)
+def test_a_gradient_or_a_second_one_differs_from_finite_differences(name: str) -> None:
+    loss, arguments = GRADCHECKED[name]
+    leaves = [argument.clone().requires_grad_() for argument in arguments]
+    assert torch.autograd.gradcheck(loss, leaves)
+    assert torch.autograd.gradgradcheck(loss, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("name", GRADCHECKED)
+def test_torch_func_gets_another_gradient_than_autograd(name: str) -> None:
+    loss, arguments = GRADCHECKED[name]
+    leaf = arguments[0].clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf, *arguments[1:]), leaf)
+    torch.testing.assert_close(torch.func.grad(loss)(*arguments), expected)
+
+
+def test_a_loss_changes_its_inputs() -> None:
+    for loss, arguments in GRADCHECKED.values():
+        before = [argument.clone() for argument in arguments]
+        loss(*arguments)
+        assert all(torch.equal(*pair) for pair in zip(arguments, before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda: delta_mse(randn(2, 3), randn(3)), r"delta has shape \(2, 3\), its target \(3,\): expected the same"),
+        (lambda: delta_cosine(randn(2, 3).long(), randn(2, 3)), "delta has dtype torch.int64, expected a floating"),
+        (lambda: delta_mse(randn(2, 3), [0.0]), "the target of delta is a list, expected a torch.Tensor"),  # type: ignore[arg-type]
+        (lambda: delta_mse(randn(0, 3), randn(0, 3)), r"delta has shape \(0, 3\), expected one dimension or more"),
+        (lambda: delta_mse(randn(3), randn(3).to("meta")), "delta is on cpu, its target on meta: expected the same"),
+        (lambda: delta_loss(randn(3), randn(3), mse_weight=-1), "mse_weight is -1, expected a finite number of 0 or"),
+        (lambda: delta_loss(randn(3), randn(3), mse_weight=0, cosine_weight=0), "are both 0, expected one above 0"),
+        (lambda: tokens_mse(randn(1, 2, 3), randn(1, 2, 4)), r"tokens has shape \(1, 2, 3\), its target \(1, 2, 4\)"),
+        (lambda: tokens_mse(randn(1, 2, 3), randn(1, 2, 3) * NAN), "target_tokens is NaN throughout, expected"),
+    ],
+)
+def test_a_bad_delta_or_token_is_accepted(loss: Callable[[], Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        loss()
+
+
+def without(tensors: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name not in names}
+
+
+MIXED = {**adapter(2), UP_B: randn(3, 9, 2)}
+
+
+@pytest.mark.parametrize("loss", [tensors_mse, product_mse])
+@pytest.mark.parametrize(
+    ("ours", "theirs", "message"),
+    [
+        ({}, {}, "tensors is empty, expected LoRA tensors"),
+        (without(adapter(), Q_A), adapter(), f"'{Q_A}' is in target_tensors and not in tensors, expected both"),
+        (adapter(), without(adapter(), UP_B), f"'{UP_B}' is in tensors and not in target_tensors, expected both"),
+        ({"lora_A": randn(2, 3)}, {}, f"'lora_A' fits nothing; expected names such as '{Q_A}'"),
+        ({Q_A: randn(2, 3), Q_A.replace("base_model.model.", ""): randn(2, 3)}, {}, "is given twice, in two spellings"),
+        ({Q_A: randn(2, 3)}, {Q_A: randn(2, 4)}, rf"'{Q_A}' has shape \(2, 3\), its target \(2, 4\)"),
+        ({Q_A: randn(3)}, {Q_A: randn(3)}, rf"'{Q_A}' has shape \(3,\), its target \(3,\): expected two or three"),
+        (adapter(2), adapter(), rf"'{Q_A}' has shape \(2, 3, 5\), its target \(3, 5\)"),
+        (adapter(2), adapter(3), rf"'{Q_A}' has shape \(2, 3, 5\), its target \(3, 3, 5\)"),
+        (MIXED, MIXED, rf"'{UP_B}' has shape \(3, 9, 2\), expected G as in \(2, 3, 5\)"),
+        ({Q_A: randn(2, 3).long()}, {Q_A: randn(2, 3)}, f"'{Q_A}' has dtype torch.int64, expected a floating-point"),
+    ],
+)
+def test_tensors_that_do_not_match_are_accepted(
+    loss: Callable[..., Tensor], ours: dict[str, Tensor], theirs: dict[str, Tensor], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        loss(ours, theirs)
+
+
+def test_a_product_without_a_factor_or_of_another_rank_is_accepted() -> None:
+    with pytest.raises(ValueError, match=f"'{UP_B}' is missing, expected the A and the B of each module"):
+        product_mse(without(adapter(), UP_B), without(adapter(), UP_B))
+    with pytest.raises(ValueError, match=r"shapes \(3, 5\) and \(7, 3\), expected rank 4"):
+        product_mse(adapter(), adapter(), spec=LoraSpec(rank=4))
+    with pytest.raises(ValueError, match=r"shapes \(3, 5\) and \(7, 2\), expected rank 3"):
+        product_mse({**adapter(), Q_B: randn(7, 2)}, adapter())
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        (Schedule(2), {0: 2, 7: 2}),
+        (Schedule(2, begin=3, start=0.5), {0: 0.5, 2: 0.5, 3: 2, 9: 2}),
+        (Schedule(2, "linear", 4), {0: 0, 1: 0.5, 2: 1, 3: 1.5, 4: 2, 5: 2}),
+        (Schedule(0, "linear", 4, start=2, begin=10), {0: 2, 10: 2, 11: 1.5, 13: 0.5, 14: 0, 99: 0}),
+        (Schedule(1, "cosine", 4), {0: 0, 1: (1 - 0.5**0.5) / 2, 2: 0.5, 3: (1 + 0.5**0.5) / 2, 4: 1, 8: 1}),
+        (Schedule(3, "cosine", 6, start=1, begin=2), {0: 1, 2: 1, 4: 1.5, 5: 2, 6: 2.5, 8: 3}),
+    ],
+)
+def test_a_weight_is_off_its_schedule(schedule: Schedule, expected: dict[int, float]) -> None:
+    assert {step: schedule(step) for step in expected} == pytest.approx(expected, abs=1e-12)
+    assert schedule(10**6) == schedule.weight
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "exponential"}, r"kind is 'exponential', expected one of \('constant', 'linear', 'cosine'\)"),
+        ({"weight": NAN}, "weight is nan, expected a finite number"),
+        ({"start": "1"}, "start is '1', expected a finite number"),
+        ({"kind": "linear"}, "warmup_steps is 0, expected 1 or more for kind 'linear'"),
+        ({"warmup_steps": 5}, "warmup_steps is 5, expected 0 for kind 'constant'"),
+        ({"kind": "cosine", "warmup_steps": 1.5}, "warmup_steps is 1.5, expected an integer of 0 or more"),
+        ({"begin": -1}, "begin is -1, expected an integer of 0 or more"),
+    ],
+)
+def test_a_bad_schedule_is_accepted(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Schedule(**{"weight": 1.0, **options})
+    with pytest.raises(ValueError, match="step is -1, expected an integer of 0 or more"):
+        Schedule(1)(-1)
+
+
+def test_a_weighted_sum_is_another_or_reports_weighted_or_attached_values() -> None:
+    x = torch.tensor(3.0, requires_grad=True)
+    terms: dict[str, Any] = {"square": x**2, "cube": lambda: x**3}
+    total, values = weighted_sum(terms, {"cube": Schedule(4, "linear", 4), "square": Schedule(0.5)}, step=1)
+    assert total == 0.5 * 9 + 1 * 27
+    assert list(values.items()) == [("square", 9), ("cube", 27)]
+    assert not any(value.requires_grad for value in values.values())
+    assert torch.autograd.grad(total, x)[0] == 0.5 * 6 + 27
+
+
+def test_a_term_of_weight_zero_is_computed_or_spoils_the_sum() -> None:
+    x = torch.tensor(3.0, requires_grad=True)
+    terms: dict[str, Any] = {"x": x, "nan": x * NAN, "never": lambda: pytest.fail("the term was computed")}
+    total, values = weighted_sum(terms, {"x": Schedule(2), "nan": Schedule(0), "never": Schedule(1, begin=5)}, 4)
+    assert total == 6
+    assert torch.autograd.grad(total, x)[0] == 2
+    assert list(values) == ["x", "nan"]
+    assert values["nan"].isnan()
+
+
+@pytest.mark.parametrize(
+    ("terms", "schedules", "message"),
+    [
+        ({"a": randn()}, {}, "loss 'a' has no schedule, expected one for each"),
+        ({}, {"a": Schedule(1)}, "loss 'a' has no term, expected one for each"),
+        ({}, {}, "no loss has a weight other than 0 at step 7"),
+        ({"a": randn()}, {"a": Schedule(1, begin=8)}, "no loss has a weight other than 0 at step 7"),
+        ({"a": randn(1)}, {"a": Schedule(1)}, r"loss 'a' has shape \(1,\), expected a scalar"),
+        ({"a": lambda: 1.0}, {"a": Schedule(1)}, "loss 'a' is a float, expected a torch.Tensor"),
+        ({"a": 1.0}, {"a": Schedule(1)}, "loss 'a' is a float, expected a torch.Tensor or a function"),
+        ({"a": torch.tensor(1)}, {"a": Schedule(1)}, "loss 'a' has dtype torch.int64, expected a floating-point"),
+    ],
+)
+def test_bad_terms_are_accepted(terms: dict[str, Any], schedules: dict[str, Schedule], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        weighted_sum(terms, schedules, 7)
