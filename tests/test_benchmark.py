@@ -55,7 +55,7 @@ def test_all_ways_agree_and_are_reported(
     assert result.returncode == 0, result.stderr
     record = json.loads(path.read_text())
     (run,) = record["runs"]
-    assert list(run["ways"]) == ["engine", "seed", "hooks-one", "hooks-batch"]
+    assert list(run["ways"]) == ["engine", "engine-block", "seed", "hooks-one", "hooks-batch"]
     assert run["reference"] == "engine"
     for way in ("seed", "hooks-one", "hooks-batch"):
         agreement = run["ways"][way]["agreement"]
@@ -151,11 +151,11 @@ def test_narrow_dtypes_tolerate_rounding_but_no_lost_scale(dtype: torch.dtype, t
     save_file(reference, tmp_path / "reference")
     save_file({name: t.to(dtype).float() for name, t in reference.items()}, tmp_path / "rounded")
     compare.require("rounded", compare.compare(str(tmp_path / "rounded"), str(tmp_path / "reference")), dtype)
-    reference[K_PROJ_A] /= 2
-    save_file(reference, tmp_path / "unscaled")
-    agreement = compare.compare(str(tmp_path / "unscaled"), str(tmp_path / "reference"))
+    reference[K_PROJ_A] *= 2
+    save_file(reference, tmp_path / "scaled twice")
+    agreement = compare.compare(str(tmp_path / "scaled twice"), str(tmp_path / "reference"))
     with pytest.raises(compare.DisagreementError, match=r"k_proj\.lora_A"):
-        compare.require("unscaled", agreement, dtype)
+        compare.require("scaled twice", agreement, dtype)
 
 
 def test_ways_are_grouped_by_the_memory_that_they_need() -> None:

@@ -55,7 +55,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def long_delta(**options: Any) -> DifferentiableDeltaCompute:
-    return DifferentiableDeltaCompute(LONG, init_weights(LONG), [[*range(60)] * 2, [7] * 9], RANK_1, **options)
+    return DifferentiableDeltaCompute(LONG, init_weights(LONG), [[*range(60)] * 2, [7] * 9], RANK_1, prepack=False, **options)
 
 
 def step(delta: DifferentiableDeltaCompute, n_adapters: int) -> tuple[int, int, int, int]:
@@ -218,7 +218,7 @@ def test_kept_or_computed_again_gradients_differ() -> None:
 def test_the_base_weights_are_changed() -> None:
     weights = init_weights(CONFIG, dtype=F64)
     before: Qwen2Weights = init_weights(CONFIG, dtype=F64)
-    delta = DifferentiableDeltaCompute(CONFIG, weights, [[1, 2, 3], [1, 4]], SPEC)
+    delta = DifferentiableDeltaCompute(CONFIG, weights, [[1, 2, 3], [1, 4]], SPEC, prepack=False)
     squared(delta(leaves(random_lora(CONFIG, SPEC, 3)))).backward()
     for name, view in weights.named_views(CONFIG).items():
         assert torch.equal(view, before.named_views(CONFIG)[name]), name

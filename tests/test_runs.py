@@ -106,7 +106,7 @@ def test_plot_draws_nothing_or_scores_otherwise_than_scikit_learn(
     assert main(["plot", str(folder / "deltas"), *given]) == 0
     said = json.loads(capsys.readouterr().out)
     assert picture.read_bytes().startswith(b"\x89PNG")
-    expected = silhouette_score(labels.tensor.double().numpy(), list(classes.values()), metric="cosine")
+    expected = silhouette_score(labels.tensor.double().numpy(), list(classes.values()), metric="euclidean")
     assert said["silhouette_score"] == pytest.approx(expected, abs=1e-6)
 
 
