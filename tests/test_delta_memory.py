@@ -55,7 +55,8 @@ class LiveBytes(TorchDispatchMode):
 
 
 def long_delta(**options: Any) -> DifferentiableDeltaCompute:
-    return DifferentiableDeltaCompute(LONG, init_weights(LONG), [[*range(60)] * 2, [7] * 9], RANK_1, prepack=False, **options)
+    probes = [[*range(60)] * 2, [7] * 9]
+    return DifferentiableDeltaCompute(LONG, init_weights(LONG), probes, RANK_1, prepack=False, **options)
 
 
 def step(delta: DifferentiableDeltaCompute, n_adapters: int) -> tuple[int, int, int, int]:
