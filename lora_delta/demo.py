@@ -1,8 +1,9 @@
 """The whole story on the embedded checkpoint, in three minutes: teachers, labels, generators, and a verdict.
 
 Teacher adapters are trained for small text tasks, labelled with their deltas, and written as PEFT folders. Generators
-then learn to write such adapters from prompts: by the teachers' weights alone, by their deltas alone, by both. The
-verdict is on prompts that no generator saw, and on tasks whose teachers none saw.
+then learn to write such adapters from prompts: with a loss on the teachers' weights alone, on their deltas alone, on
+both; all of them start from the principal components of the teachers' tokens. The verdict is on prompts that no
+generator saw, and on tasks whose teachers none saw.
 """
 
 from __future__ import annotations
