@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 
 from qwen_functional import LoraSpec
-from qwen_functional.lora import PROJECTIONS
+from qwen_functional.lora import PROJECTIONS, matching_pattern
 
 CONFIG_FILE = "adapter_config.json"
 Module = tuple[int, str]  # (layer, projection)
@@ -201,7 +201,7 @@ def with_fitting_patterns(spec: LoraSpec, modules: Collection[Module]) -> LoraSp
     paths = [module_path(*module) for module in modules]
 
     def fitting(patterns: Mapping[str, Any]) -> dict[str, Any]:
-        return {p: v for p, v in patterns.items() if any(re.match(rf"(.*\.)?({p})$", path) for path in paths)}
+        return {p: v for p, v in patterns.items() if any(matching_pattern((p,), path) for path in paths)}
 
     return dataclasses.replace(spec, rank_pattern=fitting(spec.rank_pattern), alpha_pattern=fitting(spec.alpha_pattern))
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qwen_functional import LoraSpec, Qwen2Config
 from qwen_functional.checkpoint import DISK_DTYPES, STORAGE_DTYPES, resolve_checkpoint
-from qwen_functional.lora import PROJECTIONS, is_symbolic, parse_name, peft_name
+from qwen_functional.lora import PROJECTIONS, check_finite, is_symbolic, parse_name, peft_name
 
 from .adapter_config import CONFIG_FILE, AdapterConfig, Module, adapter_fields, with_fitting_patterns
 
@@ -91,7 +91,7 @@ def load_peft_adapter(
         raise ValueError(
             f"{file}, of {file.stat().st_size} bytes, is truncated or corrupt, expected a safetensors file: {error}"
         ) from error
-    _check_finite(tensors)
+    check_finite(tensors)
     return spec, tensors
 
 
@@ -148,7 +148,7 @@ def save_peft_adapter(
         peft_name(*place): tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for place, tensor in ordered.items()
     }
-    _check_finite(copies)
+    check_finite(copies)
 
     fields = adapter_fields(spec, modules, str(base_model), None if config is None else config.num_hidden_layers)
     folder.mkdir(parents=True, exist_ok=True)
@@ -335,9 +335,3 @@ def _check_entries(
                 f"{_named(place)} has shape {shape}, expected ({expected[0]}, {expected[1]}), as its rank is {rank} "
                 f"and {size} is {known}"
             )
-
-
-def _check_finite(tensors: Mapping[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"LoRA tensor {name!r} is not finite: it holds NaN or infinity")

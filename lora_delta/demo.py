@@ -31,7 +31,7 @@ from .adapters import save_peft_adapter
 from .conditions import Condition, PromptEncoder
 from .delta import DifferentiableDeltaCompute
 from .embedded import embedded_checkpoint
-from .embedded.tasks import TASKS, Task, example, word
+from .embedded.tasks import TASKS, Task, example, padded, word
 from .generator import LoRAGenerator
 from .label_table import DeltaLabels
 from .labels import compute_labels
@@ -83,17 +83,8 @@ class Questions:
 
     @classmethod
     def of(cls, tasks: Sequence[Task], tokenizer: Tokenizer, per_task: int, chance: random.Random) -> Questions:
-        rows = [
-            [tokenizer.encode(text).ids for text in example(task, chance)] for task in tasks for _ in range(per_task)
-        ]
-        length = max(len(question) + len(answer) for question, answer in rows)
-        ids = torch.zeros(len(rows), length, dtype=torch.long)
-        mask, targets = torch.zeros_like(ids), torch.full_like(ids, -100)
-        for row, (question, answer) in enumerate(rows):
-            n = len(question) + len(answer)
-            ids[row, :n], mask[row, :n] = torch.tensor(question + answer), 1
-            targets[row, len(question) - 1 : n - 1] = torch.tensor(answer)
-        return cls(ids, mask, targets, per_task)
+        examples = [example(task, chance) for task in tasks for _ in range(per_task)]
+        return cls(*padded(tokenizer, examples), per_task)
 
 
 def demo_probes(chance: random.Random) -> list[str]:

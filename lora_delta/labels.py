@@ -11,7 +11,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from importlib import metadata
@@ -259,7 +259,7 @@ class _Loaded:
 
     def label(self, delta: Tensor) -> Label:
         norm = float(torch.linalg.vector_norm(delta.double()))
-        return Label(self.name, self.source, self.sha256, norm, _spec_facts(self.spec), _version())
+        return Label(self.name, self.source, self.sha256, norm, spec_facts(self.spec), _version())
 
 
 @dataclass
@@ -335,9 +335,14 @@ def _kind(source: str) -> tuple[int, str]:
         return 0, ""  # on the hub, or not to be read
 
 
-def _spec_facts(spec: LoraSpec) -> dict[str, Any]:
-    """The fields of a spec as JSON holds them."""
+def spec_facts(spec: LoraSpec) -> dict[str, Any]:
+    """The fields of a spec as JSON holds them, in a manifest for one; :func:`spec_of` reads them."""
     return json.loads(json.dumps({f.name: getattr(spec, f.name) for f in fields(spec)}, default=_plain))
+
+
+def spec_of(facts: Mapping[str, Any]) -> LoraSpec:
+    """The spec of which :func:`spec_facts` gave the fields."""
+    return LoraSpec(**{**facts, "target_modules": tuple(facts["target_modules"])})
 
 
 def _plain(value: Any) -> Any:

@@ -24,7 +24,7 @@ from __future__ import annotations
 import json
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,6 @@ from tokenizers import Tokenizer
 from qwen_functional import LoraSpec, Qwen2Config, Qwen2Weights, load_pretrained
 from qwen_functional.checkpoint import resolve_checkpoint
 
-from .adapters import load_peft_adapter
 from .chat import load_chat_template
 from .commands import DTYPES
 from .conditions import PromptEncoder
@@ -43,7 +42,7 @@ from .delta import DifferentiableDeltaCompute
 from .embedded import embedded_checkpoint
 from .generator import LoRAGenerator
 from .label_table import DeltaLabels
-from .labels import label_settings
+from .labels import label_settings, spec_facts, spec_of
 from .losses import Schedule
 from .tokenization import load_tokenizer, tokenize_probes
 from .tokens import TokenFormat
@@ -211,7 +210,7 @@ def train_run(config: RunConfig, *, progress: bool = True) -> list[dict[str, flo
     for name in prompts:
         if name not in labels.names:
             raise ValueError(f"{config.prompts} names adapter {name!r}, which has no label in {config.labels}")
-    spec = common_spec([labels.source(name) for name in prompts], format, base)
+    spec = common_spec(labels, prompts, format, base)
     delta = delta_of(labels, base, weights, tokenizer, folder, spec, config.adapters_per_pass)
     encoder = PromptEncoder(base, weights, tokenizer, layer=config.condition_layer, max_length=config.max_length)
     conditions = {name: encoder(texts) for name, texts in prompts.items()}
@@ -263,20 +262,21 @@ def delta_of(
     return delta
 
 
-def common_spec(sources: list[str], format: TokenFormat, config: Qwen2Config) -> LoraSpec:
-    """The one spec of all teachers.
+def common_spec(labels: DeltaLabels, names: Iterable[str], format: TokenFormat, config: Qwen2Config) -> LoraSpec:
+    """The one spec of all teachers, as the labels' manifest says it.
 
     Raises:
         ValueError: teachers with different specs, or one that the format cannot hold.
     """
-    first, _ = load_peft_adapter(sources[0], config=config)
-    for source in sources[1:]:
-        spec, _ = load_peft_adapter(source, config=config)
-        if spec != first:
-            raise ValueError(f"adapters {sources[0]!r} and {source!r} have different specs, {first} and {spec}")
-    if dict(first.shapes(config)) != dict(format.shapes):
-        raise ValueError(f"the teachers' spec {first} does not fit the token format {format.name!r}")
-    return first
+    specs = {name: labels.entry(name)["spec"] for name in names}
+    first, facts = next(iter(specs.items()))
+    for name, other in specs.items():
+        if other != facts:
+            raise ValueError(f"adapters {first!r} and {name!r} have different specs, {facts} and {other}")
+    spec = spec_of(facts)
+    if dict(spec.shapes(config)) != dict(format.shapes):
+        raise ValueError(f"the teachers' spec {spec} does not fit the token format {format.name!r}")
+    return spec
 
 
 def save_run(config: RunConfig, spec: LoraSpec) -> None:
@@ -290,10 +290,10 @@ def save_run(config: RunConfig, spec: LoraSpec) -> None:
         "prompts_per_condition": config.training.prompts_per_condition,
         "format": dict(config.format),
         "generator": dict(config.generator),
-        "spec": {f.name: getattr(spec, f.name) for f in fields(spec)},
+        "spec": spec_facts(spec),
     }
     unfinished = config.out / f"{RUN}.{os.getpid()}.tmp"
-    unfinished.write_text(json.dumps(facts, indent=1, default=list) + "\n", encoding="utf-8")
+    unfinished.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     unfinished.replace(config.out / RUN)
 
 
@@ -311,7 +311,7 @@ def load_run(folder: str | Path, device: str | None = None) -> Run:
     state = load_generator_state(folder)
     base_folder, config, weights = load_base(facts["base"], facts["dtype"], device)
     format = TokenFormat.for_config(config, facts["format"]["rank"], facts["format"]["chunk_width"])
-    spec = LoraSpec(**{**facts["spec"], "target_modules": tuple(facts["spec"]["target_modules"])})
+    spec = spec_of(facts["spec"])
     generator = LoRAGenerator(format, config.hidden_size, **facts["generator"]).to(weights.device)
     generator.load_state_dict(state)
     encoder = PromptEncoder(

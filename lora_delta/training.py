@@ -42,8 +42,8 @@ class TrainingOptions:
         delta_batch_size: the delta loss takes so many of a micro-batch, in every ``delta_every``-th step: it costs
             a pass of the whole base model.
         losses: the weight of ``"weights"``, a mean squared error over tokens, and of ``"delta"``, by step.
-        mse_weight, cosine_weight: of the two parts of the delta loss, squared error relative to the teacher's
-            squared norm, and one minus the cosine.
+        mse_weight, cosine_weight: of the two parts of the delta loss, mean squared error and one minus the cosine:
+            see :func:`lora_delta.losses.delta_loss`.
         bf16: run the generator under autocast to bfloat16; its parameters stay float32.
         checkpoint_every: steps between checkpoints, the last one aside.
     """

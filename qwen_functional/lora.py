@@ -145,8 +145,8 @@ class LoraSpec:
     def rank_and_scaling(self, layer: int, projection: str) -> tuple[int, float]:
         """Rank and scale of one projection's adapter."""
         path = f"model.layers.{layer}.{PROJECTIONS[projection]}"
-        rank = self.rank_pattern.get(_matching(self.rank_pattern, path), self.rank)
-        alpha = self.alpha_pattern.get(_matching(self.alpha_pattern, path), self.alpha)
+        rank = self.rank_pattern.get(matching_pattern(self.rank_pattern, path), self.rank)
+        alpha = self.alpha_pattern.get(matching_pattern(self.alpha_pattern, path), self.alpha)
         return rank, alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def modules(self, config: Qwen2Config) -> list[tuple[int, str]]:
@@ -166,7 +166,7 @@ class LoraSpec:
         paths = [f"model.layers.{layer}.{PROJECTIONS[name]}" for layer, name in modules]
         for where, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
             for pattern in patterns:
-                if not any(_matching((pattern,), path) for path in paths):
+                if not any(matching_pattern((pattern,), path) for path in paths):
                     raise ValueError(f"{where} names {pattern!r}, which fits none of the adapted modules")
         return modules
 
@@ -206,7 +206,7 @@ class LoraSpec:
             _check_tensor(name, tensor, shapes[canonical])
             given[canonical] = tensor
         n_adapters, batched = _common_batch(given)
-        _check_finite(given)
+        check_finite(given)
         pairs = {}
         for layer, projection in self.modules(config):
             a, b = (peft_name(layer, projection, side) for side in "AB")
@@ -220,7 +220,7 @@ class LoraSpec:
         return Lora(pairs, n_adapters, batched)
 
 
-def _matching(patterns: Iterable[str], path: str) -> str:
+def matching_pattern(patterns: Iterable[str], path: str) -> str:
     """The first pattern that fits the end of a module path, as PEFT's ``get_pattern_key`` chooses; else ""."""
     return next((p for p in patterns if re.match(_path_end(p), path)), "")
 
@@ -257,8 +257,8 @@ def _common_batch(tensors: Mapping[str, Tensor]) -> tuple[int, bool]:
     return (first.shape[0], True) if first.dim() == 3 else (1, False)
 
 
-def _check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """One reduction for all tensors, and so one synchronization on a GPU."""
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raises ``ValueError`` for a tensor that holds NaN or infinity; one synchronization on a GPU for all."""
     if not tensors or any(is_symbolic(tensor) for tensor in tensors.values()):
         return
     extremes = [torch.stack(tensor.detach().aminmax()).double() for tensor in tensors.values()]  # NaN is both

@@ -27,7 +27,8 @@ def keep_freed_memory() -> bool:
 
     By default glibc gives large freed blocks back to the system at once, and the next step faults every page in
     again. What ``MALLOC_TRIM_THRESHOLD_`` and ``MALLOC_MMAP_THRESHOLD_`` in the environment do from the start. It
-    changes the whole process, so the library never calls it; ``lora-delta`` and the benchmarks do.
+    changes the whole process, so the library never calls it; the longer commands of ``lora-delta`` and the benchmarks
+    do.
 
     Returns:
         Whether the C library took it; False where it is another than glibc.

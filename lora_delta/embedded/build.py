@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from lora_delta.embedded import embedded_checkpoint
-from lora_delta.embedded.tasks import TASKS, example
+from lora_delta.embedded.tasks import TASKS, example, padded
 from qwen_functional import Qwen2Config, Qwen2Weights, init_weights
 from qwen_functional.forward import forward
 
@@ -58,20 +58,13 @@ def embedded_config(tokenizer: Tokenizer) -> Qwen2Config:
 
 
 def batch(tokenizer: Tokenizer, generator: random.Random) -> tuple[Tensor, Tensor, Tensor]:
-    """input_ids and attention_mask (N, T), and targets (N, T): the next token within an answer, −100 elsewhere."""
-    rows = []
+    """A batch of :func:`padded`, of random tasks with and without an instruction."""
+    examples = []
     for _ in range(BATCH_SIZE):
         task = generator.choice(TASKS)
         prompt = None if generator.random() < BARE else generator.choice(task.prompts)
-        rows.append([tokenizer.encode(text).ids for text in example(task, generator, prompt)])
-    length = max(len(question) + len(answer) for question, answer in rows)
-    ids = torch.zeros(len(rows), length, dtype=torch.long)
-    mask, targets = torch.zeros_like(ids), torch.full_like(ids, -100)
-    for row, (question, answer) in enumerate(rows):
-        n = len(question) + len(answer)
-        ids[row, :n], mask[row, :n] = torch.tensor(question + answer), 1
-        targets[row, len(question) - 1 : n - 1] = torch.tensor(answer)
-    return ids, mask, targets
+        examples.append(example(task, generator, prompt))
+    return padded(tokenizer, examples)
 
 
 def trained_weights(config: Qwen2Config, tokenizer: Tokenizer, steps: int = STEPS) -> Qwen2Weights:

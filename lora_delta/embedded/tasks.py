@@ -7,8 +7,12 @@ the base model can only guess which task is meant; an adapter makes it do one of
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
 
 VOWELS = "aeiou"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -144,3 +148,16 @@ def example(task: Task, generator: random.Random, prompt: str | None = None) -> 
     """(question, answer): the text up to the equals sign, and what should follow, newline included."""
     question = word(generator)
     return (f"{prompt}: " if prompt else "") + question + "=", task.answer(question) + "\n"
+
+
+def padded(tokenizer: Tokenizer, examples: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of (question, answer) texts: ids and mask (N, T), and targets (N, T), the next token in an answer, else −100."""
+    rows = [[tokenizer.encode(text).ids for text in pair] for pair in examples]
+    length = max(len(question) + len(answer) for question, answer in rows)
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    mask, targets = torch.zeros_like(ids), torch.full_like(ids, -100)
+    for row, (question, answer) in enumerate(rows):
+        n = len(question) + len(answer)
+        ids[row, :n], mask[row, :n] = torch.tensor(question + answer), 1
+        targets[row, len(question) - 1 : n - 1] = torch.tensor(answer)
+    return ids, mask, targets
