@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 
 from qwen_functional import LoraSpec
+from qwen_functional.files import read_json_object
 from qwen_functional.lora import PROJECTIONS, matching_pattern
 
 CONFIG_FILE = "adapter_config.json"
@@ -62,12 +62,7 @@ class AdapterConfig:
             ValueError: it is no JSON object, a field has a wrong type, or a value that LoraSpec cannot represent;
                 the message names file, field, value and what was expected.
         """
-        try:
-            fields = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{file} is not valid JSON: {error}") from error
-        if not isinstance(fields, dict):
-            raise ValueError(f"{file} holds a {type(fields).__name__}, expected a JSON object")
+        fields = read_json_object(file)
         try:
             return cls.from_dict(fields)
         except ValueError as error:
@@ -267,8 +262,8 @@ def _model_type(base_model: Any) -> Any:
     try:
         local = Path(base_model).expanduser() / "config.json"
         file = local if local.is_file() else try_to_load_from_cache(base_model, "config.json")
-        return json.loads(Path(file).read_text(encoding="utf-8")).get("model_type")  # type: ignore[arg-type]
-    except (TypeError, AttributeError, ValueError, OSError, RuntimeError):
+        return read_json_object(file).get("model_type")  # type: ignore[arg-type]
+    except (TypeError, ValueError, OSError, RuntimeError):
         return None
 
 

@@ -14,7 +14,17 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from .tokenization import check_text, checkpoint_file, read_text, read_tokenizer_config, shortened
+from .tokenization import (
+    TokenizedProbes,
+    check_probes,
+    check_text,
+    checkpoint_file,
+    load_tokenizer,
+    read_text,
+    read_tokenizer_config,
+    shortened,
+    tokenize_probes,
+)
 
 # The names under which transformers hands special tokens to a template (PreTrainedTokenizerBase).
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -121,6 +131,20 @@ def load_chat_template(folder: str | Path) -> ChatTemplate:
                 "expected a str or an AddedToken"
             )
     return ChatTemplate(source, special_tokens)
+
+
+def read_probes(folder: str | Path, probes: Sequence[str], max_length: int, *, chat: bool = False) -> TokenizedProbes:
+    """Token ids of probes by a checkpoint folder's tokenizer, with ``chat`` as user's messages in its chat template.
+
+    Raises:
+        ValueError: as :func:`load_tokenizer`, :func:`load_chat_template` and :func:`tokenize_probes` do.
+    """
+    check_probes(probes)
+    tokenizer = load_tokenizer(folder)
+    if chat:
+        template = load_chat_template(folder)
+        probes = [template.apply_chat_template(probe) for probe in probes]
+    return tokenize_probes(tokenizer, probes, max_length, add_special_tokens=not chat)
 
 
 def _plain_messages(conversation: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -18,9 +18,9 @@ from qwen_functional.forward import Vjp, forward_vjp
 from qwen_functional.lora import LoraPair
 from qwen_functional.memory import free_bytes
 
-from .chat import load_chat_template
+from .chat import read_probes
 from .probes import create_generic_probes
-from .tokenization import check_probes, load_tokenizer, tokenize_probes
+from .tokenization import check_probes
 
 POOLINGS = ("mean", "none")
 _BASES_KEPT = 8
@@ -128,11 +128,7 @@ class DifferentiableDeltaCompute(nn.Module):
         texts = create_generic_probes() if probes is None else probes
         check_probes(texts)
         folder = resolve_checkpoint(model, revision=revision, local_files_only=local_files_only)
-        tokenizer = load_tokenizer(folder)
-        if chat:
-            template = load_chat_template(folder)
-            texts = [template.apply_chat_template(text) for text in texts]
-        tokenized = tokenize_probes(tokenizer, texts, max_length, add_special_tokens=not chat)
+        tokenized = read_probes(folder, texts, max_length, chat=chat)
         config = Qwen2Config.from_json_file(folder / "config.json")
         _checked_tokens(config, tokenized.ids, **options)  # before the weights are read
         config, weights = load_pretrained(folder, dtype=dtype, device=device, lm_head=False)
@@ -143,7 +139,7 @@ class DifferentiableDeltaCompute(nn.Module):
     @property
     def base_activation(self) -> Tensor:
         """What the bare model gives where the delta of one adapter would stand; (H,) by default. Computed once."""
-        return self._shaped(self._bare[None], batched=False)
+        return self._pooled(self._bare[None], batched=False)
 
     @property
     def checkpoint_used(self) -> str | None:
@@ -163,7 +159,12 @@ class DifferentiableDeltaCompute(nn.Module):
         flat = [tensor for pair in lora.pairs.values() for tensor in (pair.A, pair.B)]
         # Under no_grad autograd would still name the tensors that require gradients, and their keep be in vain.
         values = _Values.apply(self, lora, *flat) if torch.is_grad_enabled() else self.values(lora)
-        return self._shaped(values - self._base(lora), lora.batched)
+        return self._pooled(values - self._base(lora), lora.batched)
+
+    def deltas(self, lora: Lora) -> Tensor:
+        """The deltas (G, …) of adapters that are bound already, of any spec, without gradients; nothing is kept."""
+        with torch.no_grad():
+            return self._pooled(self.values(lora) - self._base(lora), batched=True)
 
     def forward_batch(self, batch: Sequence[Mapping[str, Tensor]]) -> Tensor:
         """The deltas (G, …) of G adapters given one by one.
@@ -186,7 +187,7 @@ class DifferentiableDeltaCompute(nn.Module):
             return self.forward({}).expand(len(batch), *self.base_activation.shape)
         return self.forward({name: torch.stack([tensors[name] for tensors in each]) for name in names})
 
-    def _shaped(self, values: Tensor, batched: bool) -> Tensor:
+    def _pooled(self, values: Tensor, batched: bool) -> Tensor:
         """(G, layers, P, H) pooled, and without the dimensions that were not asked for."""
         pooled = values.mean(2) if self.pooling == "mean" else values
         pooled = pooled[:, 0] if isinstance(self.layer, int) else pooled
@@ -195,11 +196,18 @@ class DifferentiableDeltaCompute(nn.Module):
     def _base(self, lora: Lora) -> Tensor:
         """The bare model's values (G, layers, P, H), computed in passes of the very shapes that the adapters take.
 
-        GEMMs of other shapes may add in another order: with these the delta of a zero LoRA is zero to the bit.
+        GEMMs of other shapes may add in another order: with these the delta of a zero LoRA is zero to the bit. Below
+        the first adapted block all adapters share one row of tokens, above it they have one each: which modules of
+        that block are adapted decides every shape, and nearly all adapters have the same base.
         """
-        key = (lora.n_adapters, tuple((key, pair.A.shape[1]) for key, pair in lora.pairs.items()))
+        first = min((layer for layer, _ in lora.pairs), default=None)
+        least = {key: pair for key, pair in lora.pairs.items() if key[0] == first}
+        key = lora.n_adapters, tuple(least)
         if key not in self._bases:
-            zero = {k: LoraPair(torch.zeros_like(p.A), torch.zeros_like(p.B), p.scaling) for k, p in lora.pairs.items()}
+            zero = {
+                key: LoraPair(torch.zeros_like(pair.A[:, :1]), torch.zeros_like(pair.B[..., :1]), 1.0)
+                for key, pair in least.items()
+            }
             with torch.no_grad():
                 self._bases[key] = self.values(Lora(zero, lora.n_adapters, batched=True))
             while len(self._bases) > _BASES_KEPT:
@@ -241,8 +249,11 @@ def _checked_tokens(
         raise ValueError(f"adapters_per_pass is {n!r}, expected 1 or more, or None")
     checked_layers(config, layer)
     check_checkpoint(checkpoint)
-    tokens = pack(probes)
-    tokens.check_fits(config)
+    try:
+        tokens = pack(probes)
+        tokens.check_fits(config)
+    except ValueError as error:
+        raise ValueError(f"probes: {error}") from error
     return tokens
 
 

@@ -8,8 +8,6 @@ generator saw, and on tasks whose teachers none saw.
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +30,7 @@ from .conditions import Condition, PromptEncoder
 from .delta import DifferentiableDeltaCompute
 from .embedded import embedded_checkpoint
 from .embedded.tasks import TASKS, Task, example, padded, word
+from .files import write_json
 from .generator import LoRAGenerator
 from .label_table import DeltaLabels
 from .labels import compute_labels
@@ -237,7 +236,7 @@ def run_demo(
         "scores": [asdict(score) for score in scores],
         "seconds": seconds,
     }
-    _write_json(out / "verdict.json", record)
+    write_json(out / "verdict.json", record)
     say(verdict_table(scores))
     if plots:
         part = time.perf_counter()
@@ -329,9 +328,3 @@ def draw(
         plot_loss_curves(curves, out / "losses.png"),
         plot_bars(accuracy, out / "verdict.png", title="What the adapters do to their tasks", ylabel="accuracy"),
     ]
-
-
-def _write_json(path: Path, value: Any) -> None:
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    unfinished.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(path)

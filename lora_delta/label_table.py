@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,7 +25,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from qwen_functional.files import read_json_object
+
 from .adapters import adapter_fingerprint, load_peft_adapter
+from .files import replaces
 
 MANIFEST, TENSOR = "manifest.json", "deltas"
 KIND, FORMAT = "delta labels", 1
@@ -34,7 +36,7 @@ TARGETS = ("tokens", "tensors")
 # Labels that differ in one of these are never put into the same table. The rest is there to be read.
 _COMPARED = ("dtype", "model_sha256", "layer", "pooling", "probes_sha256")
 _SHOWN_WITH = {"model_sha256": ("model",), "probes_sha256": ("chat", "max_length")}
-_TABLE = re.compile(r"deltas-[0-9a-f]{16}\.safetensors(\.unfinished)?")
+_TABLE = re.compile(r"deltas-[0-9a-f]{16}\.safetensors(\.\d+\.unfinished)?")
 
 
 class Tokenizes(Protocol):
@@ -142,7 +144,12 @@ class DeltaLabels(Mapping[str, Tensor]):
         return str(near) if near.is_dir() else entry["source"]
 
     def dataset(
-        self, conditions: Mapping[str, Any], targets: str | None = None, format: Tokenizes | None = None
+        self,
+        conditions: Mapping[str, Any],
+        targets: str | None = None,
+        format: Tokenizes | None = None,
+        *,
+        keep_bytes: int = 2 * 1024**3,
     ) -> LabelDataset:
         """What a generator is trained on: an item for each adapter that has a condition, in the order of those.
 
@@ -151,6 +158,8 @@ class DeltaLabels(Mapping[str, Tensor]):
             targets: None: items are (condition, delta). ``"tensors"``: (condition, {PEFT name: tensor}, delta), the
                 tensors as the adapter's file holds them. ``"tokens"``: (condition, tokens, delta).
             format: with ``"tokens"``, whose ``tokenize`` makes tokens of the tensors.
+
+            keep_bytes: memory for what was made of adapters, tensors or tokens; those that find room are read once.
 
         Adapters are read when an item is asked for, and refused (``ValueError``) if they are no longer those that
         were labelled.
@@ -167,18 +176,25 @@ class DeltaLabels(Mapping[str, Tensor]):
                 self.entry(name)
             except KeyError as error:
                 raise ValueError(f"conditions: {error.args[0]}") from None
-        return LabelDataset(self, conditions, targets, format)
+        return LabelDataset(self, conditions, targets, format, keep_bytes)
 
 
 class LabelDataset(Dataset):
     """See :meth:`DeltaLabels.dataset`."""
 
     def __init__(
-        self, labels: DeltaLabels, conditions: Mapping[str, Any], targets: str | None, format: Tokenizes | None
+        self,
+        labels: DeltaLabels,
+        conditions: Mapping[str, Any],
+        targets: str | None,
+        format: Tokenizes | None,
+        keep_bytes: int,
     ) -> None:
         self.labels, self.targets, self.format = labels, targets, format
         self.items = list(conditions.items())
         self._unchanged: set[str] = set()
+        self._kept: dict[str, Tensor | dict[str, Tensor]] = {}
+        self._room = keep_bytes
 
     def __len__(self) -> int:
         return len(self.items)
@@ -188,8 +204,19 @@ class LabelDataset(Dataset):
         delta = self.labels[name]
         if self.targets is None:
             return condition, delta
-        tensors = self._tensors(name)
-        return condition, self.format.tokenize(tensors) if self.format else tensors, delta
+        return condition, self._target(name), delta
+
+    def _target(self, name: str) -> Tensor | dict[str, Tensor]:
+        """Tokens or tensors, kept while there is room: all that are asked for again and again, in any order."""
+        target = self._kept.get(name)
+        if target is None:
+            tensors = self._tensors(name)
+            target = self.format.tokenize(tensors) if self.format else tensors
+            size = sum(tensor.nbytes for tensor in (target.values() if isinstance(target, dict) else [target]))
+            if size <= self._room:
+                self._kept[name] = target
+                self._room -= size
+        return dict(target) if isinstance(target, dict) else target
 
     def _tensors(self, name: str) -> dict[str, Tensor]:
         source = self.labels.source(name)
@@ -254,27 +281,19 @@ class LabelWriter:
         digest = hashlib.sha256(table.flatten().view(torch.uint8).numpy().data).hexdigest()[:16]
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / f"deltas-{digest}.safetensors"
-        unfinished = file.with_name(file.name + ".unfinished")
-        save_file({TENSOR: table}, unfinished)
-        unfinished.chmod(self.folder.stat().st_mode & 0o666)  # safetensors lets nobody else read it
-        _replace(unfinished, file)
-        manifest = self.folder / MANIFEST
-        unfinished = manifest.with_name(f"{MANIFEST}.unfinished")
+        with replaces(file) as unfinished:
+            save_file({TENSOR: table}, unfinished)
+            unfinished.chmod(self.folder.stat().st_mode & 0o666)  # safetensors lets nobody else read it
         head = {"kind": KIND, "format": FORMAT, "table": file.name, "shape": list(table.shape)}
         entries = [{"row": row, **asdict(self.labels[name][0])} for row, name in enumerate(names)]
         failed = [asdict(self.failures[name]) for name in sorted(self.failures)]
-        unfinished.write_text(_manifest_text({**head, "settings": self.settings}, entries, failed), encoding="utf-8")
-        _replace(unfinished, manifest)
+        with replaces(self.folder / MANIFEST) as unfinished:
+            text = _manifest_text({**head, "settings": self.settings}, entries, failed)
+            unfinished.write_text(text, encoding="utf-8")
         for other in self.folder.iterdir():
             if _TABLE.fullmatch(other.name) and other != file:
                 other.unlink()
         self.changed = False
-
-
-def _replace(unfinished: Path, file: Path) -> None:
-    with unfinished.open("rb") as handle:
-        os.fsync(handle.fileno())  # or a power cut could leave the new name with nothing in it
-    unfinished.replace(file)
 
 
 def _manifest_text(head: Mapping[str, Any], adapters: list[dict[str, Any]], failed: list[dict[str, Any]]) -> str:
@@ -292,11 +311,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         what = "has no manifest.json" if folder.is_dir() else "is not a folder"
         raise ValueError(f"{folder} {what}, expected a folder that lora-delta label has written")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not JSON that can be read: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
+    manifest = read_json_object(path, f"a manifest of {KIND}")
+    if manifest.get("kind") != KIND:
         raise ValueError(f"{path} is not a manifest of {KIND}, expected a folder that lora-delta label has written")
     if manifest.get("format") != FORMAT:
         raise ValueError(f"{path} is of format {manifest.get('format')!r}, expected {FORMAT}; another version wrote it")

@@ -117,7 +117,7 @@ def compute_labels(
                     writer.add(label, row)
                     reused.append(label.name)
                 if batch.lora is not None:
-                    rows = deltas_of(delta, batch.lora).float().cpu()
+                    rows = delta.deltas(batch.lora).float().cpu()
                     for one, row in zip(batch.loaded, rows, strict=True):
                         if row.isfinite().all():
                             writer.add(one.label(row), row)
@@ -139,28 +139,6 @@ def compute_labels(
             writer.save()
     seconds = time.monotonic() - start
     return LabelReport(tuple(computed), tuple(reused), tuple(failed), len(writer.labels), seconds)
-
-
-def deltas_of(delta: DifferentiableDeltaCompute, lora: Lora) -> Tensor:
-    """The deltas (G, …) of adapters that are bound already, of any spec, without gradients; nothing is kept.
-
-    As by ``delta(tensors)``, a B of zeros gives exactly zero.
-    """
-    with torch.no_grad():
-        return delta._shaped(delta.values(lora) - delta._base(_same_shaped(lora)), batched=True)
-
-
-def _same_shaped(lora: Lora) -> Lora:
-    """The least LoRA under which the bare model is multiplied in the same shapes, to the bit.
-
-    Below the first adapted block all adapters share one row of tokens, above it they have one each: which modules
-    of that block are adapted decides every shape. So nearly all passes have the same base, computed once.
-    """
-    first = min((layer for layer, _ in lora.pairs), default=None)
-    pairs = {
-        key: LoraPair(pair.A[:, :1], pair.B[..., :1], 1.0) for key, pair in lora.pairs.items() if key[0] == first
-    }
-    return Lora(pairs, lora.n_adapters, batched=True)
 
 
 def share_a_pass(loras: Sequence[Lora], dtype: torch.dtype, device: torch.device | str = "cpu") -> Lora:

@@ -7,7 +7,6 @@ need torch alone. Nothing here touches pyplot or its state.
 from __future__ import annotations
 
 import math
-import os
 import textwrap
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from .files import replaces
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -302,13 +303,8 @@ def _drawing(path: str | Path, width: float, height: float) -> Iterator[tuple[Fi
         figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
         FigureCanvasAgg(figure)
         yield figure, figure.add_subplot()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            figure.savefig(temporary, format="png", dpi=_DPI)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replaces(path) as unfinished:
+            figure.savefig(unfinished, format="png", dpi=_DPI)
 
 
 def _legend(figure: Figure, axes: Axes) -> None:

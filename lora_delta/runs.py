@@ -22,7 +22,6 @@ and their prompts; the rest has defaults::
 from __future__ import annotations
 
 import json
-import os
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -30,21 +29,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 
 from qwen_functional import LoraSpec, Qwen2Config, Qwen2Weights, load_pretrained
 from qwen_functional.checkpoint import resolve_checkpoint
+from qwen_functional.files import read_json_object
 
-from .chat import load_chat_template
+from .chat import read_probes
 from .commands import DTYPES
 from .conditions import PromptEncoder
 from .delta import DifferentiableDeltaCompute
 from .embedded import embedded_checkpoint
+from .files import write_json
 from .generator import LoRAGenerator
 from .label_table import DeltaLabels
 from .labels import label_settings, spec_facts, spec_of
 from .losses import Schedule
-from .tokenization import load_tokenizer, tokenize_probes
+from .tokenization import load_tokenizer
 from .tokens import TokenFormat
 from .training import CHECKPOINT, TERMS, TrainingOptions, load_generator_state, train
 
@@ -211,7 +211,7 @@ def train_run(config: RunConfig, *, progress: bool = True) -> list[dict[str, flo
         if name not in labels.names:
             raise ValueError(f"{config.prompts} names adapter {name!r}, which has no label in {config.labels}")
     spec = common_spec(labels, prompts, format, base)
-    delta = delta_of(labels, base, weights, tokenizer, folder, spec, config.adapters_per_pass)
+    delta = delta_of(labels, base, weights, folder, spec, config.adapters_per_pass)
     encoder = PromptEncoder(base, weights, tokenizer, layer=config.condition_layer, max_length=config.max_length)
     conditions = {name: encoder(texts) for name, texts in prompts.items()}
     teachers = labels.dataset(conditions, "tokens", format)
@@ -227,7 +227,6 @@ def delta_of(
     labels: DeltaLabels,
     config: Qwen2Config,
     weights: Qwen2Weights,
-    tokenizer: Tokenizer,
     folder: Path,
     spec: LoraSpec,
     adapters_per_pass: int | None = None,
@@ -240,12 +239,8 @@ def delta_of(
     settings = labels.settings
     probes, layer = settings["probes"], settings["layer"]
     if isinstance(probes[0], str):
-        texts = probes
-        if settings["chat"]:
-            template = load_chat_template(folder)
-            texts = [template.apply_chat_template(text) for text in probes]
         cut = settings["max_length"] or config.max_position_embeddings
-        probes = tokenize_probes(tokenizer, texts, cut, add_special_tokens=not settings["chat"]).ids
+        probes = read_probes(folder, probes, cut, chat=bool(settings["chat"])).ids
     delta = DifferentiableDeltaCompute(
         config,
         weights,
@@ -281,7 +276,6 @@ def common_spec(labels: DeltaLabels, names: Iterable[str], format: TokenFormat, 
 
 def save_run(config: RunConfig, spec: LoraSpec) -> None:
     """Write ``run.json``, which :func:`load_run` reads."""
-    config.out.mkdir(parents=True, exist_ok=True)
     facts = {
         "base": config.base,
         "dtype": config.dtype,
@@ -292,9 +286,7 @@ def save_run(config: RunConfig, spec: LoraSpec) -> None:
         "generator": dict(config.generator),
         "spec": spec_facts(spec),
     }
-    unfinished = config.out / f"{RUN}.{os.getpid()}.tmp"
-    unfinished.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(config.out / RUN)
+    write_json(config.out / RUN, facts)
 
 
 def load_run(folder: str | Path, device: str | None = None) -> Run:
@@ -303,11 +295,7 @@ def load_run(folder: str | Path, device: str | None = None) -> Run:
     Raises:
         ValueError: not the folder of a run.
     """
-    path = Path(folder) / RUN
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} is not the folder of a training run: {error}") from error
+    facts = read_json_object(Path(folder) / RUN, "the folder of a training run")
     state = load_generator_state(folder)
     base_folder, config, weights = load_base(facts["base"], facts["dtype"], device)
     format = TokenFormat.for_config(config, facts["format"]["rank"], facts["format"]["chunk_width"])

@@ -3,7 +3,6 @@
 The ids are those of ``transformers.AutoTokenizer``, got from the same files without it.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 from tokenizers.normalizers import NFC
+
+from qwen_functional.files import read_json_object
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -142,12 +143,4 @@ def read_text(path: Path) -> str:
 
 def read_tokenizer_config(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / "tokenizer_config.json"
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds a {type(config).__name__}: expected an object")
-    return config
+    return read_json_object(path) if path.is_file() else {}

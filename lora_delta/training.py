@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from .conditions import Condition
 from .delta import DifferentiableDeltaCompute
+from .files import replaces
 from .losses import Schedule, delta_loss, tokens_mse, weighted_sum
 from .tokens import TokenFormat
 
@@ -148,17 +150,10 @@ def _step(
             tokens = generator(condition.states, condition.mask).float()
         targets = torch.stack([target for _, target, _ in items]).to(device)
         wanted = torch.stack([target for _, _, target in items[: options.delta_batch_size]]).to(device)
-
-        def of_delta(tokens: Tensor = tokens, wanted: Tensor = wanted) -> Tensor:
-            tensors = format.detokenize(tokens[: len(wanted)])
-            return delta_loss(
-                delta(tensors), wanted, mse_weight=options.mse_weight, cosine_weight=options.cosine_weight
-            )
-
-        def of_weights(tokens: Tensor = tokens, targets: Tensor = targets) -> Tensor:
-            return tokens_mse(tokens, targets)
-
-        losses = {"weights": of_weights, "delta": of_delta}
+        losses = {
+            "weights": partial(tokens_mse, tokens, targets),
+            "delta": partial(_delta_term, tokens[: len(wanted)], wanted, delta, format, options),
+        }
         schedules = {
             name: schedule
             for name, schedule in options.losses.items()
@@ -178,6 +173,13 @@ def _step(
     rate = optimizer.param_groups[0]["lr"]
     optimizer.step()
     return {"step": step, **sums, "gradient_norm": float(norm), "learning_rate": rate}
+
+
+def _delta_term(
+    tokens: Tensor, wanted: Tensor, delta: DifferentiableDeltaCompute, format: TokenFormat, options: TrainingOptions
+) -> Tensor:
+    got = delta(format.detokenize(tokens))
+    return delta_loss(got, wanted, mse_weight=options.mse_weight, cosine_weight=options.cosine_weight)
 
 
 def _micro_batches(
@@ -200,7 +202,7 @@ def _learning_rate(step: int, options: TrainingOptions) -> float:
     if step < options.warmup_steps:
         return (step + 1) / options.warmup_steps
     part = (step - options.warmup_steps) / max(1, options.steps - options.warmup_steps)
-    return 0.55 + 0.45 * float(torch.cos(torch.tensor(torch.pi * min(1.0, part))))
+    return 0.55 + 0.45 * math.cos(math.pi * min(1.0, part))
 
 
 def _facts(options: TrainingOptions) -> dict[str, Any]:
@@ -232,9 +234,8 @@ def _save(
         "options": json.dumps(_facts(options), sort_keys=True),
         "steps": steps,
     }
-    unfinished = folder / f"{CHECKPOINT}.{os.getpid()}.tmp"
-    torch.save(state, unfinished)
-    unfinished.replace(folder / CHECKPOINT)
+    with replaces(folder / CHECKPOINT) as unfinished:
+        torch.save(state, unfinished)
 
 
 def _resume(
@@ -262,9 +263,8 @@ def _resume(
     schedule.load_state_dict(state["schedule"])
     torch.set_rng_state(state["random"])
     lines = metrics.read_text(encoding="utf-8").splitlines()[: state["steps"]]
-    unfinished = metrics.with_name(f"{METRICS}.{os.getpid()}.tmp")
-    unfinished.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    unfinished.replace(metrics)
+    with replaces(metrics) as unfinished:
+        unfinished.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return [json.loads(line) for line in lines]
 
 

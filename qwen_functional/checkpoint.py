@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .config import Qwen2Config
+from .files import read_json_object
 from .weights import Qwen2Weights, empty_weights
 
 STORAGE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -149,7 +149,7 @@ def _usable_device(device: torch.device | str) -> torch.device:
 
 
 def _dtype_on_disk(folder: Path, embed_tokens: _Entry) -> torch.dtype:
-    fields = _read_json(folder / "config.json")
+    fields = read_json_object(folder / "config.json")
     name = fields.get("dtype") or fields.get("torch_dtype")
     dtype = getattr(torch, str(name).split(".")[-1], name) if name else DISK_DTYPES[embed_tokens.dtype]
     if dtype not in STORAGE_DTYPES:
@@ -197,7 +197,7 @@ def _tensors_of(folder: Path) -> dict[str, _Entry]:
 
 
 def _tensors_of_index(index: Path) -> dict[str, _Entry]:
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} has no weight_map, expected an object of tensor names and shard names")
     for name, shard in weight_map.items():
@@ -231,16 +231,6 @@ def _read_header(file: Path) -> dict[str, _Entry]:
             f"{file}, of {file.stat().st_size} bytes, is truncated or corrupt, expected a safetensors file: "
             f"{error}"
         ) from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} holds a {type(fields).__name__}, expected a JSON object")
-    return fields
 
 
 def _no_weights(folder: Path) -> str:

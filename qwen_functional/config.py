@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from .files import read_json_object
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 ROPE_TYPES = ("default", "linear", "yarn")
@@ -172,15 +173,7 @@ class Qwen2Config:
     @classmethod
     def from_json_file(cls, path: str | Path) -> Qwen2Config:
         """Read a checkpoint's ``config.json``. Raises as :meth:`from_dict`, naming the file."""
-        path = Path(path)
-        try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ValueError(f"{path} does not exist, expected a Qwen2 config.json") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from None
-        if not isinstance(fields, dict):
-            raise ValueError(f"{path} holds a {type(fields).__name__}, expected a JSON object")
+        fields = read_json_object(path, "a Qwen2 config.json")
         try:
             return cls.from_dict(fields)
         except ValueError as error:

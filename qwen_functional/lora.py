@@ -232,8 +232,8 @@ def _path_end(pattern: str) -> str:
 def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, int]) -> None:
     if not isinstance(tensor, Tensor):
         raise ValueError(f"LoRA tensor {name!r} is a {type(tensor).__name__}, expected a torch.Tensor")
-    if not tensor.is_floating_point():
-        raise ValueError(f"LoRA tensor {name!r} has dtype {tensor.dtype}, expected a floating-point dtype")
+    if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:  # torch multiplies no float8 by itself
+        raise ValueError(f"LoRA tensor {name!r} has dtype {tensor.dtype}, expected a floating-point dtype, float16 up")
     if tensor.dim() not in (2, 3) or tuple(tensor.shape[-2:]) != shape:
         expected = f"{shape} or (G, {shape[0]}, {shape[1]})"
         raise ValueError(f"LoRA tensor {name!r} has shape {tuple(tensor.shape)}, expected {expected}")

@@ -229,7 +229,7 @@ def test_a_hidden_size_that_the_heads_do_not_divide_is_an_error_unless_head_dim_
     ("text", "problem"),
     [
         ("{", "not valid JSON"),
-        ("[]", "a list, expected a JSON object"),
+        ("[]", "a list, expected a Qwen2 config.json"),
         ('{"model_type": "llama"}', "model_type"),
     ],
 )

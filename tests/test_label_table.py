@@ -15,7 +15,8 @@ from reference import random_lora, tiny_config
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lora_delta.adapters import adapter_fingerprint, save_peft_adapter
+from lora_delta import label_table
+from lora_delta.adapters import adapter_fingerprint, load_peft_adapter, save_peft_adapter
 from lora_delta.label_table import DeltaLabels, Failure, Label, LabelWriter
 from lora_delta.tokens import TokenFormat
 from qwen_functional import LoraSpec
@@ -177,9 +178,9 @@ def _edit(path: Path, **changes: Any) -> None:
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no folder": (lambda folder: folder.rename(folder.with_name("gone")), "is not a folder"),
     "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "has no manifest.json"),
-    "no JSON": (lambda folder: (folder / "manifest.json").write_text("{"), "is not JSON"),
+    "no JSON": (lambda folder: (folder / "manifest.json").write_text("{"), "is not valid JSON, expected a man"),
     "another manifest": (lambda folder: _edit(folder / "manifest.json", kind="luggage"), "not a manifest of delta"),
-    "a list": (lambda folder: (folder / "manifest.json").write_text("[]"), "not a manifest of delta"),
+    "a list": (lambda folder: (folder / "manifest.json").write_text("[]"), "holds a list, expected a man"),
     "another format": (lambda folder: _edit(folder / "manifest.json", format=7), "is of format 7, expected 1"),
     "half a manifest": (lambda folder: _edit(folder / "manifest.json", settings=None), "has no 'settings'"),
     "another number of rows": (lambda folder: _edit(folder / "manifest.json", adapters=[]), "0 adapters and has 3"),
@@ -265,6 +266,33 @@ def test_training_data_holds_an_adapter_that_is_not_the_labelled_one(labelled: P
     save_peft_adapter(labelled / "teachers" / "a", SPEC, tensors, base_model="x/y")
     with pytest.raises(ValueError, match="teachers/a has changed since it was labelled"):
         dataset[0]
+
+
+@pytest.mark.parametrize(("targets", "room", "reads"), [("tokens", 1, 2), ("tensors", 1, 2), ("tokens", 0, 4)])
+def test_teachers_are_read_at_every_step_or_kept_without_room(
+    targets: str, room: int, reads: int, labelled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    def watched(source: str, **options: Any) -> Any:
+        read.append(source)
+        return load_peft_adapter(source, **options)
+
+    monkeypatch.setattr(label_table, "load_peft_adapter", watched)
+    format = TokenFormat.for_config(CONFIG, rank=2, chunk_width=8) if targets == "tokens" else None
+    conditions = {"teachers/a": None, "teachers/b": None}
+    dataset = DeltaLabels(labelled / "deltas").dataset(conditions, targets, format, keep_bytes=room << 30)
+    first = [dataset[index][1] for index in range(2)]
+    if targets == "tensors":
+        dataset[0][1].clear()  # the caller's own
+    again = [dataset[index][1] for index in range(2)]
+    assert len(read) == reads
+    for one, other in zip(first, again, strict=True):
+        if targets == "tokens":
+            assert torch.equal(one, other)
+        else:
+            assert one.keys() == other.keys()
+            assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_bad_arguments_make_training_data(labelled: Path) -> None:

@@ -17,7 +17,7 @@ from lora_delta import DifferentiableDeltaCompute, cli, labels
 from lora_delta.adapters import save_peft_adapter
 from lora_delta.embedded import embedded_checkpoint
 from lora_delta.label_table import DeltaLabels
-from lora_delta.labels import compute_labels, deltas_of, model_fingerprint, share_a_pass
+from lora_delta.labels import compute_labels, model_fingerprint, share_a_pass
 from qwen_functional import LoraSpec, Qwen2Config, init_weights
 
 CONFIG = tiny_config()
@@ -52,12 +52,13 @@ def label(adapters: Path | str, out: Path, **options: Any) -> labels.LabelReport
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many adapters each pass so far had."""
     seen: list[int] = []
+    compute = DifferentiableDeltaCompute.deltas
 
     def counted(delta: DifferentiableDeltaCompute, lora: Any) -> Tensor:
         seen.append(lora.n_adapters)
-        return deltas_of(delta, lora)
+        return compute(delta, lora)
 
-    monkeypatch.setattr(labels, "deltas_of", counted)
+    monkeypatch.setattr(DifferentiableDeltaCompute, "deltas", counted)
     return seen
 
 
@@ -117,7 +118,7 @@ def test_an_untrained_adapter_among_others_has_a_delta(dtype: torch.dtype, order
         zero = {n: torch.zeros_like(t) if "lora_B" in n else t for n, t in tensors.items()}
         loras += [SPECS[name].bind(CONFIG, tensors), SPECS[name].bind(CONFIG, zero)]
     for some in (loras, loras[2:4], loras[:3], loras[5:6]):
-        rows = deltas_of(delta, share_a_pass(some, dtype))
+        rows = delta.deltas(share_a_pass(some, dtype))
         untrained = torch.tensor([not any(pair.B.any() for pair in lora.pairs.values()) for lora in some])
         assert torch.equal(rows.flatten(1).any(1), ~untrained)
 
@@ -232,7 +233,7 @@ def test_a_bad_adapter_ends_the_run_or_goes_unnoticed(teachers: Path, tmp_path: 
 def test_an_interrupted_run_loses_what_was_finished(
     error: type[BaseException], teachers: Path, tmp_path: Path, passes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counted = labels.deltas_of
+    counted = DifferentiableDeltaCompute.deltas
 
     def interrupted(delta: DifferentiableDeltaCompute, lora: Any) -> Tensor:
         if len(passes) == 2:
@@ -240,7 +241,7 @@ def test_an_interrupted_run_loses_what_was_finished(
         return counted(delta, lora)
 
     with monkeypatch.context() as patch:
-        patch.setattr(labels, "deltas_of", interrupted)
+        patch.setattr(DifferentiableDeltaCompute, "deltas", interrupted)
         with pytest.raises(error):
             label(teachers, tmp_path / "labels")
     assert DeltaLabels(tmp_path / "labels").names == [f"teachers/{name}" for name in "abcd"]
@@ -253,12 +254,13 @@ def test_an_interrupted_run_loses_what_was_finished(
 
 def test_a_killed_run_loses_all(teachers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     on_disk: list[int] = []
+    compute = DifferentiableDeltaCompute.deltas
 
     def watched(delta: DifferentiableDeltaCompute, lora: Any) -> Tensor:
         on_disk.append(len(DeltaLabels(tmp_path / "labels")) if (tmp_path / "labels").exists() else 0)
-        return deltas_of(delta, lora)
+        return compute(delta, lora)
 
-    monkeypatch.setattr(labels, "deltas_of", watched)
+    monkeypatch.setattr(DifferentiableDeltaCompute, "deltas", watched)
     label(teachers, tmp_path / "labels", save_every=0)
     assert on_disk == [0, 2, 4]
     on_disk.clear()
@@ -371,6 +373,6 @@ def test_ctrl_c_ends_in_a_traceback(
     def interrupted(delta: DifferentiableDeltaCompute, lora: Any) -> Tensor:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(labels, "deltas_of", interrupted)
+    monkeypatch.setattr(DifferentiableDeltaCompute, "deltas", interrupted)
     assert command("--out", tmp_path / "labels", embedded_teachers, "--quiet") == 130
     assert "the same command goes on there" in capsys.readouterr().err

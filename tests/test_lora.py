@@ -265,8 +265,8 @@ def test_a_tensor_of_another_shape_is_accepted(name: str, shape: tuple[int, ...]
     assert message.endswith(f"expected {expected}")
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.complex64])
-def test_a_tensor_of_integers_is_accepted(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_a_tensor_of_integers_or_float8_is_accepted(dtype: torch.dtype) -> None:
     tensors = random_lora(CONFIG, RANK_2)
     with pytest.raises(ValueError, match=f"has dtype {dtype}, expected a floating-point dtype") as caught:
         RANK_2.bind(CONFIG, {**tensors, Q_B: tensors[Q_B].to(dtype)})

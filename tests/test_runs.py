@@ -162,5 +162,5 @@ def test_paths_of_a_config_are_relative_to_the_working_directory(
 
 
 def test_another_folder_is_a_run(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is not the folder of a training run"):
+    with pytest.raises(ValueError, match="expected the folder of a training run"):
         load_run(tmp_path)
