@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import multiprocessing
-import shutil
 import statistics
 import sys
 import tempfile
@@ -31,13 +30,14 @@ from probe_sets import PROBE_KINDS, probe_ids, tree_tokens
 from rivals import last_hidden, padded
 from safetensors.torch import load_file, save_file
 from sizes import SIZES
-from throughput import model_name, report, write_json
+from throughput import model_name, report
 from torch import Tensor
 from workers import set_threads
 from workload import DTYPES, Workload, config_of, local_folder
 
 from lora_delta import DifferentiableDeltaCompute
 from lora_delta.adapters import save_peft_adapter
+from lora_delta.files import write_json
 from lora_delta.label_table import DeltaLabels
 from lora_delta.labels import compute_labels, model_fingerprint
 from qwen_functional.memory import keep_freed_memory
@@ -83,6 +83,12 @@ class Labels:
                 raise RuntimeError(f"{n - len(report.computed)} of {n} adapters failed: {report.failed[:1]}")
             labels = DeltaLabels(scratch)
             return torch.stack([labels[adapter] for adapter in adapters])
+
+    def one_pass(self) -> None:
+        """The deltas of one pass, with nothing around them."""
+        workload = dataclasses.replace(self.job.workload, adapters=min(self.job.per_pass, self.job.workload.adapters))
+        config = self.delta.config
+        self.delta.deltas(workload.spec.bind(config, workload.lora(config)))
 
 
 class Peft:
@@ -158,6 +164,15 @@ def _timed(n: int) -> tuple[Timing, int, int]:
     return timed(lambda: _way.label(n)), peak_bytes(), _loaded
 
 
+def _pass_peak() -> int:
+    """The peak of the process in one pass."""
+    reset_peak()
+    _way.one_pass()
+    peak = peak_bytes()
+    reset_peak()
+    return peak
+
+
 def process(way: str, job: Job) -> ProcessPoolExecutor:
     """A process of its own, a fresh interpreter."""
     return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _start, (way, job))
@@ -204,6 +219,7 @@ def measured(job: Job, rounds: int, scratch: Path) -> dict[str, Any]:
     ways: dict[str, dict[str, Any]] = {way: {"seconds": [], "others": []} for way in WAYS}
     with ExitStack() as stack:
         workers = {way: stack.enter_context(process(way, job)) for way in WAYS}
+        pass_peak = workers[LABELS].submit(_pass_peak).result()
         for turn in range(rounds + 1):
             for way in [*WAYS][turn % len(WAYS) :] + [*WAYS][: turn % len(WAYS)]:
                 timing, peak, loaded = workers[way].submit(_timed, n).result()
@@ -227,6 +243,7 @@ def measured(job: Job, rounds: int, scratch: Path) -> dict[str, Any]:
         "ways": ways,
         "floor": {"seconds": floor_seconds, "others": floor["others"]},
         "ratio": ways[PEFT]["median"] / ways[LABELS]["median"],
+        "pass_peak_bytes": pass_peak,
     }
 
 
@@ -250,6 +267,8 @@ def table(run: dict[str, Any]) -> str:
     lines = ["", *("| " + " | ".join(row) + " |" for row in rows), ""]
     errors = ", ".join(f"{way} {error:.1e}" for way, error in run["errors"].items())
     lines.append(f"compute_labels is {run['ratio']:.2f} times as fast. Errors against PEFT in float32: {errors}.")
+    peak, of_pass = run["ways"][LABELS]["peak_bytes"], run["pass_peak_bytes"]
+    lines.append(f"compute_labels peaks at {peak / of_pass:.3f} times the {of_pass / 1e9:.2f} GB of one pass alone.")
     lines.append(f"Floor: the base model's matrix products forwards alone, {run['floor']['seconds']:.3g} s.")
     others = max((o for e in (*run["ways"].values(), run["floor"]) for o in e["others"]), default=0.0)
     if others > 0.1:
@@ -274,15 +293,13 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in ("adapters", "adapters_per_pass", "rank", "rounds", "threads"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected at least 1")
-    if options.json and not options.json.resolve().parent.is_dir():
+    if options.json and (options.json.is_dir() or not options.json.resolve().parent.is_dir()):
         parser.error(f"--json names {options.json}, expected a file in a folder that exists")
     return options
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark; 0, or 1 where the ways disagree or one of them fails."""
-    options = arguments(argv)
-    set_threads(options.threads)
+def record_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Run what the options ask for, printing as it goes; what was measured, ready for json."""
     folder = local_folder(options.model) if options.model else None
     probes = probe_ids(folder, options.probes, config_of(folder, options.size).vocab_size)
     counts = {"count": len(probes), "tokens": sum(map(len, probes)), "tree_tokens": tree_tokens(probes)}
@@ -300,21 +317,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{counts['count']} {options.probes} probes of {counts['tokens']} tokens, {options.threads} threads",
         flush=True,
     )
-    scratch = Path(tempfile.mkdtemp())
-    try:
+    with tempfile.TemporaryDirectory() as scratch:
         for name in options.dtype:
             workload = Workload(
                 folder, options.size, probes, options.adapters, options.rank, DTYPES[name], options.threads
             )
-            folders = save_adapters(workload, scratch / name)
-            run = measured(Job(workload, folders, options.adapters_per_pass), options.rounds, scratch)
+            folders = save_adapters(workload, Path(scratch) / name)
+            run = measured(Job(workload, folders, options.adapters_per_pass), options.rounds, Path(scratch))
             record["runs"].append(run)
             print(table(run), flush=True)
+    return record
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; 0, or 1 where the ways disagree or one of them fails."""
+    options = arguments(argv)
+    set_threads(options.threads)
+    try:
+        record = record_of(options)
     except (DisagreementError, BrokenProcessPool, RuntimeError, ValueError, OSError) as error:
         report(f"error: {error}")
         return 1
-    finally:
-        shutil.rmtree(scratch)
     if options.json:
         write_json(options.json, record)
     return 0

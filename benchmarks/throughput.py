@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import sys
 import tempfile
@@ -25,6 +24,8 @@ from summary import floor_entry, headline, table, way_entry
 from ways import DEFAULT_WAYS, FLOOR, WAYS
 from workers import Footprint, Pool, WorkerError, set_threads
 from workload import DTYPES, Workload, config_of, local_folder
+
+from lora_delta.files import write_json
 
 # transformers' float16 goes through torch's CPU GEMM, at 1 to 2 GFLOP/s backwards: hours.
 TOO_SLOW = "float16 matrix products of torch run at 1 to 2 GFLOP/s backwards on a CPU"
@@ -70,7 +71,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         value = getattr(options, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} is {value}, expected at least 1")
-    if options.json and not options.json.resolve().parent.is_dir():
+    if options.json and (options.json.is_dir() or not options.json.resolve().parent.is_dir()):
         parser.error(f"--json names {options.json}, expected a file in a folder that exists")
     if options.seed_adapters > options.adapters:
         parser.error(f"--seed-adapters is {options.seed_adapters}, expected at most {options.adapters}")
@@ -212,13 +213,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json:
         write_json(options.json, record)
     return 0
-
-
-def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Write under another name and rename, so that a reader never sees half a file."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    unfinished.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(path)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tiny checkpoints for the tests, as transformers writes them, and ways to spoil them."""
+"""Tiny checkpoints and tokenizers for the tests, as transformers writes them, and ways to spoil them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,30 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 from transformers import Qwen2Config as HFConfig
-from transformers import Qwen2ForCausalLM
 
 ONE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+
+TEXTS = [
+    "a probe",
+    "The river rises in the hills above the town, and reaches the sea.",
+    "<|im_start|>user\nhi there<|im_end|>\n",
+    "  leading, trailing \t and\n\nblank lines  ",
+    "café, 日本語, 🙂, x = 3.14",
+]
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+CHATML = (
+    "{%- for message in messages %}\n"
+    "    {{- '<|im_start|>' + message.role + '\\n' + message['content'] + '<|im_end|>\\n' }}\n"
+    "{%- endfor %}\n"
+    "{%- if add_generation_prompt %}\n"
+    "    {{- '<|im_start|>assistant\\n' }}\n"
+    "{%- endif %}\n"
+)
 
 
 def save_checkpoint(
@@ -29,6 +47,25 @@ def save_checkpoint(
     for tensor in model.state_dict().values():
         tensor.normal_()
     model.save_pretrained(folder, max_shard_size="12KB" if shards else "1GB")
+    return folder
+
+
+def make_checkpoint(folder: Path, **settings: Any) -> Path:
+    """A folder with a small byte-level BPE tokenizer, saved by transformers."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    if settings.pop("adds_special_tokens", False):
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<|im_start|> $A <|im_end|>",
+            special_tokens=[(name, tokenizer.token_to_id(name)) for name in ("<|im_start|>", "<|im_end|>")],
+        )
+    settings = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>", **settings}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings).save_pretrained(folder)
     return folder
 
 

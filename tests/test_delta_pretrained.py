@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import edit_json, edit_tensors, save_checkpoint
+from checkpoints import CHATML, edit_json, edit_tensors, make_checkpoint, save_checkpoint
 from reference import hidden_states_at_end, peft_model, random_lora, relative_error
-from test_tokenization import CHATML, make_checkpoint
 from torch import Tensor
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 

@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from checkpoints import edit_tensors, save_checkpoint
-from test_tokenization import CHATML, make_checkpoint
+from checkpoints import CHATML, edit_tensors, make_checkpoint, save_checkpoint
 
 import lora_delta
 import qwen_functional
