@@ -17,7 +17,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -30,14 +29,13 @@ from probe_sets import PROBE_KINDS, probe_ids, tree_tokens
 from rivals import last_hidden, padded
 from safetensors.torch import load_file, save_file
 from sizes import SIZES
-from throughput import model_name, report
+from throughput import check_counts_and_json, exit_status, model_name, report
 from torch import Tensor
 from workers import set_threads
 from workload import DTYPES, Workload, config_of, local_folder
 
 from lora_delta import DifferentiableDeltaCompute
 from lora_delta.adapters import save_peft_adapter
-from lora_delta.files import write_json
 from lora_delta.label_table import DeltaLabels
 from lora_delta.labels import compute_labels, model_fingerprint
 from qwen_functional.memory import keep_freed_memory
@@ -290,11 +288,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
     options = parser.parse_args(argv)
-    for name in ("adapters", "adapters_per_pass", "rank", "rounds", "threads"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected at least 1")
-    if options.json and (options.json.is_dir() or not options.json.resolve().parent.is_dir()):
-        parser.error(f"--json names {options.json}, expected a file in a folder that exists")
+    check_counts_and_json(parser, options, ("adapters", "adapters_per_pass", "rank", "rounds", "threads"))
     return options
 
 
@@ -333,14 +327,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; 0, or 1 where the ways disagree or one of them fails."""
     options = arguments(argv)
     set_threads(options.threads)
-    try:
-        record = record_of(options)
-    except (DisagreementError, BrokenProcessPool, RuntimeError, ValueError, OSError) as error:
-        report(f"error: {error}")
-        return 1
-    if options.json:
-        write_json(options.json, record)
-    return 0
+    return exit_status(options, record_of, (RuntimeError, ValueError, OSError))  # a process that died is the first
 
 
 if __name__ == "__main__":

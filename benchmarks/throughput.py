@@ -10,7 +10,7 @@ import dataclasses
 import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,15 +67,21 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         options.seed_adapters = min(options.adapters, 2)
     if options.seed_rounds is None:
         options.seed_rounds = min(options.rounds, 2)
-    for name in ("adapters", "rank", "rounds", "seed_adapters", "seed_probes", "seed_rounds", "threads"):
+    counts = ("adapters", "rank", "rounds", "seed_adapters", "seed_probes", "seed_rounds", "threads")
+    check_counts_and_json(parser, options, counts)
+    if options.seed_adapters > options.adapters:
+        parser.error(f"--seed-adapters is {options.seed_adapters}, expected at most {options.adapters}")
+    return options
+
+
+def check_counts_and_json(parser: argparse.ArgumentParser, options: argparse.Namespace, counts: Sequence[str]) -> None:
+    """Ends the program for a count below 1, or a ``--json`` that cannot be written."""
+    for name in counts:
         value = getattr(options, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} is {value}, expected at least 1")
     if options.json and (options.json.is_dir() or not options.json.resolve().parent.is_dir()):
         parser.error(f"--json names {options.json}, expected a file in a folder that exists")
-    if options.seed_adapters > options.adapters:
-        parser.error(f"--seed-adapters is {options.seed_adapters}, expected at most {options.adapters}")
-    return options
 
 
 def checked(
@@ -205,9 +211,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; 0, or 1 where ways disagree or one of them fails."""
     options = arguments(argv)
     set_threads(options.threads)
+    return exit_status(options, record_of, (DisagreementError, WorkerError, ValueError, OSError))
+
+
+def exit_status(
+    options: argparse.Namespace,
+    record_of: Callable[[argparse.Namespace], dict[str, Any]],
+    errors: tuple[type[Exception], ...],
+) -> int:
+    """0, with the record in ``--json``'s file; or 1, with one of ``errors`` on stderr."""
     try:
         record = record_of(options)
-    except (DisagreementError, WorkerError, ValueError, OSError) as error:
+    except errors as error:
         report(f"error: {error}")
         return 1
     if options.json:

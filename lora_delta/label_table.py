@@ -36,7 +36,8 @@ TARGETS = ("tokens", "tensors")
 # Labels that differ in one of these are never put into the same table. The rest is there to be read.
 _COMPARED = ("dtype", "model_sha256", "layer", "pooling", "probes_sha256")
 _SHOWN_WITH = {"model_sha256": ("model",), "probes_sha256": ("chat", "max_length")}
-_TABLE = re.compile(r"deltas-[0-9a-f]{16}\.safetensors(\.\d+\.unfinished)?")
+# Tables, and what a process that died has left half written.
+_STALE = re.compile(r"deltas-[0-9a-f]{16}\.safetensors(\.\d+\.unfinished)?|manifest\.json\.\d+\.unfinished")
 
 
 class Tokenizes(Protocol):
@@ -291,7 +292,7 @@ class LabelWriter:
             text = _manifest_text({**head, "settings": self.settings}, entries, failed)
             unfinished.write_text(text, encoding="utf-8")
         for other in self.folder.iterdir():
-            if _TABLE.fullmatch(other.name) and other != file:
+            if _STALE.fullmatch(other.name) and other != file:
                 other.unlink()
         self.changed = False
 

@@ -21,7 +21,9 @@ def read_json_object(path: str | Path, expected: str = "a JSON object") -> dict[
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist, expected {expected}") from None
-    except (OSError, ValueError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read, expected {expected}: {error}") from error
+    except ValueError as error:  # not UTF-8, or not JSON
         raise ValueError(f"{path} is not valid JSON, expected {expected}: {error}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{path} holds a {type(fields).__name__}, expected {expected}")

@@ -190,7 +190,7 @@ class LoraSpec:
 
         Raises:
             ValueError: a name that fits nothing, an A without its B, a shape that is off, different G, a tensor
-                that is not floating point or not finite, different devices.
+                that is not floating point of 16 bits or more, or not finite, different devices.
         """
         if not isinstance(tensors, Mapping):
             raise ValueError(f"tensors is a {type(tensors).__name__}, expected a dict of LoRA tensors")

@@ -116,6 +116,17 @@ def test_a_crash_while_saving_leaves_a_manifest_without_its_table(
     assert torch.equal(DeltaLabels(folder).tensor, torch.cat([expected, torch.zeros(1, 4)]))
 
 
+def test_what_a_killed_process_left_half_written_stays(tmp_path: Path) -> None:
+    folder = write(tmp_path)
+    for name in ("manifest.json.7.unfinished", "deltas-0123456789abcdef.safetensors.7.unfinished"):
+        (folder / name).write_text("{")
+    writer = LabelWriter(folder, SETTINGS, (4,))
+    writer.add(label("d"), torch.ones(4))
+    writer.save()
+    assert sorted(file.suffix for file in folder.iterdir()) == [".json", ".safetensors"]
+    assert len(DeltaLabels(folder)) == 4
+
+
 def test_nothing_new_is_written_again(tmp_path: Path) -> None:
     folder = write(tmp_path)
     before = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
