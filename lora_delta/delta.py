@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,8 @@ class DifferentiableDeltaCompute(nn.Module):
             reads out several.
         pooling: ``"mean"`` averages over the probes, ``"none"`` returns a delta for each.
         adapters_per_pass: how many adapters to run at once; None for all. With more adapters than that, the
-            activation memory is that of one pass: the gradient computes each pass again.
+            activation memory is that of one pass: the gradient computes all passes but one again, unless the loss is
+            a mean over adapters, see :meth:`mean_loss`.
         checkpoint, memory_budget: see :func:`qwen_functional.forward.forward_vjp`.
         prepack: whether to hold a second form of the weights that a CPU multiplies faster, see
             :meth:`qwen_functional.Qwen2Weights.prepack`; ``"auto"`` does where it takes at most a quarter of the
@@ -108,6 +109,7 @@ class DifferentiableDeltaCompute(nn.Module):
         chat: bool = False,
         revision: str | None = None,
         local_files_only: bool = False,
+        compute_dtype: torch.dtype | None = None,
         **options: Any,
     ) -> DifferentiableDeltaCompute:
         """Load a base model and its tokenizer, and tokenize the probes.
@@ -117,6 +119,8 @@ class DifferentiableDeltaCompute(nn.Module):
             probes: texts; by default the five of :func:`create_generic_probes`.
             device: by default a GPU where there is one, else the CPU.
             max_length: longer probes are cut to so many tokens; ``truncated_probes`` says which were.
+            compute_dtype: of the matrix multiplications, see :meth:`qwen_functional.Qwen2Weights.compute_in`; by
+                default ``dtype``, but float32 for float16 on a CPU.
             chat: put each probe, as a user's message, into the checkpoint's own chat template.
             options: the keyword arguments of the constructor.
 
@@ -132,6 +136,7 @@ class DifferentiableDeltaCompute(nn.Module):
         config = Qwen2Config.from_json_file(folder / "config.json")
         _checked_tokens(config, tokenized.ids, **options)  # before the weights are read
         config, weights = load_pretrained(folder, dtype=dtype, device=device, lm_head=False)
+        weights = weights if compute_dtype is None else weights.compute_in(compute_dtype)
         delta = cls(config, weights, tokenized.ids, spec, **options)
         delta.truncated_probes = tokenized.truncated
         return delta
@@ -165,6 +170,27 @@ class DifferentiableDeltaCompute(nn.Module):
         """The deltas (G, …) of adapters that are bound already, of any spec, without gradients; nothing is kept."""
         with torch.no_grad():
             return self._pooled(self.values(lora) - self._base(lora), batched=True)
+
+    def mean_loss(self, tensors: Mapping[str, Tensor], loss: Callable[[Tensor, slice], Tensor]) -> Tensor:
+        """The mean over adapters of a loss of their deltas: each pass goes forwards and back before the next one.
+
+        The number and the gradients are those of ``loss(self(tensors), slice(0, G))``. In several passes that would
+        compute nearly all of them twice, since no pass can go back before the loss is known; this computes each once.
+
+        Args:
+            tensors: of G adapters, as :meth:`forward` takes them.
+            loss: from the deltas (g, …) of the adapters in a slice to a scalar, their mean. It must be linear in the
+                mean: adapters that are compared with each other do not fit. Of what it depends on only the deltas
+                get gradients.
+
+        Raises:
+            ValueError: one adapter without a leading G, a loss that is not a scalar, or as :meth:`forward`.
+        """
+        lora = self.spec.bind(self.config, tensors)
+        if not lora.batched:
+            raise ValueError("tensors are of one adapter without a leading G, expected a batch (G, …)")
+        flat = [tensor for pair in lora.pairs.values() for tensor in (pair.A, pair.B)]
+        return _MeanLoss.apply(self, lora, loss, torch.is_grad_enabled(), *flat)
 
     def forward_batch(self, batch: Sequence[Mapping[str, Tensor]]) -> Tensor:
         """The deltas (G, …) of G adapters given one by one.
@@ -271,11 +297,13 @@ class _Values(torch.autograd.Function):
         ctx.delta, ctx.lora, ctx.vjp = delta, _refilled(lora, flat), None
         ctx.wanted = [name for name, need in zip(lora.names(), ctx.needs_input_grad[2:], strict=True) if need]
         ctx.save_for_backward(*flat)
-        if not ctx.wanted or len(delta.passes(lora.n_adapters)) > 1:
+        if not ctx.wanted:
             return delta.values(ctx.lora)
-        value, ctx.vjp = delta._run(ctx.lora, ctx.wanted)
+        *others, last = delta.passes(lora.n_adapters)
+        values = [delta._run(ctx.lora[adapters], wanted=())[0] for adapters in others]
+        value, ctx.vjp = delta._run(ctx.lora[last], ctx.wanted)  # memory for one pass is there: the last one keeps
         delta._checkpoint_used = ctx.vjp.checkpoint
-        return value
+        return torch.cat([*values, value]) if values else value
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
@@ -291,17 +319,63 @@ class _Values(torch.autograd.Function):
         # saved_tensors raises where a tensor was changed in place since the forward.
         delta, lora = ctx.delta, _refilled(ctx.lora, ctx.saved_tensors)
         parts: list[dict[str, Tensor]] = []
-        for adapters in delta.passes(lora.n_adapters):
+        for adapters in reversed(delta.passes(lora.n_adapters)):
             vjp, ctx.vjp = ctx.vjp, None
             if vjp is None:  # several passes, or a second backward through the same graph
                 _, vjp = delta._run(lora[adapters], ctx.wanted)
                 delta._checkpoint_used = vjp.checkpoint
-            parts.append(vjp(cotangent[adapters]))
-        gradients = {
-            name: parts[0][name] if len(parts) == 1 else torch.cat([part[name] for part in parts])
-            for name in ctx.wanted
-        }
+            parts.insert(0, vjp(cotangent[adapters]))
+        gradients = _joined(parts)
         return (None, None, *(gradients.get(name) for name in lora.names()))
+
+
+class _MeanLoss(torch.autograd.Function):
+    """The loss of :meth:`DifferentiableDeltaCompute.mean_loss`, with its gradients computed on the way forwards."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        delta: DifferentiableDeltaCompute,
+        lora: Lora,
+        loss: Callable[[Tensor, slice], Tensor],
+        wants_gradients: bool,
+        *flat: Tensor,
+    ) -> Tensor:
+        ctx.names, lora = lora.names(), _refilled(lora, flat)
+        needs = zip(ctx.names, ctx.needs_input_grad[4:], strict=True)
+        wanted = [name for name, need in needs if need and wants_gradients]
+        base, means, parts = delta._base(lora), [], []
+        for adapters in delta.passes(lora.n_adapters):
+            value, vjp = delta._run(lora[adapters], wanted)
+            share = value.shape[0] / lora.n_adapters
+            with torch.set_grad_enabled(bool(wanted)):
+                value = value.requires_grad_(bool(wanted))
+                mean = loss(delta._pooled(value - base[adapters], batched=True), adapters) * share
+                if mean.numel() != 1:
+                    raise ValueError(f"loss has shape {tuple(mean.shape)}, expected a scalar")
+                if wanted:
+                    (cotangent,) = torch.autograd.grad(mean.sum(), value)
+                    parts.append(vjp(cotangent))
+                    delta._checkpoint_used = vjp.checkpoint
+            means.append(mean.detach())
+        ctx.gradients = _joined(parts)
+        return torch.stack(means).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("mean_loss went backwards already, expected one backward for each")
+        gradients, ctx.gradients = ctx.gradients, None
+        scaled = {name: gradient.mul_(cotangent) for name, gradient in gradients.items()}
+        return (None, None, None, None, *(scaled.get(name) for name in ctx.names))
+
+
+def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The gradients of all passes together."""
+    if len(parts) == 1:
+        return dict(parts[0])
+    return {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
 
 
 def _refilled(lora: Lora, flat: Sequence[Tensor]) -> Lora:

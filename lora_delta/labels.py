@@ -173,11 +173,13 @@ def label_settings(
     max_length: int | None = None,
 ) -> dict[str, Any]:
     """What deltas depend on besides the adapter, ready for JSON; arguments as of :func:`compute_labels`."""
-    ids = _sequences(delta.tokens)
+    ids, dtype = _sequences(delta.tokens), _dtype_name(delta.weights.dtype)
+    if delta.weights.multiplied_in not in (None, delta.weights.dtype):
+        dtype += f", multiplied in {_dtype_name(delta.weights.compute_dtype)}"
     return {
         "model": model,
         "model_sha256": fingerprint or model_fingerprint(delta.config, delta.weights),
-        "dtype": str(delta.weights.dtype).removeprefix("torch."),
+        "dtype": dtype,
         "layer": delta.layer if isinstance(delta.layer, int) else list(delta.layer),
         "pooling": delta.pooling,
         "chat": chat,
@@ -185,6 +187,10 @@ def label_settings(
         "probes_sha256": hashlib.sha256(json.dumps(ids).encode()).hexdigest(),
         "probes": ids if probes is None else list(probes),
     }
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def model_fingerprint(config: Qwen2Config, weights: Qwen2Weights) -> str:

@@ -178,8 +178,11 @@ def _step(
 def _delta_term(
     tokens: Tensor, wanted: Tensor, delta: DifferentiableDeltaCompute, format: TokenFormat, options: TrainingOptions
 ) -> Tensor:
-    got = delta(format.detokenize(tokens))
-    return delta_loss(got, wanted, mse_weight=options.mse_weight, cosine_weight=options.cosine_weight)
+    def loss(deltas: Tensor, adapters: slice) -> Tensor:
+        target, mse, cosine = wanted[adapters], options.mse_weight, options.cosine_weight
+        return delta_loss(deltas, target, mse_weight=mse, cosine_weight=cosine)
+
+    return delta.mean_loss(format.detokenize(tokens), loss)
 
 
 def _micro_batches(

@@ -49,7 +49,7 @@ class Qwen2Weights:
 
     ``lm_head`` is the same tensor as ``embed_tokens`` where the config ties them. It is None where it was left
     out: only logits need it, and ``forward_vjp`` has none. ``packed`` is a faster form of the same blocks that
-    ``forward_vjp`` takes where there is one: see :meth:`prepack`.
+    ``forward_vjp`` takes where there is one: see :meth:`prepack`. ``multiplied_in`` is set by :meth:`compute_in`.
     """
 
     embed_tokens: Tensor  # (V, H)
@@ -57,6 +57,7 @@ class Qwen2Weights:
     norm: Tensor  # (H,)
     lm_head: Tensor | None  # (V, H)
     packed: tuple[PackedBlock, ...] | None = None
+    multiplied_in: torch.dtype | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -69,14 +70,33 @@ class Qwen2Weights:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The dtype of the matrix multiplications: the storage dtype, but float32 for float16 on a CPU.
+        """The dtype of the matrix multiplications: that of :meth:`compute_in`, else the storage dtype, but float32 for
+        float16 on a CPU.
 
         A CPU has no fast float16 GEMM (30 GFLOP/s forwards, 1 to 2 backwards, where float32 gives 200), and
         bfloat16 would lose three of its eleven significant bits.
         """
+        if self.multiplied_in is not None:
+            return self.multiplied_in
         if self.dtype == torch.float16 and self.device.type == "cpu":
             return torch.float32
         return self.dtype
+
+    def compute_in(self, dtype: torch.dtype) -> Qwen2Weights:
+        """The same weights, not packed, with all matrix multiplications in ``dtype``, to which they are rounded there.
+
+        Such as bfloat16 for a float16 checkpoint on a CPU, which is as fast as a bfloat16 one and as accurate; or
+        float32 for a bfloat16 checkpoint.
+
+        Raises:
+            ValueError: a dtype other than float32, float64 and bfloat16, and float16 on a GPU.
+        """
+        allowed = [torch.float32, torch.float64, torch.bfloat16]
+        if self.device.type != "cpu":
+            allowed.append(torch.float16)
+        if dtype not in allowed:
+            raise ValueError(f"dtype is {dtype!r}, expected one of {allowed} on {self.device}")
+        return replace(self, packed=None, multiplied_in=dtype)
 
     def nbytes(self) -> int:
         """Bytes of all weights, a tied lm_head counted once, packed copies left out."""

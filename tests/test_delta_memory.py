@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import lora_delta.delta
 from lora_delta import DifferentiableDeltaCompute
+from lora_delta.losses import delta_loss
 from qwen_functional import LoraSpec, Qwen2Weights, init_weights
 
 # Activations far larger than the LoRA tensors.
@@ -95,7 +96,7 @@ def test_memory_grows_with_the_number_of_adapters() -> None:
     many_passes, held_by_many, _, tensors_of_64 = step(in_passes, 64)
     # Above one pass: the gradients, per pass and joined, and the values; none of them an activation.
     assert many_passes < 1.05 * one_pass + 3 * tensors_of_64
-    assert held_by_many < 0.1 * held_by_one + tensors_of_64
+    assert held_by_many < 1.05 * held_by_one + tensors_of_64
     assert 20 * tensors_of_8 < one_pass
     assert step(long_delta(), 32)[0] > 3 * one_pass  # the measure sees what passes save
 
@@ -146,7 +147,7 @@ def test_the_base_activation_is_computed_again(runs: list[int]) -> None:
 
 @pytest.mark.parametrize(
     ("n_adapters", "adapters_per_pass", "forwards", "backwards"),
-    [(7, None, [7], []), (7, 7, [7], []), (7, 3, [3, 3, 1], [3, 3, 1]), (2, 1, [1, 1], [1, 1])],
+    [(7, None, [7], []), (7, 7, [7], []), (7, 3, [3, 3, 1], [3, 3]), (2, 1, [1, 1], [1])],
 )
 def test_the_engine_runs_for_other_adapters_or_more_often(
     runs: list[int], n_adapters: int, adapters_per_pass: int | None, forwards: list[int], backwards: list[int]
@@ -158,7 +159,54 @@ def test_the_engine_runs_for_other_adapters_or_more_often(
     loss = squared(delta(tensors))
     assert runs == forwards
     loss.backward()
-    assert runs == forwards + backwards  # computed again only where several passes kept nothing
+    assert runs == forwards + backwards  # computed again only where a pass kept nothing, which the last one did
+
+
+@pytest.mark.parametrize("adapters_per_pass", [None, 7, 3, 1])
+def test_a_mean_loss_runs_a_pass_twice_or_differs(runs: list[int], adapters_per_pass: int | None) -> None:
+    tensors, target = leaves(random_lora(CONFIG, SPEC, 7)), torch.randn(7, CONFIG.hidden_size, dtype=F64)
+    delta = make_delta(adapters_per_pass=adapters_per_pass)
+
+    def loss(deltas: Tensor, adapters: slice) -> Tensor:
+        return delta_loss(deltas, target[adapters])
+
+    want = loss(delta(tensors), slice(0, 7))
+    wanted = gradients(3 * want, tensors)
+    runs.clear()
+    got = delta.mean_loss(tensors, loss)
+    found = gradients(3 * got, tensors)
+    assert runs == [pass_.stop - pass_.start for pass_ in delta.passes(7)]
+    assert relative_error(got, want) <= 1e-12
+    for name in wanted:
+        assert relative_error(found[name], wanted[name]) <= 1e-12, name
+    with torch.no_grad():
+        assert torch.equal(delta.mean_loss(tensors, loss), got)
+
+
+def test_a_mean_loss_holds_more_than_one_pass() -> None:
+    delta = long_delta(adapters_per_pass=8)
+
+    def peak(n_adapters: int) -> tuple[int, int]:
+        tensors = leaves(random_lora(LONG, RANK_1, n_adapters, dtype=torch.float32))
+        delta({name: tensor.detach() for name, tensor in tensors.items()})
+        with LiveBytes() as bytes_:
+            delta.mean_loss(tensors, lambda deltas, _: deltas.square().sum(-1).mean()).backward()
+        return bytes_.peak, sum(tensor.nbytes for tensor in tensors.values())
+
+    (one_pass, _), (many_passes, tensors_of_64) = peak(8), peak(64)
+    assert many_passes < 1.05 * one_pass + 2 * tensors_of_64
+
+
+def test_a_mean_loss_takes_one_adapter_a_vector_or_a_second_backward() -> None:
+    delta, tensors = make_delta(), leaves(random_lora(CONFIG, SPEC, 2))
+    with pytest.raises(ValueError, match=r"one adapter without a leading G, expected a batch \(G, …\)"):
+        delta.mean_loss(one_by_one(tensors)[0], lambda deltas, _: deltas.mean())
+    with pytest.raises(ValueError, match=r"loss has shape \(2,\), expected a scalar"):
+        delta.mean_loss(tensors, lambda deltas, _: deltas.mean(-1))
+    loss = delta.mean_loss(tensors, lambda deltas, _: deltas.mean())
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="went backwards already"):
+        loss.backward()
 
 
 # --- Checkpointing ----------------------------------------------------------------------------------------

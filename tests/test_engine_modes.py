@@ -118,6 +118,47 @@ def test_float16_on_a_cpu_is_multiplied_in_float16() -> None:
     assert_gradients(gradients, vjp64(torch.ones_like(value64)), 1e-4)
 
 
+@pytest.mark.parametrize(
+    ("storage", "compute", "tolerance"),
+    [
+        (torch.float16, torch.bfloat16, 5e-2),
+        (torch.float32, torch.bfloat16, 5e-2),
+        (torch.bfloat16, torch.float32, 1e-5),
+        (torch.float32, torch.float64, 1e-12),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("prepack", [False, True])
+def test_a_compute_dtype_is_not_taken_or_changes_the_weights(
+    storage: torch.dtype, compute: torch.dtype, tolerance: float, prepack: bool
+) -> None:
+    stored = init_weights(CONFIG, dtype=storage)
+    weights = stored.compute_in(compute)
+    if prepack and not weights.can_prepack:
+        pytest.skip("oneDNN does not multiply in this dtype here")
+    weights = weights.prepack() if prepack else weights
+    tensors = random_lora(CONFIG, SPEC, 2, dtype=torch.float32)
+    with Watch() as watch:
+        value, vjp = forward_vjp(CONFIG, weights, TOKENS, SPEC.bind(CONFIG, tensors))
+        gradients = vjp(torch.ones_like(value))
+    assert watch.dtypes == {compute}
+    assert weights.dtype == storage
+    exact = {name: tensor.double() for name, tensor in tensors.items()}
+    value64, vjp64 = forward_vjp(CONFIG, _upcast(storage), TOKENS, SPEC.bind(CONFIG, exact))
+    assert relative_error(value, value64) < tolerance
+    expected = vjp64(torch.ones_like(value64))
+    together, wanted = (torch.cat([g[name].double().flatten() for name in expected]) for g in (gradients, expected))
+    assert relative_error(together, wanted) < max(3 * tolerance, 1e-6)  # they are float32
+    assert weights.compute_in(storage if storage != torch.float16 else torch.float32).packed is None
+
+
+def test_a_compute_dtype_that_a_cpu_cannot_multiply_is_taken() -> None:
+    weights = init_weights(CONFIG)
+    for dtype in (torch.float16, torch.int8, "bfloat16"):
+        with pytest.raises(ValueError, match=r"dtype is .*, expected one of \[torch.float32, torch.float64, torch.bfl"):
+            weights.compute_in(dtype)  # type: ignore[arg-type]
+
+
 # Bad input
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {

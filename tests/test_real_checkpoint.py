@@ -177,11 +177,13 @@ def test_forward_in_half_precision_is_worse_than_transformers(
 
 
 @pytest.mark.parametrize("adapter", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("storage", HALVES)
 def test_gradients_in_bfloat16_are_worse_than_with_peft(
-    real_checkpoint: str, reference: Reference, adapter: torch.dtype
+    real_checkpoint: str, reference: Reference, storage: torch.dtype, adapter: torch.dtype
 ) -> None:
-    config, weights = load_pretrained(real_checkpoint, torch.bfloat16, lm_head=False)
-    compare_in_half(f"bfloat16, adapters in {adapter}", config, weights, reference, adapter)
+    config, weights = load_pretrained(real_checkpoint, storage, lm_head=False)
+    weights = weights.compute_in(torch.bfloat16)
+    compare_in_half(f"{storage} in bfloat16, adapters in {adapter}", config, weights, reference, adapter)
 
 
 def test_values_in_float16_are_worse_than_with_peft(real_checkpoint: str, reference: Reference) -> None:
@@ -219,12 +221,12 @@ def first_blocks(config: Qwen2Config, weights: Qwen2Weights, n: int) -> tuple[Qw
 def compare_in_half(
     what: str, config: Qwen2Config, weights: Qwen2Weights, expected: Reference, adapter: torch.dtype
 ) -> None:
-    """Value and gradients, ours and PEFT's in the dtype of the weights, against those of float32."""
+    """Value and gradients, ours and PEFT's in the dtype of the weights, or that of both's products, against float32."""
     tensors = {name: tensor.to(adapter) for name, tensor in expected.tensors.items()}
     sequences, cotangent = expected.sequences, expected.cotangent
     value, vjp = forward_vjp(config, weights, pack(sequences), SPEC.bind(config, tensors))
     ours = vjp(cotangent)
-    model = peft_model(hf_model(config, weights), SPEC)
+    model = peft_model(hf_model(config, weights, weights.multiplied_in), SPEC)
     their_value, theirs = reference_value_and_grads(model, tensors, sequences, cotangent)
     assert_no_worse(f"{what}: value", error(value, expected.value), error(their_value, expected.value))
     all_expected = together(expected.gradients, ours)

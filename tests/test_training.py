@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -141,13 +142,13 @@ def test_the_base_runs_in_steps_or_for_teachers_without_a_delta_loss(
     delta: DifferentiableDeltaCompute, token_format: TokenFormat, teachers: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = []
-    forward = DifferentiableDeltaCompute.forward
+    mean_loss = DifferentiableDeltaCompute.mean_loss
 
-    def counted(self: DifferentiableDeltaCompute, tensors: Mapping[str, Tensor]) -> Tensor:
+    def counted(self: DifferentiableDeltaCompute, tensors: Mapping[str, Tensor], loss: Any) -> Tensor:
         sizes.append(len(next(iter(tensors.values()))))
-        return forward(self, tensors)
+        return mean_loss(self, tensors, loss)
 
-    monkeypatch.setattr(DifferentiableDeltaCompute, "forward", counted)
+    monkeypatch.setattr(DifferentiableDeltaCompute, "mean_loss", counted)
     made = generator(token_format, teachers)
     history = train(made, teachers, delta, token_format, options(delta_every=3), progress=False)
     assert sizes == [2, 2]
