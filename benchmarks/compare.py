@@ -18,6 +18,15 @@ class Tolerance:
     gradient: float
     worst: float
 
+    def beside(self, noise: Agreement) -> Tolerance:
+        """Wide enough for a way whose errors are at most ``NOISE`` times those."""
+        value, gradient, worst = (NOISE * error for error in (noise.value, noise.gradient, noise.worst))
+        return Tolerance(max(self.value, value), max(self.gradient, gradient), max(self.worst, worst))
+
+
+# A probe may be so ill-conditioned that any rounding to bfloat16 changes its gradients by their own size, as one of the
+# mixed ones does on the 0.5B checkpoint: what is tolerated follows the errors that transformers makes on the same.
+NOISE = 2.0
 
 # bfloat16: about twice the largest errors against float32 that transformers made on a real 0.5B checkpoint in two draws
 # of adapters (0.013 and 0.053; 0.46 in the worst of 336 tensors, 0.16 in the other draw). In one tensor that catches a
@@ -92,9 +101,8 @@ def compare(path: str, reference_path: str) -> Agreement:
     return Agreement(value, total, each[worst_name], worst_name, adapters)
 
 
-def require(way: str, agreement: Agreement, dtype: torch.dtype) -> None:
-    """Raise a :class:`DisagreementError` where an agreement is outside of the dtype's tolerance."""
-    tolerance = TOLERANCE[str(dtype).removeprefix("torch.")]
+def require(way: str, agreement: Agreement, tolerance: Tolerance) -> None:
+    """Raise a :class:`DisagreementError` where an agreement is outside of the tolerance."""
     for what, error, limit in (
         ("the value", agreement.value, tolerance.value),
         (f"the gradient of {agreement.worst_name}", agreement.worst, tolerance.worst),

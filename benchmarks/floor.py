@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from measure import synchronize
 from torch import Tensor
 from workload import Workload
 
@@ -70,7 +71,7 @@ class Floor:
         config = workload.config()
         self.layers = config.num_hidden_layers
         self.rows = workload.tree_tokens
-        self.dtype = compute_dtype
+        self.dtype, self.device = compute_dtype, workload.device
         self.shapes = block_shapes(config)
         parameters = self.layers * sum(rows * columns for rows, columns in self.shapes.values())
         self.flop = 2 * self.rows * parameters  # W counts twice: forwards, and for dx
@@ -79,11 +80,12 @@ class Floor:
         self._products: dict[str, tuple[Layout, Tensor, list[Tensor], Tensor]] = {}
 
     def _calibrate(self, name: str, outputs: int, inputs: int) -> None:
-        x = torch.randn(self.rows, inputs).to(self.dtype)
-        y = torch.empty(self.rows, outputs, dtype=self.dtype)
+        x = torch.randn(self.rows, inputs).to(self.device, self.dtype)
+        y = torch.empty(self.rows, outputs, dtype=self.dtype, device=self.device)
         size = outputs * inputs * self.dtype.itemsize
         copies = min(self.layers, max(CALIBRATION_WEIGHTS, BYTES_OF_WEIGHTS // size))
-        plain = [torch.randn(outputs, inputs).to(self.dtype) for _ in range(min(copies, CALIBRATION_WEIGHTS))]
+        distinct = range(min(copies, CALIBRATION_WEIGHTS))
+        plain = [torch.randn(outputs, inputs).to(self.device, self.dtype) for _ in distinct]
         seconds = {}
         for layout_name, layout in LAYOUTS.items():
             try:
@@ -126,7 +128,9 @@ class Floor:
 
 
 def _seconds(layout: Layout, x: Tensor, weights: list[Tensor], y: Tensor) -> float:
+    synchronize()
     start = time.perf_counter()
     for weight in weights:
         layout.multiply(x, weight, y)
+    synchronize()
     return time.perf_counter() - start

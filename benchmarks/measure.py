@@ -1,4 +1,4 @@
-"""Time, memory and machine facts."""
+"""Time, memory and machine facts. In a process that has used a GPU, memory is the GPU's, as torch counts it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ def _status_bytes(field: str) -> int | None:
 
 def resident_bytes() -> int:
     """Resident memory of this process now (its peak so far where the system does not tell)."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.memory_allocated()
     return _status_bytes("VmRSS") or peak_bytes()
 
 
@@ -39,6 +41,8 @@ def peak_bytes() -> int:
 
     VmHWM and not ``ru_maxrss``: the latter survives an exec, and so would count the parent process.
     """
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
     peak = _status_bytes("VmHWM")
     if peak is not None:
         return peak
@@ -48,11 +52,19 @@ def peak_bytes() -> int:
 
 def reset_peak() -> bool:
     """Start counting the peak anew, so that loading does not hide a small step; False if not supported."""
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+        return True
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return False
     return True
+
+
+def idle_bytes() -> int:
+    """What this process withholds from others between steps: on a GPU also what torch keeps for its next step."""
+    return torch.cuda.memory_reserved() if torch.cuda.is_initialized() else resident_bytes()
 
 
 def settle(weights: Iterable[Tensor]) -> int:
@@ -81,6 +93,8 @@ def trim() -> None:
 
 def available_bytes() -> int | None:
     """Memory that new processes can take, None where the system does not tell."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.mem_get_info()[0]
     try:
         fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         free = int(fields["MemAvailable"].split()[0]) * 1024
@@ -92,6 +106,14 @@ def available_bytes() -> int | None:
     except (OSError, ValueError):
         return free  # no control group, or one without a limit
     return min(free, max(limit, 0))
+
+
+def memory_limit(gib: float | None) -> int | None:
+    """Bytes that all processes together may take: as said, else 0.9 of what is free now, where that can be told."""
+    if gib is not None:
+        return int(gib * 2**30)
+    free = available_bytes()
+    return None if free is None else int(0.9 * free)
 
 
 @dataclass(frozen=True)
@@ -110,8 +132,10 @@ class Timing:
 def timed(call: Callable[[], object]) -> Timing:
     """Time a call. Garbage is collected before it, and what it returns is dropped after the clock has stopped."""
     gc.collect()
+    synchronize()
     busy, own, start = _busy_seconds(), _own_seconds(), time.perf_counter()
     result = call()
+    synchronize()
     seconds = time.perf_counter() - start
     busy_after, own_after = _busy_seconds(), _own_seconds()
     del result
@@ -120,6 +144,12 @@ def timed(call: Callable[[], object]) -> Timing:
     # The machine's clock ticks a hundred times a second: short steps give nonsense outside of the possible.
     others = ((busy_after - busy) - (own_after - own)) / seconds
     return Timing(seconds, min(max(others, 0.0), float(os.cpu_count() or 1)))
+
+
+def synchronize() -> None:
+    """Wait until a GPU that this process uses has nothing left to do."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def _own_seconds() -> float:
@@ -143,12 +173,22 @@ def machine_facts(threads: int) -> dict[str, Any]:
     return {
         "cpu": _cpu_name(),
         "cpus": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_initialized() else None,
         "threads": threads,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+
+
+def machine_line(machine: Mapping[str, Any]) -> str:
+    """The facts in one line."""
+    gpu = f"{machine['gpu']}, " if machine["gpu"] else ""
+    return (
+        f"{gpu}{machine['cpu']} ({machine['cpu_capability']}), {machine['threads']} threads on {machine['cpus']} CPUs, "
+        f"torch {machine['torch']}"
+    )
 
 
 def _cpu_name() -> str:

@@ -31,7 +31,7 @@ def padded(probes: list[list[int]], length: int) -> tuple[Tensor, Tensor]:
 
 def last_hidden(hidden: Tensor, mask: Tensor) -> Tensor:
     """(N, H) float32: the hidden state of each row's last real token."""
-    return hidden[torch.arange(hidden.shape[0]), mask.sum(dim=1) - 1].float()
+    return hidden[torch.arange(hidden.shape[0], device=hidden.device), mask.sum(dim=1) - 1].float()
 
 
 class _OneByOne(ABC):
@@ -41,7 +41,7 @@ class _OneByOne(ABC):
         config = workload.config()
         self.lora = workload.lora(config)
         self.cotangent = workload.cotangent(config)
-        self.input_ids, self.mask = padded(workload.probes, length)
+        self.input_ids, self.mask = (t.to(workload.device) for t in padded(workload.probes, length))
         count = len(workload.probes)
         starts = range(0, count, probes_per_pass or count)
         self.passes = [slice(start, start + starts.step) for start in starts]
@@ -142,7 +142,8 @@ class HooksBatch:
         config = workload.config()
         self.lora = workload.lora(config)
         self.cotangent = workload.cotangent(config)
-        self.input_ids, self.mask = padded(workload.probes, max(map(len, workload.probes)))
+        longest = max(map(len, workload.probes))
+        self.input_ids, self.mask = (t.to(workload.device) for t in padded(workload.probes, longest))
         self.model = workload.hf_model(with_lm_head=False)
         self.leaves: dict[str, Tensor] = {}
         self.scaling = workload.spec.alpha / workload.rank

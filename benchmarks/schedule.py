@@ -74,7 +74,7 @@ def time_groups(
     """Interleaved rounds of every group: each way takes one step per round, the order turned every round.
 
     Args:
-        adapters: how many adapters a way's step computes; its seconds are scaled up to the workload's.
+        adapters: how many adapters a way's step computes; its seconds are scaled up to its workload's.
         rounds: in how many rounds a way takes part, the first ones.
     """
     samples = {way: Samples() for group in groups for way in group}
@@ -91,7 +91,7 @@ def time_groups(
                 for way in (*group[first:], *group[:first]):
                     if turn < rounds[way]:
                         timing = workers[way].step(adapters[way])
-                        own[way].append(timing.seconds * pool.workload.adapters / adapters[way])
+                        own[way].append(timing.seconds * pool.jobs[way].workload.adapters / adapters[way])
                         samples[way].others += [] if timing.others is None else [timing.others]
                         report(f"round {turn + 1} of {longest}: {way} {own[way][-1]:.3f} s")
         for way in group:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from compare import Agreement
+from measure import machine_line
 from schedule import Samples
 from ways import FLOOR, WAYS
 from workers import Footprint
@@ -61,7 +62,7 @@ def way_entry(
 
 def headline(record: Mapping[str, Any]) -> str:
     """What was run, on what."""
-    machine, probes, seed = record["machine"], record["probes"], ""
+    probes, seed = record["probes"], ""
     if record["seed_probes"] is not None:
         seed = f"the seed's way takes {record['seed_probes']} probes at a time\n"
     return (
@@ -69,8 +70,7 @@ def headline(record: Mapping[str, Any]) -> str:
         f"{probes['count']} {probes['kind']} probes: {probes['tokens']} tokens, "
         f"{probes['tree_tokens']} in the prefix tree, longest {probes['longest']}\n"
         f"{seed}"
-        f"{machine['cpu']} ({machine['cpu_capability']}), {machine['threads']} threads on {machine['cpus']} "
-        f"CPUs, torch {machine['torch']}"
+        f"{machine_line(record['machine'])}"
     )
 
 
@@ -119,13 +119,17 @@ def table(run: Mapping[str, Any]) -> str:
         f"Floor: {floor['flop'] / 1e12:.3g} TFLOP in {floor['dtype']} at {floor['gflops']:.0f} GFLOP/s "
         f"({floor['counts']}; {floor['tokens']} tokens)."
     )
+    rates = {way: floor["flop"] / entry["seconds"]["median"] / 1e12 for way, entry in run["ways"].items()}
+    peak = run["peak_tflops"]
+    shown = (f"{way} {rate:.3g}" + (f" ({rate / peak:.0%} of the peak)" if peak else "") for way, rate in rates.items())
+    lines.append(f"TFLOP/s of the floor's products: {', '.join(shown)}.")
     lines += [
         f"{way} ran with checkpoint={entry['checkpoint']!r}, "
-        f"{'prepacked weights' if entry['prepacked'] else 'weights as torch stores them'}."
+        f"{'prepacked weights' if entry['prepacked'] else 'weights as torch stores them'}, in {entry['compute']}."
         for way, entry in run["ways"].items()
         if "checkpoint" in entry
     ]
-    tolerated = ", ".join(f"{what} {limit:g}" for what, limit in run["tolerance"].items())
+    tolerated = ", ".join(f"{what} {limit:.2g}" for what, limit in run["tolerance"].items())
     lines.append(f"Errors are relative to {run['reference']}; tolerated: {tolerated}.")
     lines += [f"{way} was left out: {why}." for way, why in run["skipped"].items()]
     return "\n".join(lines)

@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare import TOLERANCE, Agreement, DisagreementError, compare, require
-from measure import available_bytes, machine_facts
+from compare import TOLERANCE, Agreement, DisagreementError, Tolerance, compare, require
+from measure import machine_facts, memory_limit
+from picture import check_plot, throughput_picture
 from probe_sets import PROBE_KINDS, probe_ids, tree_tokens
 from schedule import groups_that_fit, time_groups
 from sizes import SIZES
 from summary import floor_entry, headline, table, way_entry
 from ways import DEFAULT_WAYS, FLOOR, WAYS
-from workers import Footprint, Pool, WorkerError, set_threads
+from workers import Footprint, Job, Pool, WorkerError, set_threads, use_device
 from workload import DTYPES, Workload, config_of, local_folder
 
 from lora_delta.files import write_json
@@ -44,6 +45,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--adapters", type=int, default=8, metavar="G")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
+    parser.add_argument("--compute", choices=("float32", "bfloat16"), help="what the engine multiplies in")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ways", default=",".join(DEFAULT_WAYS), help=f"some of {','.join(WAYS)}")
     add = parser.add_argument
@@ -52,7 +54,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seed-probes", type=int, help="probes that the seed's way takes at a time (default: all)")
     add("--threads", type=int, default=min(2, os.cpu_count() or 1))
     add("--memory", type=float, metavar="GIB", help="for all processes (default: 0.9 of what is free)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    add("--peak", type=float, metavar="TFLOPS", help="of the device in this dtype: say what share each way reaches")
     add("--json", type=Path, metavar="FILE", help="write everything that was measured")
+    add("--plot", type=Path, metavar="FILE.png", help="draw tokens/s per way, the floor as a line")
     options = parser.parse_args(argv)
     options.ways = options.ways.split(",")
     for way in options.ways:
@@ -69,6 +74,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         options.seed_rounds = min(options.rounds, 2)
     counts = ("adapters", "rank", "rounds", "seed_adapters", "seed_probes", "seed_rounds", "threads")
     check_counts_and_json(parser, options, counts)
+    check_plot(parser, options.plot)
     if options.seed_adapters > options.adapters:
         parser.error(f"--seed-adapters is {options.seed_adapters}, expected at most {options.adapters}")
     return options
@@ -86,24 +92,31 @@ def check_counts_and_json(parser: argparse.ArgumentParser, options: argparse.Nam
 
 def checked(
     ways: Sequence[str], pool: Pool, adapters: Mapping[str, int]
-) -> tuple[dict[str, Footprint], dict[str, Agreement], str]:
+) -> tuple[dict[str, Footprint], dict[str, Agreement], str, Tolerance]:
     """Let every way do one whole step in a process of its own; raise where they disagree.
 
     In float32 the ways must agree with the first (the engine, if it is among them). In a narrower dtype, and
     where there is only one, they are compared with float32 hooks on the same rounded numbers, over at most
-    two adapters.
+    two adapters; in bfloat16 these hooks' own error in that dtype widens what is tolerated.
 
-    Returns the ways' footprints, their agreements, and what the reference was.
+    Returns the ways' footprints, their agreements, what the reference was, and what was tolerated.
     """
-    workload, footprints, agreements = pool.workload, {}, {}
+    workload, footprints, agreements = pool.jobs[FLOOR].workload, {}, {}
+    products = workload.compute or workload.dtype
+    tolerance = TOLERANCE[str(products).removeprefix("torch.")]
     with tempfile.TemporaryDirectory() as scratch:
-        if workload.dtype == torch.float32 and len(ways) > 1:
+        if workload.dtype == torch.float32 and workload.compute is None and len(ways) > 1:
             reference, reference_path = ways[0], str(Path(scratch) / f"{ways[0]}.safetensors")
         else:
             reference, reference_path = "hooks-one in float32", str(Path(scratch) / "reference.safetensors")
             report(f"reference: {reference}")
-            wide = dataclasses.replace(workload, dtype=torch.float32, rounded_to=workload.dtype)
-            check("hooks-one", Pool(wide, ["hooks-one"]), reference_path, min(workload.adapters, 2))
+            hooks_in(torch.float32, workload, reference_path)
+            if products == torch.bfloat16:
+                path = str(Path(scratch) / "noise.safetensors")
+                hooks_in(products, workload, path)
+                noise = compare(path, reference_path)
+                report(f"hooks-one in bfloat16: {noise}")
+                tolerance = tolerance.beside(noise)
         for way in (*ways, FLOOR):
             path = str(Path(scratch) / f"{way}.safetensors")
             report(f"checking {way}")
@@ -112,9 +125,15 @@ def checked(
             if way != FLOOR and path != reference_path:
                 agreements[way] = compare(path, reference_path)
                 report(f"  {agreements[way]}")
-                require(way, agreements[way], workload.dtype)
+                require(way, agreements[way], tolerance)
                 Path(path).unlink()
-    return footprints, agreements, reference
+    return footprints, agreements, reference, tolerance
+
+
+def hooks_in(dtype: torch.dtype, workload: Workload, path: str) -> None:
+    """One step of hooks in ``dtype`` on the workload's rounded numbers, at most two adapters, to a file."""
+    job = Job("hooks-one", dataclasses.replace(workload, dtype=dtype, rounded_to=workload.dtype))
+    check("hooks-one", Pool({"hooks-one": job}), path, min(workload.adapters, 2))
 
 
 def check(way: str, pool: Pool, path: str, adapters: int) -> Footprint:
@@ -125,7 +144,7 @@ def check(way: str, pool: Pool, path: str, adapters: int) -> Footprint:
 def measured(options: argparse.Namespace, workload: Workload) -> dict[str, Any]:
     """Everything about one dtype, ready for json."""
     ways, skipped = options.ways, {}
-    if workload.dtype == torch.float16:
+    if workload.dtype == torch.float16 and workload.device == "cpu":
         skipped = {way: TOO_SLOW for way in ways if not way.startswith("engine")}
         ways = [way for way in ways if way not in skipped]
         for way, why in skipped.items():
@@ -135,12 +154,10 @@ def measured(options: argparse.Namespace, workload: Workload) -> dict[str, Any]:
     if "seed" in ways:
         adapters["seed"], rounds["seed"] = options.seed_adapters, options.seed_rounds
     anchor = ways[0] if ways else FLOOR
-    pool = Pool(workload, list(adapters), keep=workload.is_small)
+    pool = Pool({way: Job(way, workload) for way in adapters}, keep=workload.is_small)
     try:
-        footprints, agreements, reference = checked(ways, pool, adapters)
-        free = available_bytes()
-        limit = int(options.memory * 2**30) if options.memory else free and int(0.9 * free)
-        groups = groups_that_fit(footprints, anchor, limit)
+        footprints, agreements, reference, tolerance = checked(ways, pool, adapters)
+        groups = groups_that_fit(footprints, anchor, memory_limit(options.memory))
         samples = time_groups(groups, pool, anchor, adapters, rounds, report)
     finally:
         pool.stop()
@@ -149,10 +166,11 @@ def measured(options: argparse.Namespace, workload: Workload) -> dict[str, Any]:
         "dtype": dtype,
         "adapters": workload.adapters,
         "reference": reference,
-        "tolerance": dataclasses.asdict(TOLERANCE[dtype]),
+        "tolerance": dataclasses.asdict(tolerance),
         "anchor": anchor,
         "timed_together": groups,
         "floor": floor_entry(samples[FLOOR]),
+        "peak_tflops": options.peak,
         "ways": {
             way: way_entry(
                 way, workload, footprints[way], samples, agreements.get(way), adapters[way], anchor
@@ -184,6 +202,8 @@ def record_of(options: argparse.Namespace) -> dict[str, Any]:
         dtype=torch.float32,
         threads=options.threads,
         seed_probes=options.seed_probes,
+        compute=DTYPES[options.compute] if options.compute else None,
+        device=options.device,
     )
     record: dict[str, Any] = {
         "machine": machine_facts(options.threads),
@@ -211,15 +231,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; 0, or 1 where ways disagree or one of them fails."""
     options = arguments(argv)
     set_threads(options.threads)
-    return exit_status(options, record_of, (DisagreementError, WorkerError, ValueError, OSError))
+    use_device(options.device)
+    errors = (DisagreementError, WorkerError, ValueError, OSError)
+    return exit_status(options, record_of, errors, throughput_picture if options.plot else None)
 
 
 def exit_status(
     options: argparse.Namespace,
     record_of: Callable[[argparse.Namespace], dict[str, Any]],
     errors: tuple[type[Exception], ...],
+    draw: Callable[[Mapping[str, Any], Path], None] | None = None,
 ) -> int:
-    """0, with the record in ``--json``'s file; or 1, with one of ``errors`` on stderr."""
+    """0, with the record in ``--json``'s file and drawn to ``--plot``'s; or 1, with one of ``errors`` on stderr."""
     try:
         record = record_of(options)
     except errors as error:
@@ -227,6 +250,8 @@ def exit_status(
         return 1
     if options.json:
         write_json(options.json, record)
+    if draw:
+        draw(record, options.plot)
     return 0
 
 

@@ -20,12 +20,15 @@ class Engine:
 
     def __init__(self, workload: Workload, checkpoint: str, *, prepack: bool) -> None:
         self.config, self.base = workload.engine_weights()
+        if workload.compute is not None:
+            self.base = self.base.compute_in(workload.compute)
         if prepack and self.base.can_prepack:
             self.base = self.base.prepack()
         self.spec = workload.spec
         self.lora = workload.lora(self.config)
         self.cotangent = workload.cotangent(self.config)
         self.tokens = pack(workload.probes)
+        self.adapters_per_pass = workload.adapters_per_pass
         self.checkpoint = checkpoint
         self.chosen = checkpoint
 
@@ -33,16 +36,23 @@ class Engine:
         return self.base.named_views(self.config).values()
 
     def step(self, adapters: int) -> list[Pass]:
+        at_once = self.adapters_per_pass or adapters
         with torch.inference_mode():
-            lora = self.spec.bind(self.config, {name: t[:adapters] for name, t in self.lora.items()})
-            value, vjp = qwen_functional.forward.forward_vjp(
-                self.config, self.base, self.tokens, lora, checkpoint=self.checkpoint
-            )
-            self.chosen = vjp.checkpoint
-            return [(value, vjp(self.cotangent[:adapters]))]
+            return [
+                self._pass(slice(start, min(start + at_once, adapters))) for start in range(0, adapters, at_once)
+            ]
+
+    def _pass(self, rows: slice) -> Pass:
+        lora = self.spec.bind(self.config, {name: t[rows] for name, t in self.lora.items()})
+        value, vjp = qwen_functional.forward.forward_vjp(
+            self.config, self.base, self.tokens, lora, checkpoint=self.checkpoint
+        )
+        self.chosen = vjp.checkpoint
+        return value, vjp(self.cotangent[rows])
 
     def facts(self) -> dict[str, Any]:
-        return {"checkpoint": self.chosen, "prepacked": self.base.packed is not None}
+        compute = str(self.base.compute_dtype).removeprefix("torch.")
+        return {"checkpoint": self.chosen, "prepacked": self.base.packed is not None, "compute": compute}
 
 
 WAYS = {
@@ -70,5 +80,7 @@ def make_way(name: str, workload: Workload) -> Way:
 
 
 def make_floor(workload: Workload) -> Floor:
-    """The floor in the dtype that the engine multiplies in: float32 for float16 weights on a CPU."""
-    return Floor(workload, torch.float32 if workload.dtype == torch.float16 else workload.dtype)
+    """The floor in the dtype that the engine multiplies in: by itself float32 for float16 weights on a CPU."""
+    on_cpu = workload.device == "cpu"
+    own = torch.float32 if on_cpu and workload.dtype == torch.float16 else workload.dtype
+    return Floor(workload, workload.compute or own)

@@ -1,4 +1,4 @@
-"""One process per way: it loads the weights once, obeys commands, and knows its own peak memory."""
+"""One process per job: it loads the weights once, obeys commands, and knows its own peak memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import gc
 import multiprocessing
 import os
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from floor import Floor
-from measure import Timing, peak_bytes, reset_peak, resident_bytes, settle, timed
+from measure import Timing, idle_bytes, peak_bytes, reset_peak, resident_bytes, settle, timed
 from safetensors.torch import save_file
 from torch import Tensor
 from ways import FLOOR, Engine, make_floor, make_way
@@ -31,8 +31,16 @@ class WorkerError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Job:
+    """What a worker is for: a way of doing a workload."""
+
+    way: str
+    workload: Workload
+
+
+@dataclass(frozen=True)
 class Footprint:
-    """Resident bytes of a worker's process.
+    """Resident bytes of a worker's process; those on the GPU where it uses one.
 
     Attributes:
         weights: with the base weights loaded and touched, before any step.
@@ -48,10 +56,10 @@ class Footprint:
 class Worker:
     """The parent's end. Commands block: only one worker computes at a time."""
 
-    def __init__(self, way: str, workload: Workload) -> None:
-        self.way = way
+    def __init__(self, name: str, job: Job) -> None:
+        self.name = name
         self._connection, theirs = _CONTEXT.Pipe()
-        self._process = _CONTEXT.Process(target=_serve, args=(theirs, way, workload), daemon=True)
+        self._process = _CONTEXT.Process(target=_serve, args=(theirs, job), daemon=True)
         self._process.start()
         theirs.close()
 
@@ -59,13 +67,17 @@ class Worker:
         """Return when the weights are loaded; call it once, before any command."""
         self._receive()
 
-    def check(self, path: str, adapters: int) -> Footprint:
-        """One step of ``adapters`` adapters; the value and the gradients go to a safetensors file."""
+    def check(self, path: str | None, adapters: int) -> Footprint:
+        """One step of ``adapters`` adapters; the value and the gradients go to a safetensors file, if one is named."""
         return self._call("check", path, adapters)
 
     def step(self, adapters: int) -> Timing:
         """Time one step."""
         return self._call("step", adapters)
+
+    def steady(self, steps: int, adapters: int) -> list[int]:
+        """Take ``steps`` steps; the resident bytes after each."""
+        return self._call("steady", steps, adapters)
 
     def facts(self) -> dict[str, Any]:
         """What a way tells of itself: the floor what it counts, the engine how it checkpointed."""
@@ -92,42 +104,44 @@ class Worker:
         except (EOFError, OSError) as error:
             raise self._died() from error
         if failed:
-            raise WorkerError(f"{self.way} failed:\n{answer}")
+            raise WorkerError(f"{self.name} failed:\n{answer}")
         return answer
 
     def _died(self) -> WorkerError:
         self._process.join(timeout=10)
         return WorkerError(
-            f"the process of {self.way} died with exit code {self._process.exitcode} "
+            f"the process of {self.name} died with exit code {self._process.exitcode} "
             "(−9 is what running out of memory looks like)"
         )
 
 
 class Pool:
-    """The processes of one workload, loaded side by side when they are asked for.
+    """Processes by name, loaded side by side when they are asked for.
 
     Args:
-        ways: those that will be asked for.
-        keep: load all of them at the first call and keep them to the end, which saves time where their weights
-            are too small to matter.
+        jobs: those that will be asked for.
+        keep: load all of them at the first call and keep them to the end, or until one fails, which saves time
+            where their weights are too small to matter.
     """
 
-    def __init__(self, workload: Workload, ways: Sequence[str], keep: bool = False) -> None:
-        self.workload, self.ways, self.keep = workload, ways, keep
+    def __init__(self, jobs: Mapping[str, Job], keep: bool = False) -> None:
+        self.jobs, self.keep = jobs, keep
         self._alive: dict[str, Worker] = {}
 
     @contextmanager
-    def running(self, ways: Sequence[str]) -> Iterator[dict[str, Worker]]:
-        """Workers of the given ways, the only ones unless all are kept."""
+    def running(self, names: Sequence[str]) -> Iterator[dict[str, Worker]]:
+        """Workers of the given names, the only ones unless all are kept."""
+        kept = False
         try:
-            new = [way for way in (self.ways if self.keep else ways) if way not in self._alive]
-            for way in new:
-                self._alive[way] = Worker(way, self.workload)
-            for way in new:
-                self._alive[way].wait()
-            yield {way: self._alive[way] for way in ways}
+            new = [name for name in (self.jobs if self.keep else names) if name not in self._alive]
+            for name in new:
+                self._alive[name] = Worker(name, self.jobs[name])
+            for name in new:
+                self._alive[name].wait()
+            yield {name: self._alive[name] for name in names}
+            kept = self.keep
         finally:
-            if not self.keep:
+            if not kept:
                 self.stop()
 
     def stop(self) -> None:
@@ -136,12 +150,12 @@ class Pool:
             self._alive.popitem()[1].stop()
 
 
-def _serve(connection: Connection, way: str, workload: Workload) -> None:
+def _serve(connection: Connection, job: Job) -> None:
     """The worker's end: answer (failed, value) to each command until the parent hangs up."""
     try:
-        torch.set_num_threads(workload.threads)
+        torch.set_num_threads(job.workload.threads)
         keep_freed_memory()  # for all ways alike
-        server = _Server(way, workload)
+        server = _Server(job)
         connection.send((False, None))
         while True:
             name, *arguments = connection.recv()
@@ -155,22 +169,29 @@ def _serve(connection: Connection, way: str, workload: Workload) -> None:
 
 
 class _Server:
-    def __init__(self, way: str, workload: Workload) -> None:
-        self.way = make_floor(workload) if way == FLOOR else make_way(way, workload)
+    def __init__(self, job: Job) -> None:
+        self.way = make_floor(job.workload) if job.way == FLOOR else make_way(job.way, job.workload)
         self.weights = settle([] if isinstance(self.way, Floor) else self.way.weights())
         reset_peak()
 
-    def check(self, path: str, adapters: int) -> Footprint:
+    def check(self, path: str | None, adapters: int) -> Footprint:
         passes = self._step(adapters)
         peak = peak_bytes()  # before saving, which takes memory of its own
-        if passes is not None:
+        if passes is not None and path is not None:
             save_file(_joined(passes), path)
         del passes
         gc.collect()
-        return Footprint(self.weights, peak, resident_bytes())
+        return Footprint(self.weights, peak, idle_bytes())
 
     def step(self, adapters: int) -> Timing:
         return timed(lambda: self._step(adapters))
+
+    def steady(self, steps: int, adapters: int) -> list[int]:
+        resident = []
+        for _ in range(steps):
+            self._step(adapters)
+            resident.append(resident_bytes())
+        return resident
 
     def facts(self) -> dict[str, Any]:
         return self.way.facts() if isinstance(self.way, (Engine, Floor)) else {}
@@ -186,6 +207,12 @@ def _joined(passes: list[Pass]) -> dict[str, Tensor]:
     """{"value": (G, P, H), PEFT name: gradient (G, …)} of all passes together."""
     gradients = {name: torch.cat([g[name] for _, g in passes]).contiguous() for name in passes[0][1]}
     return {"value": torch.cat([value for value, _ in passes]).contiguous(), **gradients}
+
+
+def use_device(device: str) -> None:
+    """Let this process see what a GPU is and has free. Its workers begin anew."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.init()
 
 
 def set_threads(threads: int) -> None:

@@ -39,6 +39,9 @@ class Workload:
         rounded_to: weights and adapters are rounded to this dtype before they go to ``dtype``: a float32
             workload can so hold exactly the numbers of a bfloat16 one.
         seed_probes: the seed's way takes so many probes at a time; None for all at once, as the seed does.
+        adapters_per_pass: the engine takes so many adapters at a time; None for all at once.
+        device: where all of it runs, such as ``"cuda"``.
+        compute: the engine and the floor multiply in this dtype; None for the engine's own choice.
     """
 
     folder: str | None
@@ -50,6 +53,9 @@ class Workload:
     threads: int
     rounded_to: torch.dtype | None = None
     seed_probes: int | None = None
+    adapters_per_pass: int | None = None
+    compute: torch.dtype | None = None
+    device: str = "cpu"
 
     @property
     def spec(self) -> LoraSpec:
@@ -82,19 +88,20 @@ class Workload:
         for name, (rows, columns) in self.spec.shapes(config).items():
             scale = columns**-0.5 if ".lora_A." in name else 0.005
             tensor = torch.randn(self.adapters, rows, columns, generator=generator) * scale
-            tensors[name] = tensor.to(self.rounded_to or self.dtype).to(self.dtype)
+            tensors[name] = tensor.to(self.rounded_to or self.dtype).to(self.device, self.dtype)
         return tensors
 
     def cotangent(self, config: Qwen2Config) -> Tensor:
         """(G, P, H) float32."""
         generator = torch.Generator().manual_seed(2)
-        return torch.randn(self.adapters, len(self.probes), config.hidden_size, generator=generator)
+        cotangent = torch.randn(self.adapters, len(self.probes), config.hidden_size, generator=generator)
+        return cotangent.to(self.device)
 
     def engine_weights(self) -> tuple[Qwen2Config, Qwen2Weights]:
         if self.folder is not None:
-            return load_pretrained(self.folder, dtype=self.dtype)
+            return load_pretrained(self.folder, dtype=self.dtype, device=self.device)
         config = self.config()
-        return config, init_weights(config, seed=0, dtype=self.dtype)
+        return config, init_weights(config, seed=0, dtype=self.dtype, device=self.device)
 
     def hf_model(self, with_lm_head: bool) -> Any:
         """transformers' Qwen2ForCausalLM or Qwen2Model with the same weights, frozen, in evaluation mode."""
@@ -116,7 +123,7 @@ class Workload:
         if self.rounded_to is not None:
             for parameter in model.parameters():
                 parameter.data.copy_(parameter.data.to(self.rounded_to))
-        return model.requires_grad_(False).eval()
+        return model.requires_grad_(False).eval().to(self.device)
 
 
 def config_of(folder: str | None, size: str | None) -> Qwen2Config:

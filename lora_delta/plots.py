@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ METRICS = ("euclidean", "cosine")
 
 # Okabe and Ito's colours, https://jfly.uni-koeln.de/color, without yellow, which is faint on white, and with grey for
 # black. Seven colours and eight markers: 56 classes differ from each other.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#4D4D4D")
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#4D4D4D")
 _MARKERS = {"o": 1.0, "s": 0.9, "^": 1.1, "D": 0.75, "v": 1.1, "P": 1.2, "X": 1.2, "*": 1.9}  # areas that look alike
 _INKS = ("#005A8E", "#9A6A00", "#00694C", "#A44800", "#9C4F78", "#22719F", "#333333")  # the colours, darker, for text
 _LINES = ("-", "--", "-.", ":")
@@ -156,21 +156,21 @@ def plot_deltas(
     with _drawing(path, *size) as (figure, axes):
         for number, name in enumerate(class_names):
             x, y = points[index == number].T.tolist()
-            colour, (marker, scale) = _COLOURS[number % len(_COLOURS)], markers[number % len(markers)]
-            drawn = axes.scatter(x, y, scale * area, colour, marker=marker, label=_text(name), alpha=0.85)
+            colour, (marker, scale) = COLOURS[number % len(COLOURS)], markers[number % len(markers)]
+            drawn = axes.scatter(x, y, scale * area, colour, marker=marker, label=plain_text(name), alpha=0.85)
             drawn.set(edgecolor="white", linewidth=0.5)
         axes.set_aspect("equal", "datalim")
         axes.margins(0.08)
         first, second = (f"{share:.0%}" for share in explained.tolist())
         axes.set(xlabel=f"first principal component, {first} of the variance", ylabel=f"second, {second}")
-        axes.set_title(f"{_text(title, 90)}\n{subtitle}")
+        axes.set_title(f"{plain_text(title, 90)}\n{subtitle}")
         if classes is not None:
             _legend(figure, axes)
         if names is not None:
-            _label(figure, axes, points, points, [(_text(name), "#333333") for name in names])
+            _label(figure, axes, points, points, [(plain_text(name), "#333333") for name in names])
         elif classes is not None:
             centroids = torch.stack([points[index == number].mean(0) for number in range(len(class_names))])
-            labels = [(_text(name), _INKS[n % len(_INKS)]) for n, name in enumerate(class_names)]
+            labels = [(plain_text(name), _INKS[n % len(_INKS)]) for n, name in enumerate(class_names)]
             _label(figure, axes, centroids, points, labels)
     return Path(path)
 
@@ -206,21 +206,21 @@ def plot_loss_curves(
     lowest, highest = min(map(min, finite.values())), max(map(max, finite.values()))
     with _drawing(path, 8, 4.5) as (figure, axes):
         for number, (label, curve) in enumerate(curves.items()):
-            style = _LINES[number // len(_COLOURS) % len(_LINES)]
+            style = _LINES[number // len(COLOURS) % len(_LINES)]
             axes.plot(
                 [step for step, _ in curve],
                 [float(value) if math.isfinite(value) else math.nan for _, value in curve],
                 style,
-                color=_COLOURS[number % len(_COLOURS)],
+                color=COLOURS[number % len(COLOURS)],
                 linewidth=1.5,
                 marker="o" if len(curve) <= 20 else None,
                 markersize=3.5,
-                label=_text(label),
+                label=plain_text(label),
             )
         if log or (log is None and lowest > 0 and 20 * lowest <= highest):
             axes.set_yscale("log")
         axes.locator_params(axis="x", integer=True)
-        axes.set(xlabel="step", ylabel=_text(ylabel), title=_text(title, 90))
+        axes.set(xlabel="step", ylabel=plain_text(ylabel), title=plain_text(title, 90))
         if len(curves) > 1:
             _legend(figure, axes)
     return Path(path)
@@ -253,7 +253,7 @@ def plot_bars(
                 raise ValueError(f"{name!r} of group {group!r} is {value}, expected a finite number, or NaN")
     bars = len(groups) * len(series)
     with _drawing(path, 8, 4.5) as (figure, axes):
-        width, form = 0.8 / len(series), _decimals([v for values in groups.values() for v in values.values()])
+        width, form = 0.8 / len(series), decimals([v for values in groups.values() for v in values.values()])
         for number, name in enumerate(series):
             offset = (number - (len(series) - 1) / 2) * width
             heights = [float(values[name]) for values in groups.values()]
@@ -261,11 +261,11 @@ def plot_bars(
                 [place + offset for place in range(len(groups))],
                 heights,
                 width * 0.92,
-                color=_COLOURS[number % len(_COLOURS)],
-                hatch=("", "//", "..", "xx")[number // len(_COLOURS) % 4],
+                color=COLOURS[number % len(COLOURS)],
+                hatch=("", "//", "..", "xx")[number // len(COLOURS) % 4],
                 edgecolor="white",
                 linewidth=0,
-                label=_text(name),
+                label=plain_text(name),
             )
             if bars <= 40:
                 numbers = ["" if math.isnan(h) else f"{h:{form}}".replace("-", "−") for h in heights]
@@ -276,12 +276,12 @@ def plot_bars(
         axes.margins(x=0.02, y=0.1)
         axes.tick_params(axis="x", length=0)
         room = 80 // len(groups)  # characters under a group
-        names = [_text(group, 60) for group in groups]
+        names = [plain_text(group, 60) for group in groups]
         if max(len(word) for name in names for word in (name.split() or [""])) <= room:
             axes.set_xticks(range(len(groups)), [textwrap.fill(name, room) for name in names])
         else:
             axes.set_xticks(range(len(groups)), names, rotation=30, ha="right", rotation_mode="anchor")
-        axes.set(ylabel=_text(ylabel), title=_text(title, 90))
+        axes.set(ylabel=plain_text(ylabel), title=plain_text(title, 90))
         if len(series) > 1:
             _legend(figure, axes)
     return Path(path)
@@ -289,22 +289,47 @@ def plot_bars(
 
 @contextmanager
 def _drawing(path: str | Path, width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
-    """A figure of a size in inches; at the end it is written beside the path and renamed, whole or not at all."""
-    path = Path(path)
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"path is {str(path)!r}, expected the name of a .png file")
+    """A figure of a size in inches; at the end it is written."""
+    check_png(path)
+    with style():
+        figure = new_figure(width, height)
+        yield figure, figure.add_subplot()
+        save_figure(figure, path)
+
+
+def require_matplotlib() -> Any:
+    """The package with what is used of it; raises :class:`ImportError`, which says what to install."""
     try:
         import matplotlib
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        import matplotlib.backends.backend_agg
+        import matplotlib.figure
     except ImportError as error:
         raise ImportError(f"plots need matplotlib, pip install 'qwen-functional[plots]': {error}") from error
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
-        FigureCanvasAgg(figure)
-        yield figure, figure.add_subplot()
-        with replaces(path) as unfinished:
-            figure.savefig(unfinished, format="png", dpi=_DPI)
+    return matplotlib
+
+
+def style() -> AbstractContextManager[None]:
+    """Where figures are made, drawn and written: matplotlib makes parts of them as late as that."""
+    return require_matplotlib().rc_context(_STYLE)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of a size in inches."""
+    matplotlib = require_matplotlib()
+    figure = matplotlib.figure.Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+    matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
+    return figure
+
+
+def check_png(path: str | Path) -> None:
+    if Path(path).suffix.lower() != ".png":
+        raise ValueError(f"path is {str(path)!r}, expected the name of a .png file")
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Written beside the path and renamed, whole or not at all."""
+    with style(), replaces(path) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=_DPI)
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
@@ -362,7 +387,7 @@ def _label(figure: Figure, axes: Axes, anchors: Tensor, points: Tensor, labels: 
         taken = torch.cat((taken, torch.stack((low[best], high[best]))[None]))
 
 
-def _decimals(values: Sequence[float]) -> str:
+def decimals(values: Sequence[float]) -> str:
     """A format that shows the largest of the values with two or three digits, and the others like it."""
     largest = max((abs(value) for value in values if not math.isnan(value)), default=0) or 1
     magnitude = math.floor(math.log10(largest))
@@ -388,7 +413,7 @@ def _indexed(classes: Sequence[Hashable] | Tensor, count: int) -> tuple[Tensor, 
     return torch.tensor([numbers[name] for name in each]), list(numbers)
 
 
-def _text(value: object, width: int = 32) -> str:
+def plain_text(value: object, width: int = 32) -> str:
     """As matplotlib shows it unchanged: no formulas between dollars, and no leading _, which hides from a legend."""
     text = " ".join(str(value).split())
     text = text if len(text) <= width else text[: width - 1] + "…"

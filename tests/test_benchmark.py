@@ -138,7 +138,7 @@ def test_nan_and_missing_gradients_disagree(tmp_path: Path) -> None:
     save_file(results, tmp_path / "other")
     agreement = compare.compare(str(tmp_path / "other"), str(tmp_path / "reference"))
     with pytest.raises(compare.DisagreementError, match=r"k_proj\.lora_A"):
-        compare.require("other", agreement, torch.float32)
+        compare.require("other", agreement, compare.TOLERANCE["float32"])
     del results[K_PROJ_A]
     save_file(results, tmp_path / "other")
     with pytest.raises(compare.DisagreementError, match=r"only one of the two has .*k_proj\.lora_A"):
@@ -147,15 +147,24 @@ def test_nan_and_missing_gradients_disagree(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_dtypes_tolerate_rounding_but_no_lost_scale(dtype: torch.dtype, tmp_path: Path) -> None:
-    reference = _results()
+    reference, tolerance = _results(), compare.TOLERANCE[str(dtype).removeprefix("torch.")]
     save_file(reference, tmp_path / "reference")
     save_file({name: t.to(dtype).float() for name, t in reference.items()}, tmp_path / "rounded")
-    compare.require("rounded", compare.compare(str(tmp_path / "rounded"), str(tmp_path / "reference")), dtype)
+    compare.require("rounded", compare.compare(str(tmp_path / "rounded"), str(tmp_path / "reference")), tolerance)
     reference[K_PROJ_A] *= 2
     save_file(reference, tmp_path / "scaled twice")
     agreement = compare.compare(str(tmp_path / "scaled twice"), str(tmp_path / "reference"))
     with pytest.raises(compare.DisagreementError, match=r"k_proj\.lora_A"):
-        compare.require("scaled twice", agreement, dtype)
+        compare.require("scaled twice", agreement, tolerance)
+
+
+def test_what_is_tolerated_follows_the_noise_of_hooks_and_no_more() -> None:
+    tolerance = compare.TOLERANCE["bfloat16"].beside(compare.Agreement(0.05, 0.01, 0.8, K_PROJ_A, 2))
+    assert tolerance == compare.Tolerance(0.1, 0.1, 1.6)
+    compare.require("a way", compare.Agreement(0.09, 0.09, 1.5, K_PROJ_A, 2), tolerance)
+    for errors in ((0.11, 0.09, 1.5), (0.09, 0.11, 1.5), (0.09, 0.09, 1.7)):
+        with pytest.raises(compare.DisagreementError):
+            compare.require("a way", compare.Agreement(*errors, K_PROJ_A, 2), tolerance)
 
 
 def test_ways_are_grouped_by_the_memory_that_they_need() -> None:
