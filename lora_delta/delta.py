@@ -307,11 +307,7 @@ class _Values(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        # once_differentiable refuses second derivatives only where the cotangent requires a gradient: with
-        # create_graph it must, or those of a loss that is linear in the delta would count as zero.
-        if torch.is_grad_enabled() and not cotangent.requires_grad:
-            cotangent = cotangent.detach().requires_grad_()
-        return _Values._gradients(ctx, cotangent)
+        return _Values._gradients(ctx, _marked(cotangent))
 
     @staticmethod
     @once_differentiable
@@ -362,13 +358,27 @@ class _MeanLoss(torch.autograd.Function):
         return torch.stack(means).sum()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        return _MeanLoss._gradients(ctx, _marked(cotangent))
+
+    @staticmethod
+    @once_differentiable
+    def _gradients(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("mean_loss went backwards already, expected one backward for each")
         gradients, ctx.gradients = ctx.gradients, None
         scaled = {name: gradient.mul_(cotangent) for name, gradient in gradients.items()}
         return (None, None, None, None, *(scaled.get(name) for name in ctx.names))
+
+
+def _marked(cotangent: Tensor) -> Tensor:
+    """``once_differentiable`` refuses second derivatives only where the cotangent requires a gradient.
+
+    With create_graph it must, or those of a loss that is linear in the delta would count as zero.
+    """
+    if torch.is_grad_enabled() and not cotangent.requires_grad:
+        return cotangent.detach().requires_grad_()
+    return cotangent
 
 
 def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

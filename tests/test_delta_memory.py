@@ -207,6 +207,11 @@ def test_a_mean_loss_takes_one_adapter_a_vector_or_a_second_backward() -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="went backwards already"):
         loss.backward()
+    first = next(iter(tensors.values()))
+    loss = delta.mean_loss(tensors, lambda deltas, _: deltas.mean())
+    (gradient,) = torch.autograd.grad(loss, first, create_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        gradient.sum().backward()
 
 
 # --- Checkpointing ----------------------------------------------------------------------------------------
