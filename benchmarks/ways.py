@@ -13,6 +13,7 @@ from workload import Pass, Way, Workload
 
 import qwen_functional.forward
 from qwen_functional import pack
+from qwen_functional.dtypes import default_compute_dtype
 
 
 class Engine:
@@ -80,7 +81,6 @@ def make_way(name: str, workload: Workload) -> Way:
 
 
 def make_floor(workload: Workload) -> Floor:
-    """The floor in the dtype that the engine multiplies in: by itself float32 for float16 weights on a CPU."""
-    on_cpu = workload.device == "cpu"
-    own = torch.float32 if on_cpu and workload.dtype == torch.float16 else workload.dtype
+    """The floor in the dtype that the engine multiplies in."""
+    own = default_compute_dtype(workload.dtype, torch.device(workload.device))
     return Floor(workload, workload.compute or own)

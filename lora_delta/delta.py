@@ -120,7 +120,7 @@ class DifferentiableDeltaCompute(nn.Module):
             device: by default a GPU where there is one, else the CPU.
             max_length: longer probes are cut to so many tokens; ``truncated_probes`` says which were.
             compute_dtype: of the matrix multiplications, see :meth:`qwen_functional.Qwen2Weights.compute_in`; by
-                default ``dtype``, but float32 for float16 on a CPU.
+                default ``dtype``, but float32 on a CPU that has no fast products in it.
             chat: put each probe, as a user's message, into the checkpoint's own chat template.
             options: the keyword arguments of the constructor.
 

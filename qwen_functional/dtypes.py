@@ -5,6 +5,25 @@ from __future__ import annotations
 import torch
 
 
+def default_compute_dtype(storage: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of the matrix multiplications of weights stored in ``storage``: the same, where it is fast.
+
+    On a CPU float16 never is (30 GFLOP/s forwards and 1 to 2 backwards, where float32 gives 200), and bfloat16 only
+    where the processor has instructions for it (20 against 180 GFLOP/s on one with AVX2 alone): float32 there.
+    """
+    if device.type == "cpu" and (
+        storage == torch.float16 or (storage == torch.bfloat16 and not cpu_multiplies_bfloat16())
+    ):
+        return torch.float32
+    return storage
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether this processor has bfloat16 products that oneDNN uses."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return torch.backends.mkldnn.is_available() and supported is not None and supported()
+
+
 def accumulation_dtype(compute: torch.dtype) -> torch.dtype:
     """The residual stream, norms and softmax: float64 for float64, else float32.
 

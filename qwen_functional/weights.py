@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .config import Qwen2Config
-from .ops.linear import PackedWeight, can_pack
+from .dtypes import default_compute_dtype
+from .ops.linear import KEEPS_PLAIN, PackedWeight, can_pack
 
 _MATRICES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 
@@ -70,17 +71,10 @@ class Qwen2Weights:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The dtype of the matrix multiplications: that of :meth:`compute_in`, else the storage dtype, but float32 for
-        float16 on a CPU.
-
-        A CPU has no fast float16 GEMM (30 GFLOP/s forwards, 1 to 2 backwards, where float32 gives 200), and
-        bfloat16 would lose three of its eleven significant bits.
+        """The dtype of the matrix multiplications: that of :meth:`compute_in`, else the storage dtype, but float32 on
+        a CPU that is slow in it, see :func:`qwen_functional.dtypes.default_compute_dtype`.
         """
-        if self.multiplied_in is not None:
-            return self.multiplied_in
-        if self.dtype == torch.float16 and self.device.type == "cpu":
-            return torch.float32
-        return self.dtype
+        return self.multiplied_in or default_compute_dtype(self.dtype, self.device)
 
     def compute_in(self, dtype: torch.dtype) -> Qwen2Weights:
         """The same weights, not packed, with all matrix multiplications in ``dtype``, to which they are rounded there.
@@ -108,9 +102,11 @@ class Qwen2Weights:
         return can_pack(self.compute_dtype, self.device)
 
     def prepack_nbytes(self) -> int:
-        """Bytes that :meth:`prepack` takes: twice the blocks' matrices, in the compute dtype."""
+        """Bytes that :meth:`prepack` takes: twice the blocks' matrices in the compute dtype, or three times, where
+        the processor multiplies many rows by a plain matrix and none is stored in that dtype."""
         elements = sum(getattr(block, name).numel() for block in self.blocks for name in _MATRICES)
-        return 2 * elements * self.compute_dtype.itemsize
+        copies = 3 if KEEPS_PLAIN and self.compute_dtype != self.dtype else 2
+        return copies * elements * self.compute_dtype.itemsize
 
     def prepack(self) -> Qwen2Weights:
         """The same weights with ``packed`` filled in: ``forward_vjp`` runs faster, for :meth:`prepack_nbytes`.
