@@ -21,12 +21,12 @@ from .ops.rmsnorm import rmsnorm_engine, rmsnorm_vjp
 from .ops.rope import rope_engine, rope_vjp
 from .ops.swiglu import swiglu_engine, swiglu_vjp_
 from .packing import AttentionTile
-from .stacking import DOWN, GATE_UP, KV, QKV, Gradients, O, Projection, Q, project
+from .stacking import DOWN, GATE, KV, QKV, UP, Gradients, O, Projection, Q, project
 from .weights import BlockWeights, PackedBlock
 
-# A chunk's gate|up on a CPU. Small enough that the C library hands its memory on to the next chunk, where larger pieces
+# A chunk's gate and up on a CPU. Small enough that the C library hands its memory on to the next chunk, where larger pieces
 # go back to the system and are faulted in again. torch's own GEMM lays the weight out anew in every call: fewer calls.
-PACKED_CHUNK_BYTES, PLAIN_CHUNK_BYTES = 12 << 20, 24 << 20
+PACKED_CHUNK_BYTES, PLAIN_CHUNK_BYTES = 12 << 20, 48 << 20
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class Block:
     qkv: Projection  # of k|v alone where q is apart
     q: Projection | None
     o: Projection
-    gate_up: Projection
+    gate: Projection
+    up: Projection
     down: Projection
 
     @classmethod
@@ -90,7 +91,8 @@ class Block:
             qkv,
             q,
             project(config, lora, layer, O, matrix("o_proj")),
-            project(config, lora, layer, GATE_UP, matrix("gate_up_proj")),
+            project(config, lora, layer, GATE, matrix("gate_proj")),
+            project(config, lora, layer, UP, matrix("up_proj")),
             project(config, lora, layer, DOWN, matrix("down_proj")),
         )
 
@@ -112,8 +114,10 @@ class Kept:
 
 @dataclass(frozen=True)
 class KeptMlp:
-    gate_up: Tensor  # (g, S, 2I)
-    u_gate_up: Tensor | None
+    gate: Tensor  # (g, S, I)
+    up: Tensor
+    u_gate: Tensor | None
+    u_up: Tensor | None
     u_down: Tensor | None
 
 
@@ -189,11 +193,12 @@ def mlp_half(block: Block, x_mid: Tensor, keep: list[KeptMlp] | None = None) -> 
     in_place = keep is None and x_mid.stride(0) != 0
     x_out = x_mid if in_place else torch.empty_like(x_mid, memory_format=torch.contiguous_format)
     for chunk in _chunks(block, x_mid):
-        _, _, gate_up, u_gate_up = _gate_up(block, x_mid, chunk)
-        y, u_down = block.down(swiglu_engine(gate_up)[0], chunk)
+        h, _ = _normed(block, x_mid[chunk])
+        (gate, u_gate), (up, u_up) = block.gate(h, chunk), block.up(h, chunk)
+        y, u_down = block.down(swiglu_engine(gate, up)[0], chunk)
         torch.add(x_mid[chunk], y, out=x_out[chunk])
         if keep is not None:
-            keep.append(KeptMlp(gate_up, u_gate_up, u_down))
+            keep.append(KeptMlp(gate, up, u_gate, u_up, u_down))
     return x_out
 
 
@@ -202,48 +207,49 @@ def mlp_half_vjp(
 ) -> Tensor | None:
     """The cotangent of ``x_mid`` (G, S, H), written over ``dx_out``; what was not kept is computed again."""
     compute = block.down.weight.dtype
-    need_gate_up = need_dx or gradients.wants_any(layer, GATE_UP)
+    need_gate_up = need_dx or gradients.wants_any(layer, GATE + UP)
     if not need_gate_up and not gradients.wants_any(layer, DOWN):
         return None
     x_mid = x_mid.expand(dx_out.shape)
     for index, chunk in enumerate(_chunks(block, x_mid)):
-        h, rstd, gate_up, u_gate_up = _gate_up(block, x_mid, chunk, kept[index] if kept else None)
-        a, silu = swiglu_engine(gate_up, keep_silu=True)
+        h, rstd = _normed(block, x_mid[chunk])
+        if kept:
+            gate, up, u_gate, u_up = kept[index].gate, kept[index].up, kept[index].u_gate, kept[index].u_up
+        else:
+            (gate, u_gate), (up, u_up) = block.gate(h, chunk), block.up(h, chunk)
+        a, silu = swiglu_engine(gate, up, keep_silu=True)
         u_down = kept[index].u_down if kept else block.down.inner(a, chunk)
         dy = dx_out[chunk].to(compute)
         da = block.down.vjp(dy, a, u_down, gradients, need_dx=need_gate_up, adapters=chunk)
         if da is None:
             continue
-        d_gate_up = swiglu_vjp_(da, gate_up, silu, scratch=a)
-        dh = block.gate_up.vjp(d_gate_up, h, u_gate_up, gradients, need_dx=need_dx, adapters=chunk)
+        d_gate, d_up = swiglu_vjp_(da, gate, up, silu, scratch=a)
+        dh = block.gate.vjp(d_gate, h, u_gate, gradients, need_dx=need_dx, adapters=chunk)
+        dh = block.up.vjp(d_up, h, u_up, gradients, need_dx=need_dx, adapters=chunk, to=dh)
         if dh is not None:
             weight = block.post_attention_layernorm
             dx_out[chunk] += rmsnorm_vjp(dh.to(x_mid.dtype), x_mid[chunk], weight, rstd)
     return dx_out if need_dx else None
 
 
-def _gate_up(
-    block: Block, x_mid: Tensor, chunk: slice, kept: KeptMlp | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """norm(x_mid), its rstd, gate|up and its u, of a chunk of adapters."""
+def _normed(block: Block, x_mid: Tensor) -> tuple[Tensor, Tensor]:
+    """norm(x_mid) in the compute dtype, and its rstd."""
     weight, eps = block.post_attention_layernorm, block.config.rms_norm_eps
-    h, rstd = rmsnorm_engine(x_mid[chunk], weight, eps, block.gate_up.weight.dtype)
-    gate_up, u = block.gate_up(h, chunk) if kept is None else (kept.gate_up, kept.u_gate_up)
-    return h, rstd, gate_up, u
+    return rmsnorm_engine(x_mid, weight, eps, block.gate.weight.dtype)
 
 
 def _n_adapters(block: Block, x: Tensor) -> int:
-    stacks = (block.gate_up.low_rank, block.down.low_rank)
+    stacks = (block.gate.low_rank, block.up.low_rank, block.down.low_rank)
     return max([x.shape[0], *(stack.A.shape[0] for stack in stacks if stack is not None)])
 
 
 def _chunks(block: Block, x: Tensor) -> list[slice]:
-    """Slices of whole adapters whose gate|up fits a chunk; all at once on a GPU."""
+    """Slices of whole adapters whose gate and up fit a chunk; all at once on a GPU."""
     n_adapters, n_tokens = x.shape[0], x.shape[1]
     step = n_adapters
     if x.device.type == "cpu":
-        bytes_each = n_tokens * block.gate_up.weight.shape[0] * block.gate_up.weight.dtype.itemsize
-        packed = isinstance(block.gate_up.weight, PackedWeight) and not KEEPS_PLAIN
+        bytes_each = 2 * n_tokens * block.gate.weight.shape[0] * block.gate.weight.dtype.itemsize
+        packed = isinstance(block.gate.weight, PackedWeight) and not KEEPS_PLAIN
         step = max(1, (PACKED_CHUNK_BYTES if packed else PLAIN_CHUNK_BYTES) // bytes_each)
         step = -(-n_adapters // -(-n_adapters // step))  # as even as can be
     return [slice(start, min(start + step, n_adapters)) for start in range(0, n_adapters, step)]

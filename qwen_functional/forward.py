@@ -19,7 +19,7 @@ from .lora import Lora, is_symbolic, projection_shape
 from .ops.rmsnorm import rmsnorm
 from .ops.rope import rope, rope_tables
 from .ops.swiglu import swiglu
-from .stacking import DOWN, GATE_UP, QKV, O
+from .stacking import DOWN, GATE, QKV, UP, O
 from .weights import BlockWeights, Qwen2Weights
 
 __all__ = ["ForwardOutput", "Vjp", "forward", "forward_vjp"]
@@ -85,8 +85,9 @@ def forward(
         h = rmsnorm(x, block.input_layernorm, config.rms_norm_eps)[0].to(compute)
         x = x + _attention(config, block, h, mask, cos, sin, adapters, layer)
         h = rmsnorm(x, block.post_attention_layernorm, config.rms_norm_eps)[0].to(compute)
-        gate_up = adapters.project(layer, GATE_UP, h, block.gate_up_proj)
-        x = x + adapters.project(layer, DOWN, swiglu(torch.cat(gate_up, -1)), block.down_proj)[0]
+        gate = adapters.project(layer, GATE, h, block.gate_proj)[0]
+        up = adapters.project(layer, UP, h, block.up_proj)[0]
+        x = x + adapters.project(layer, DOWN, swiglu(gate, up), block.down_proj)[0]
         hidden_states.append(x)
     hidden_states[-1] = rmsnorm(x, weights.norm, config.rms_norm_eps)[0]
     logits = F.linear(hidden_states[-1].to(compute), weights.lm_head.to(compute))

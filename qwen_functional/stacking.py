@@ -27,7 +27,7 @@ from .ops.linear import (
 )
 
 QKV, KV, Q, O = ("q_proj", "k_proj", "v_proj"), ("k_proj", "v_proj"), ("q_proj",), ("o_proj",)
-GATE_UP, DOWN = ("gate_proj", "up_proj"), ("down_proj",)
+GATE, UP, DOWN = ("gate_proj",), ("up_proj",), ("down_proj",)
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,12 @@ class Projection:
         *,
         need_dx: bool = True,
         adapters: slice = slice(None),
+        to: Tensor | None = None,
     ) -> Tensor | None:
         """Puts the gradients of the adapters in the slice in their place; returns dx where it is needed.
 
-        dy (G, S, out), x (G, S, in) or (1, S, in), u (G, S, R) as :meth:`__call__` returned it.
+        dy (G, S, out), x (G, S, in) or (1, S, in), u (G, S, R) as :meth:`__call__` returned it. Returns
+        ``to + dx`` where ``to`` (G, S, in) is given, which may be written over.
         """
         low_rank = self.low_rank[adapters] if self.low_rank else None
         t = None
@@ -79,7 +81,7 @@ class Projection:
                 if gradients.wants(key, "B"):
                     dB = linear_vjp_B(dy[..., part.outputs], u[..., part.ranks])
                     gradients.put(key, "B", adapters, dB)
-        return linear_vjp_input(dy, self.weight, low_rank, t) if need_dx else None
+        return linear_vjp_input(dy, self.weight, low_rank, t, to) if need_dx else None
 
 
 def project(

@@ -1,4 +1,4 @@
-"""The frozen base weights, laid out for the engine: q|k|v stacked, gate|up stacked."""
+"""The frozen base weights, laid out for the engine: q, k and v stacked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .config import Qwen2Config
 from .dtypes import default_compute_dtype
 from .ops.linear import KEEPS_PLAIN, PackedWeight, can_pack
 
-_MATRICES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+_MATRICES = ("qkv_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class BlockWeights:
     qkv_bias: Tensor  # (Q + 2K,)
     o_proj: Tensor  # (H, Q)
     post_attention_layernorm: Tensor  # (H,)
-    gate_up_proj: Tensor  # (2I, H): gate, up rows
+    gate_proj: Tensor  # (I, H)
+    up_proj: Tensor  # (I, H)
     down_proj: Tensor  # (H, I)
 
     def to(self, dtype: torch.dtype) -> BlockWeights:
@@ -40,7 +41,8 @@ class PackedBlock:
 
     qkv_proj: PackedWeight
     o_proj: PackedWeight
-    gate_up_proj: PackedWeight
+    gate_proj: PackedWeight
+    up_proj: PackedWeight
     down_proj: PackedWeight
 
 
@@ -142,7 +144,7 @@ class Qwen2Weights:
         Writing to a view writes the weight: the loader copies each tensor of a file straight to its place. A
         tied ``lm_head.weight`` is left out.
         """
-        q, k, i = config.q_size, config.kv_size, config.intermediate_size
+        q, k = config.q_size, config.kv_size
         views = {"model.embed_tokens.weight": self.embed_tokens}
         for layer, block in enumerate(self.blocks):
             prefix = f"model.layers.{layer}."
@@ -154,8 +156,8 @@ class Qwen2Weights:
                 views[f"{prefix}self_attn.{name}.bias"] = bias
             views[prefix + "self_attn.o_proj.weight"] = block.o_proj
             views[prefix + "post_attention_layernorm.weight"] = block.post_attention_layernorm
-            views[prefix + "mlp.gate_proj.weight"] = block.gate_up_proj[:i]
-            views[prefix + "mlp.up_proj.weight"] = block.gate_up_proj[i:]
+            views[prefix + "mlp.gate_proj.weight"] = block.gate_proj
+            views[prefix + "mlp.up_proj.weight"] = block.up_proj
             views[prefix + "mlp.down_proj.weight"] = block.down_proj
         views["model.norm.weight"] = self.norm
         if self.lm_head is not None and self.lm_head is not self.embed_tokens:
@@ -181,7 +183,7 @@ def empty_weights(
 
     embed_tokens = new(config.vocab_size, h)
     blocks = tuple(
-        BlockWeights(new(h), new(q + 2 * k, h), new(q + 2 * k), new(h, q), new(h), new(2 * i, h), new(h, i))
+        BlockWeights(new(h), new(q + 2 * k, h), new(q + 2 * k), new(h, q), new(h), new(i, h), new(i, h), new(h, i))
         for _ in range(config.num_hidden_layers)
     )
     head = embed_tokens if config.tie_word_embeddings else new(config.vocab_size, h) if lm_head else None

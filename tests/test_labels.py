@@ -200,7 +200,7 @@ def test_the_fingerprint_misses_a_change_or_sees_one_that_no_delta_sees() -> Non
     assert weights.lm_head is not None
     weights.lm_head.zero_()
     assert known == model_fingerprint(CONFIG, weights)
-    weights.blocks[2].gate_up_proj[-1, -1] += 1e-6
+    weights.blocks[2].up_proj[-1, -1] += 1e-6
     assert known != model_fingerprint(CONFIG, weights)
     assert known != model_fingerprint(tiny_config(rope_theta=100.0), init_weights(CONFIG))
 

@@ -49,11 +49,21 @@ def test_weights_that_onednn_cannot_multiply_are_packed() -> None:
 
 
 @needs_onednn
-def test_the_packed_copies_take_another_size_than_is_said() -> None:
-    weights = init_weights(tiny_config(), dtype=torch.float16)
-    block = weights.blocks[0]
-    matrices = (block.qkv_proj, block.o_proj, block.gate_up_proj, block.down_proj)
-    assert weights.prepack_nbytes() == 2 * 4 * len(weights.blocks) * sum(matrix.numel() for matrix in matrices)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_packed_copies_take_another_size_than_is_said(dtype: torch.dtype) -> None:
+    weights = init_weights(tiny_config(), dtype=dtype)
+    packed = weights.prepack().packed
+    assert packed is not None
+    held = [
+        tensor
+        for block in packed
+        for matrix in vars(block).values()
+        for tensor in vars(matrix).values()
+        if isinstance(tensor, Tensor)
+    ]
+    stored = {tensor.data_ptr() for block in weights.blocks for tensor in vars(block).values()}
+    new = [tensor for tensor in held if tensor.is_mkldnn or tensor.data_ptr() not in stored]
+    assert weights.prepack_nbytes() == sum(tensor.numel() * tensor.element_size() for tensor in new)
 
 
 @needs_onednn

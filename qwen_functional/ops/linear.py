@@ -36,11 +36,13 @@ class PackedWeight:
             return F.linear(x, self._plain, bias)
         return torch.ops.mkldnn._linear_pointwise(x, self._weight, bias, "none", [], "")
 
-    def vjp_input(self, dy: Tensor) -> Tensor:
-        """``dy W``; dy (n, out)."""
+    def vjp_input(self, dy: Tensor, to: Tensor | None = None) -> Tensor:
+        """``dy W``, or ``to + dy W``, which may be written over ``to``; dy (n, out), to (n, in)."""
         if self._plain is not None and dy.shape[0] >= PLAIN_FROM_ROWS:
-            return torch.mm(dy, self._plain)
-        return torch.ops.mkldnn._linear_pointwise(dy, self._transposed, None, "none", [], "")
+            return torch.mm(dy, self._plain) if to is None else to.addmm_(dy, self._plain)
+        if to is None:
+            return torch.ops.mkldnn._linear_pointwise(dy, self._transposed, None, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.binary(dy, to, self._transposed, None, "add")
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
@@ -111,11 +113,18 @@ def linear_inner(x: Tensor, low_rank: LowRank) -> Tensor:
 
 
 def linear_vjp_input(
-    dy: Tensor, weight: Tensor | PackedWeight, low_rank: LowRank | None, t: Tensor | None
+    dy: Tensor, weight: Tensor | PackedWeight, low_rank: LowRank | None, t: Tensor | None, to: Tensor | None = None
 ) -> Tensor:
-    """``dx = dy W + t A``; dy (G, S, out), t of :func:`linear_vjp_inner`; returns (G, S, in)."""
+    """``dx = dy W + t A``; dy (G, S, out), t of :func:`linear_vjp_inner`; returns (G, S, in).
+
+    ``to`` (G, S, in) is what another projection of the same input sent back; the sum may be written over it.
+    """
     rows = dy.reshape(-1, dy.shape[-1])
-    dx = weight.vjp_input(rows) if isinstance(weight, PackedWeight) else torch.mm(rows, weight)
+    total = None if to is None else to.view(rows.shape[0], -1)
+    if isinstance(weight, PackedWeight):
+        dx = weight.vjp_input(rows, total)
+    else:
+        dx = torch.mm(rows, weight) if total is None else total.addmm_(rows, weight)
     dx = dx.view(*dy.shape[:-1], -1)
     return dx if low_rank is None or t is None else dx.baddbmm_(t, low_rank.A)
 
