@@ -67,11 +67,11 @@ def block_shapes(config: Qwen2Config) -> dict[str, tuple[int, int]]:
 class Floor:
     """The floor of a workload as something to time; its first step picks a layout per shape."""
 
-    def __init__(self, workload: Workload, compute_dtype: torch.dtype) -> None:
+    def __init__(self, workload: Workload) -> None:
         config = workload.config()
         self.layers = config.num_hidden_layers
         self.rows = workload.tree_tokens
-        self.dtype, self.device = compute_dtype, workload.device
+        self.dtype, self.device = workload.compute_dtype, workload.device
         self.shapes = block_shapes(config)
         parameters = self.layers * sum(rows * columns for rows, columns in self.shapes.values())
         self.flop = 2 * self.rows * parameters  # W counts twice: forwards, and for dx

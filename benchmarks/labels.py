@@ -128,7 +128,7 @@ class ForwardFloor(Floor):
 
     def __init__(self, job: Job) -> None:
         rows = dataclasses.replace(job.workload, adapters=job.per_pass)
-        super().__init__(rows, rows.dtype)
+        super().__init__(rows)
         self.shapes = {name: shape for name, shape in self.shapes.items() if not name.endswith("_dx")}
         self.flop //= 2
         self.weights: list[Tensor] = []

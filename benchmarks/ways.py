@@ -6,14 +6,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from floor import Floor
 from rivals import HooksBatch, HooksOne, Seed
 from torch import Tensor
 from workload import Pass, Way, Workload
 
 import qwen_functional.forward
 from qwen_functional import pack
-from qwen_functional.dtypes import default_compute_dtype
 
 
 class Engine:
@@ -78,9 +76,3 @@ def make_way(name: str, workload: Workload) -> Way:
         "hooks-batch": HooksBatch,
     }
     return rivals[name](workload)
-
-
-def make_floor(workload: Workload) -> Floor:
-    """The floor in the dtype that the engine multiplies in."""
-    own = default_compute_dtype(workload.dtype, torch.device(workload.device))
-    return Floor(workload, workload.compute or own)

@@ -17,7 +17,7 @@ from floor import Floor
 from measure import Timing, idle_bytes, peak_bytes, reset_peak, resident_bytes, settle, timed
 from safetensors.torch import save_file
 from torch import Tensor
-from ways import FLOOR, Engine, make_floor, make_way
+from ways import FLOOR, Engine, make_way
 from workload import Pass, Workload
 
 from qwen_functional.memory import keep_freed_memory
@@ -170,7 +170,7 @@ def _serve(connection: Connection, job: Job) -> None:
 
 class _Server:
     def __init__(self, job: Job) -> None:
-        self.way = make_floor(job.workload) if job.way == FLOOR else make_way(job.way, job.workload)
+        self.way = Floor(job.workload) if job.way == FLOOR else make_way(job.way, job.workload)
         self.weights = settle([] if isinstance(self.way, Floor) else self.way.weights())
         reset_peak()
 

@@ -13,6 +13,7 @@ from sizes import named_config
 from torch import Tensor
 
 from qwen_functional import LoraSpec, Qwen2Config, Qwen2Weights, init_weights, load_pretrained
+from qwen_functional.dtypes import default_compute_dtype
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -60,6 +61,11 @@ class Workload:
     @property
     def spec(self) -> LoraSpec:
         return LoraSpec(rank=self.rank, alpha=2 * self.rank)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What the engine and the floor multiply in."""
+        return self.compute or default_compute_dtype(self.dtype, torch.device(self.device))
 
     @property
     def tokens(self) -> int:

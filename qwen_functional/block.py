@@ -24,8 +24,8 @@ from .packing import AttentionTile
 from .stacking import DOWN, GATE, KV, QKV, UP, Gradients, O, Projection, Q, project
 from .weights import BlockWeights, PackedBlock
 
-# A chunk's gate and up on a CPU. Small enough that the C library hands its memory on to the next chunk, where larger pieces
-# go back to the system and are faulted in again. torch's own GEMM lays the weight out anew in every call: fewer calls.
+# A chunk's gate and up on a CPU: small enough that the C library hands its memory on to the next chunk, where larger
+# pieces go back to the system and are faulted in again. torch's own GEMM lays the weight out in each call.
 PACKED_CHUNK_BYTES, PLAIN_CHUNK_BYTES = 12 << 20, 48 << 20
 
 

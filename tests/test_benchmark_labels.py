@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer
 
 from lora_delta.probes import create_mixed_probes
+from qwen_functional.dtypes import cpu_multiplies_bfloat16
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -242,7 +243,8 @@ def test_bfloat16_deltas_are_further_from_float32_than_pefts(tmp_path: Path, scr
     job = job_of(tmp_path / "adapters", dtype=torch.bfloat16)
     errors = labels.agreement(job, scratch)
     assert list(errors) == [LABELS, PEFT]
-    assert 1e-4 < errors[LABELS] <= labels.NARROW_FACTOR * errors[PEFT] < 0.2
+    least = 1e-4 if cpu_multiplies_bfloat16() else 1e-8  # this library then multiplies in float32, PEFT does not
+    assert least < errors[LABELS] <= labels.NARROW_FACTOR * errors[PEFT] < 0.2
 
 
 @pytest.mark.parametrize("factor", [0.5, 1.4, 1.6, math.nan])

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from ..dtypes import cpu_multiplies_bfloat16
 
-
 # Without AVX-512, torch's own GEMM (MKL) overtakes oneDNN's as the rows become more: at 155 rows of an 0.5B model's MLP
 # 120 to 146 GFLOP/s against 148 to 152, at 310 143 to 170 against 150 to 157, at 1240 171 to 186 against 137 to 160.
 KEEPS_PLAIN = torch.backends.cpu.get_cpu_capability() == "AVX2"
