@@ -122,15 +122,17 @@ class KeptMlp:
 
 
 def kept_bytes(config: Qwen2Config, n_adapters: int, n_tokens: int, compute: torch.dtype) -> int:
-    """Bytes of a block's :class:`Kept`, the low-rank parts aside."""
-    stream = accumulation_dtype(compute).itemsize * config.hidden_size
+    """Bytes of a block's :class:`Kept`, x_mid and the low-rank parts aside."""
     attended = accumulation_dtype(compute).itemsize * (config.q_size + 2 * config.kv_size)
     multiplied = compute.itemsize * (config.q_size + 2 * config.intermediate_size)
-    return n_adapters * n_tokens * (stream + attended + multiplied)
+    return n_adapters * n_tokens * (attended + multiplied)
 
 
-def attention_half(block: Block, x: Tensor, row: Row) -> Kept:
-    """``x_mid = x + o(attention(qkv(norm(x))))`` and all that the vjp needs of it."""
+def attention_half(block: Block, x: Tensor, row: Row, x_mid: Tensor | None = None) -> Kept:
+    """``x_mid = x + o(attention(qkv(norm(x))))`` and all that the vjp needs of it.
+
+    Where ``x_mid`` is known, o_proj is not multiplied again.
+    """
     config, compute = block.config, block.o.weight.dtype
     h, _ = rmsnorm_engine(x, block.input_layernorm, config.rms_norm_eps, compute)
     qkv, u_qkv = block.qkv(h)
@@ -146,6 +148,8 @@ def attention_half(block: Block, x: Tensor, row: Row) -> Kept:
     n_adapters = max(q.shape[0], k.shape[0])
     q, k, v = (t.expand(n_adapters, *t.shape[1:]) for t in (q, k, v))
     o = attention(q, k, v, row.tiles).to(compute)
+    if x_mid is not None:
+        return Kept(x_mid, q, k, v, o, u_qkv, u_q, block.o.inner(o))
     y, u_o = block.o(o)
     return Kept(_rows(x, row) + y, q, k, v, o, u_qkv, u_q, u_o)
 
@@ -183,14 +187,16 @@ def attention_half_vjp(
     return dx.add_(dx_mid) if row.rows is None else dx.index_add_(1, row.rows, dx_mid)
 
 
-def mlp_half(block: Block, x_mid: Tensor, keep: list[KeptMlp] | None = None) -> Tensor:
+def mlp_half(
+    block: Block, x_mid: Tensor, keep: list[KeptMlp] | None = None, *, in_place: bool = False
+) -> Tensor:
     """``x_out = x_mid + down(swiglu(gate_up(norm(x_mid))))``, chunk of adapters by chunk.
 
-    Appends what the vjp needs to ``keep``; without it ``x_mid`` is written over where it can be.
+    Appends what the vjp needs to ``keep``. With ``in_place`` ``x_mid`` is written over where it can be.
     """
     n_adapters = _n_adapters(block, x_mid)
     x_mid = x_mid.expand(n_adapters, -1, -1)
-    in_place = keep is None and x_mid.stride(0) != 0
+    in_place = in_place and x_mid.stride(0) != 0
     x_out = x_mid if in_place else torch.empty_like(x_mid, memory_format=torch.contiguous_format)
     for chunk in _chunks(block, x_mid):
         h, _ = _normed(block, x_mid[chunk])

@@ -43,8 +43,9 @@ def forward_vjp(
     Args:
         tokens: P sequences, from :func:`pack`.
         lora: G adapters, from :meth:`LoraSpec.bind`; None for the bare model, with G = 1.
-        checkpoint: ``"none"`` keeps all that the vjp needs; ``"block"`` keeps block inputs only and computes the
-            rest again; ``"auto"`` keeps as many blocks whole as ``memory_budget`` allows, the last ones first.
+        checkpoint: ``"none"`` keeps all that the vjp needs; ``"block"`` keeps what enters a block's halves and
+            computes the rest again; ``"auto"`` keeps as many blocks whole as ``memory_budget`` allows, the last ones
+            first.
         layer: after which block to read out, from 0; −1 is after the last block and the final norm. A sequence
             reads out several. Blocks above the highest one are not computed.
         wrt: names of the LoRA tensors whose gradients are wanted; None for all. The others cost nothing.
@@ -87,7 +88,7 @@ class Vjp:
         self._single_layer = single_layer
         self._shape = run.value_shape if not single_layer else (run.value_shape[0], *run.value_shape[2:])
         self.n_blocks = len(run.saved)
-        self.n_kept = sum(kept is not None for _, kept in run.saved.values())
+        self.n_kept = sum(kept is not None for *_, kept in run.saved.values())
 
     @property
     def checkpoint(self) -> str:
@@ -143,7 +144,7 @@ class _Rows:
 
 
 class _Run:
-    """One pass forwards and back. ``saved`` maps a layer to its input and, where kept, the rest."""
+    """One pass forwards and back. ``saved`` maps a layer to what enters its halves and, where kept, the rest."""
 
     def __init__(
         self,
@@ -166,7 +167,7 @@ class _Run:
         windows = {window: rows.whole(i) for window, i in layer_of.items()}
         self.row_at = [*(windows[config.window(i)] for i in range(self.top)), rows.read_out(self.top)]
         self.value_shape = (lora.n_adapters, len(layers), len(tokens.last), config.hidden_size)
-        self.saved: dict[int, tuple[Tensor, Kept | None]] = {}
+        self.saved: dict[int, tuple[Tensor, Tensor, Kept | None]] = {}
         self.read: dict[int, Tensor] = {}
 
     def n_blocks_to_keep(self, checkpoint: str, memory_budget: int | None) -> int:
@@ -175,7 +176,7 @@ class _Run:
             return n_blocks if checkpoint == "none" else 0
         budget = free_bytes(self.weights.device) // 2 if memory_budget is None else memory_budget
         n, compute = self.lora.n_adapters, self.weights.compute_dtype
-        inputs = n_blocks * n * len(self.tokens) * self.config.hidden_size * accumulation_dtype(compute).itemsize
+        inputs = 2 * n_blocks * n * len(self.tokens) * self.config.hidden_size * accumulation_dtype(compute).itemsize
         return min(n_blocks, max(0, budget - inputs) // kept_bytes(self.config, n, len(self.tokens), compute))
 
     def block(self, layer: int) -> Block:
@@ -199,9 +200,9 @@ class _Run:
             block, row = self.block(layer), self.row_at[layer]
             kept = attention_half(block, x, row)
             keep = layer >= self.lowest and layer > self.top - n_keep
-            x_out = mlp_half(block, kept.x_mid, kept.mlp if keep else None)
+            x_out = mlp_half(block, kept.x_mid, kept.mlp if keep else None, in_place=layer < self.lowest)
             if layer >= self.lowest:
-                self.saved[layer] = (x, kept if keep else None)
+                self.saved[layer] = (x, kept.x_mid, kept if keep else None)
             if layer in self.layers or layer == self.top:
                 self.read[layer] = x_out if layer == self.top else x_out[:, self.rows]
             x = x_out
@@ -238,9 +239,9 @@ class _Run:
         return self.gradients.collect()
 
     def _block_vjp(self, layer: int, dx_out: Tensor) -> Tensor | None:
-        x, kept = self.saved.pop(layer)
+        x, x_mid, kept = self.saved.pop(layer)
         block, row, gradients = self.block(layer), self.row_at[layer], self.gradients
-        kept = attention_half(block, x, row) if kept is None else kept
+        kept = attention_half(block, x, row, x_mid) if kept is None else kept
         need_dx = layer > self.lowest
         need_mid = need_dx or gradients.wants_any(layer, QKV + O)
         dx_mid = mlp_half_vjp(block, kept.x_mid, kept.mlp, dx_out, gradients, layer, need_mid)
