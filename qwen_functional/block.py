@@ -21,6 +21,7 @@ from .ops.rmsnorm import rmsnorm_engine, rmsnorm_vjp
 from .ops.rope import rope_engine, rope_vjp
 from .ops.swiglu import swiglu_engine, swiglu_vjp_
 from .packing import AttentionTile
+from .parallel import TensorParallel
 from .stacking import DOWN, GATE, KV, QKV, UP, Gradients, O, Projection, Q, project
 from .weights import BlockWeights, PackedBlock
 
@@ -57,6 +58,7 @@ class Block:
     gate: Projection
     up: Projection
     down: Projection
+    parallel: TensorParallel | None
 
     @classmethod
     def bind(
@@ -67,6 +69,7 @@ class Block:
         lora: Lora,
         layer: int,
         compute: torch.dtype,
+        parallel: TensorParallel | None = None,
         *,
         q_apart: bool,
     ) -> Block:
@@ -94,7 +97,12 @@ class Block:
             project(config, lora, layer, GATE, matrix("gate_proj")),
             project(config, lora, layer, UP, matrix("up_proj")),
             project(config, lora, layer, DOWN, matrix("down_proj")),
+            parallel,
         )
+
+    def summed(self, x: Tensor) -> Tensor:
+        """What several ranks have computed in parts; one call a half, forwards and back."""
+        return x if self.parallel is None else self.parallel.sum_(x)
 
 
 @dataclass
@@ -151,7 +159,7 @@ def attention_half(block: Block, x: Tensor, row: Row, x_mid: Tensor | None = Non
     if x_mid is not None:
         return Kept(x_mid, q, k, v, o, u_qkv, u_q, block.o.inner(o))
     y, u_o = block.o(o)
-    return Kept(_rows(x, row) + y, q, k, v, o, u_qkv, u_q, u_o)
+    return Kept(_rows(x, row) + block.summed(y), q, k, v, o, u_qkv, u_q, u_o)
 
 
 def attention_half_vjp(
@@ -183,7 +191,7 @@ def attention_half_vjp(
             dh.index_add_(1, row.rows, dh_rows)
     if dh is None:
         return None
-    dx = rmsnorm_vjp(dh.to(x.dtype), x, block.input_layernorm, rstd)
+    dx = rmsnorm_vjp(block.summed(dh).to(x.dtype), x, block.input_layernorm, rstd)
     return dx.add_(dx_mid) if row.rows is None else dx.index_add_(1, row.rows, dx_mid)
 
 
@@ -202,7 +210,7 @@ def mlp_half(
         h, _ = _normed(block, x_mid[chunk])
         (gate, u_gate), (up, u_up) = block.gate(h, chunk), block.up(h, chunk)
         y, u_down = block.down(swiglu_engine(gate, up)[0], chunk)
-        torch.add(x_mid[chunk], y, out=x_out[chunk])
+        torch.add(x_mid[chunk], block.summed(y), out=x_out[chunk])
         if keep is not None:
             keep.append(KeptMlp(gate, up, u_gate, u_up, u_down))
     return x_out
@@ -234,7 +242,7 @@ def mlp_half_vjp(
         dh = block.up.vjp(d_up, h, u_up, gradients, need_dx=need_dx, adapters=chunk, to=dh)
         if dh is not None:
             weight = block.post_attention_layernorm
-            dx_out[chunk] += rmsnorm_vjp(dh.to(x_mid.dtype), x_mid[chunk], weight, rstd)
+            dx_out[chunk] += rmsnorm_vjp(block.summed(dh).to(x_mid.dtype), x_mid[chunk], weight, rstd)
     return dx_out if need_dx else None
 
 
@@ -250,10 +258,10 @@ def _n_adapters(block: Block, x: Tensor) -> int:
 
 
 def _chunks(block: Block, x: Tensor) -> list[slice]:
-    """Slices of whole adapters whose gate and up fit a chunk; all at once on a GPU."""
+    """Slices of whole adapters whose gate and up fit a chunk; all at once on a GPU, and where ranks wait for a sum."""
     n_adapters, n_tokens = x.shape[0], x.shape[1]
     step = n_adapters
-    if x.device.type == "cpu":
+    if x.device.type == "cpu" and block.parallel is None:
         bytes_each = 2 * n_tokens * block.gate.weight.shape[0] * block.gate.weight.dtype.itemsize
         packed = isinstance(block.gate.weight, PackedWeight) and not KEEPS_PLAIN
         step = max(1, (PACKED_CHUNK_BYTES if packed else PLAIN_CHUNK_BYTES) // bytes_each)

@@ -10,9 +10,11 @@ import huggingface_hub
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from .config import Qwen2Config
 from .files import read_json_object
+from .parallel import TensorParallel
 from .weights import Qwen2Weights, empty_weights
 
 STORAGE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -50,6 +52,7 @@ def load_pretrained(
     revision: str | None = None,
     local_files_only: bool = False,
     lm_head: bool = True,
+    mesh: DeviceMesh | None = None,
 ) -> tuple[Qwen2Config, Qwen2Weights]:
     """Read a Qwen2 checkpoint: ``config.json`` and ``model.safetensors``, or shards with an index.
 
@@ -66,12 +69,14 @@ def load_pretrained(
         revision: branch, tag or commit on the hub; not used for a folder.
         local_files_only: take a hub id from the local cache only.
         lm_head: whether to read a separate ``lm_head.weight``, which only the logits of ``forward`` need.
+        mesh: of the processes that hold the model together: its dimension named ``"tp"``, or its only one. Each
+            reads its own part of the blocks' matrices, and everything else.
 
     Raises:
         ValueError: the checkpoint cannot be found, is incomplete, corrupt or not a dense Qwen2; a tensor is
             missing, unexpected, of another shape, of no floating-point dtype, or not finite (on disk or once
             in ``dtype``); a tied ``lm_head.weight`` differs from the embedding; ``dtype`` or ``device`` is
-            not supported.
+            not supported; the model cannot be split over so many ranks.
     """
     if dtype is not None and dtype not in STORAGE_DTYPES:
         raise ValueError(f"dtype is {dtype!r}, expected None or one of {STORAGE_DTYPES}")
@@ -87,10 +92,10 @@ def load_pretrained(
         dtype = _dtype_on_disk(folder, entries["model.embed_tokens.weight"])
     # Under a caller's inference mode the weights would be unusable for autograd for ever after.
     with torch.inference_mode(False), torch.no_grad():
-        weights = empty_weights(config, dtype, device, lm_head=lm_head)
-        views = weights.named_views(config)
-        for name, view in views.items():
-            _copy(entries[name], view)
+        parallel = None if mesh is None else TensorParallel.of(mesh, config)
+        weights = empty_weights(config, dtype, device, lm_head=lm_head, parallel=parallel)
+        for name, view in weights.named_views(config).items():
+            _copy(entries[name], view, parallel)
         if config.tie_word_embeddings and "lm_head.weight" in entries:
             _check_tied(entries["lm_head.weight"], weights.embed_tokens)
     return config, weights
@@ -249,18 +254,21 @@ def _no_weights(folder: Path) -> str:
     )
 
 
-def _pieces(entry: _Entry) -> Iterator[tuple[slice, Tensor]]:
-    """The tensor's rows, piece by piece; the file is mapped no longer than a piece is in use."""
+def _pieces(entry: _Entry, part: tuple[slice, ...] | None = None) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of a tensor or of a part of it, piece by piece; the file is mapped no longer than a piece is in use."""
+    rows, *columns = part or tuple(slice(0, size) for size in entry.shape)
     row_bytes = DISK_DTYPES[entry.dtype].itemsize * torch.Size(entry.shape[1:]).numel()
     step = max(1, PIECE_BYTES // row_bytes)
-    for start in range(0, entry.shape[0], step):
-        rows = slice(start, min(start + step, entry.shape[0]))
+    for start in range(rows.start, rows.stop, step):
+        stop = min(start + step, rows.stop)
         with safe_open(entry.file, "pt") as handle:
-            yield rows, handle.get_slice(entry.name)[rows]
+            piece = handle.get_slice(entry.name)[(slice(start, stop), *columns)]
+            yield slice(start - rows.start, stop - rows.start), piece
 
 
-def _copy(entry: _Entry, view: Tensor) -> None:
-    for rows, piece in _pieces(entry):
+def _copy(entry: _Entry, view: Tensor, parallel: TensorParallel | None = None) -> None:
+    part = None if parallel is None else parallel.of_weight(entry.name, entry.shape)
+    for rows, piece in _pieces(entry, part):
         target = view[rows]
         target.copy_(piece)
         if not _all_finite(target):

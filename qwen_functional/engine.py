@@ -70,7 +70,7 @@ def forward_vjp(
         if tensor.device != weights.device:
             raise ValueError(f"LoRA tensor {name!r} is on {tensor.device}, expected {weights.device} as the weights")
     with _plain(weights):
-        run = _Run(config, weights, tokens, lora, layers, Gradients(lora, wrt))
+        run = _Run(config, weights, tokens, lora, layers, Gradients(lora, wrt, weights.parallel))
         value = run.forward(run.n_blocks_to_keep(checkpoint, memory_budget))
     return (value[:, 0] if isinstance(layer, int) else value), Vjp(run, single_layer=isinstance(layer, int))
 
@@ -155,6 +155,9 @@ class _Run:
         layers: tuple[int, ...],
         gradients: Gradients,
     ) -> None:
+        parallel = weights.parallel
+        if parallel is not None:  # the residual stream is whole on every rank, what lies within the halves is split
+            config, lora = parallel.local_config(config), parallel.local_lora(lora)
         self.config, self.weights, self.tokens = config, weights, tokens
         self.lora, self.layers, self.gradients = lora, layers, gradients
         self.top = config.num_hidden_layers - 1 if -1 in layers else max(layers)
@@ -189,6 +192,7 @@ class _Run:
             self.lora,
             layer,
             weights.compute_dtype,
+            weights.parallel,
             q_apart=layer == self.top,
         )
 

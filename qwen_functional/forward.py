@@ -19,6 +19,7 @@ from .lora import Lora, is_symbolic, projection_shape
 from .ops.rmsnorm import rmsnorm
 from .ops.rope import rope, rope_tables
 from .ops.swiglu import swiglu
+from .parallel import SPLIT, TensorParallel
 from .stacking import DOWN, GATE, QKV, UP, O
 from .weights import BlockWeights, Qwen2Weights
 
@@ -70,7 +71,10 @@ def forward(
     _check_inputs(config, input_ids, attention_mask, position_ids)
     if weights.lm_head is None:
         raise ValueError("weights have no lm_head, which logits need; expected load_pretrained with lm_head=True")
-    adapters = _Adapters(config, lora, _adapter_of_row(lora, adapter_index, input_ids.shape[0]))
+    of_row = _adapter_of_row(lora, adapter_index, input_ids.shape[0])
+    if weights.parallel is not None:
+        config = weights.parallel.local_config(config)
+    adapters = _Adapters(config, lora, of_row, weights.parallel)
     dtype, compute = accumulation_dtype(weights.compute_dtype), weights.compute_dtype
     n_tokens = input_ids.shape[1]
     positions = torch.arange(n_tokens, device=input_ids.device)[None] if position_ids is None else position_ids
@@ -125,19 +129,32 @@ class _Adapters:
     config: Qwen2Config
     lora: Lora | None
     of_row: Tensor | None
+    parallel: TensorParallel | None
 
     def project(
         self, layer: int, names: tuple[str, ...], x: Tensor, weight: Tensor, bias: Tensor | None = None
     ) -> list[Tensor]:
         """``x Wᵀ + b + scaling · (x Aᵀ) Bᵀ`` of each of the stacked projections ``names``; x (N, T, in)."""
         sizes = [projection_shape(self.config, name)[0] for name in names]
+        by_rows = SPLIT[names[0]] == 0
+        if self.parallel is not None and by_rows:
+            x = self.parallel.shared(x)
         outputs = list(F.linear(x, weight, bias).split(sizes, dim=-1))
         for index, name in enumerate(names):
             pair = self.lora.pairs.get((layer, name)) if self.lora is not None else None
             if pair is not None:
-                A, B = (t if self.of_row is None else t[self.of_row] for t in (pair.A.to(x.dtype), pair.B.to(x.dtype)))
+                A, B = (self._own(t, name, side).to(x.dtype) for side, t in (("A", pair.A), ("B", pair.B)))
+                A, B = (t if self.of_row is None else t[self.of_row] for t in (A, B))
                 outputs[index] = outputs[index] + pair.scaling * (x @ A.mT @ B.mT)
+        if self.parallel is not None and not by_rows:
+            outputs = [self.parallel.sum(output) for output in outputs]
         return outputs
+
+    def _own(self, tensor: Tensor, projection: str, side: str) -> Tensor:
+        """A LoRA tensor, or this rank's part of it."""
+        if self.parallel is None:
+            return tensor
+        return self.parallel.shared(tensor)[self.parallel.of_lora(projection, side, tensor.shape)]
 
 
 def _seen(n_tokens: int, attention_mask: Tensor | None, position_ids: Tensor | None, device: torch.device) -> Tensor:

@@ -5,7 +5,7 @@ And back: the gradients of a stack, taken apart into one tensor per LoRA tensor.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,7 @@ from .ops.linear import (
     linear_vjp_inner,
     linear_vjp_input,
 )
+from .parallel import TensorParallel
 
 QKV, KV, Q, O = ("q_proj", "k_proj", "v_proj"), ("k_proj", "v_proj"), ("q_proj",), ("o_proj",)
 GATE, UP, DOWN = ("gate_proj",), ("up_proj",), ("down_proj",)
@@ -117,8 +118,10 @@ def project(
 class Gradients:
     """The gradients of the wanted LoRA tensors, filled in layer by layer, each in its tensor's own dtype."""
 
-    def __init__(self, lora: Lora, wanted: Collection[str] | None = None) -> None:
-        self._lora = lora
+    def __init__(
+        self, lora: Lora, wanted: Collection[str] | None = None, parallel: TensorParallel | None = None
+    ) -> None:
+        self._lora, self._parallel = lora, parallel
         self._wanted = set(lora.names()) if wanted is None else set(wanted)
         self._filled: dict[str, Tensor] = {}
         layers = [parsed[0] for parsed in map(parse_name, self._wanted) if parsed]
@@ -133,20 +136,44 @@ class Gradients:
     def put(self, key: tuple[int, str], side: str, adapters: slice, gradient: Tensor) -> None:
         """``gradient`` (g, rows, cols) of the adapters in the slice."""
         name = peft_name(*key, side)
+        if self._parallel is not None:
+            self._sum_later(name, key, side)[adapters] = gradient
+            return
         if name not in self._filled:
             tensor = getattr(self._lora.pairs[key], side)
             self._filled[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
         self._filled[name][adapters] = gradient
 
+    def _sum_later(self, name: str, key: tuple[int, str], side: str) -> Tensor:
+        """This rank's part of a gradient that is whole after one sum over all ranks and all tensors.
+
+        Zeros fill the rest of a half that is split; of a half that is not, every rank has a partial sum.
+        """
+        if not self._filled:
+            wanted = {n: t for n, t in self._sides() if n in self._wanted}
+            wide = max((accumulation_dtype(t.dtype) for t in wanted.values()), key=lambda dtype: dtype.itemsize)
+            sizes = [tensor.numel() for tensor in wanted.values()]
+            self._flat = torch.zeros(sum(sizes), dtype=wide, device=next(iter(wanted.values())).device)
+            parts = self._flat.split(sizes)
+            self._filled = {n: part.view(t.shape) for (n, t), part in zip(wanted.items(), parts, strict=True)}
+        whole = self._filled[name]
+        assert self._parallel is not None
+        return whole[self._parallel.of_lora(key[1], side, whole.shape)]
+
+    def _sides(self) -> Iterator[tuple[str, Tensor]]:
+        for key, pair in self._lora.pairs.items():
+            yield from ((peft_name(*key, side), tensor) for side, tensor in (("A", pair.A), ("B", pair.B)))
+
     def collect(self) -> dict[str, Tensor]:
         """{PEFT name: gradient, shaped as given to ``bind``}, in order. Zero for a tensor that nothing depends on."""
+        if self._parallel is not None and self._filled:
+            self._parallel.sum_(self._flat)
         gradients = {}
-        for (layer, projection), pair in self._lora.pairs.items():
-            for side, tensor in (("A", pair.A), ("B", pair.B)):
-                name = peft_name(layer, projection, side)
-                if name in self._wanted:
-                    gradient = self._filled.get(name)
-                    if gradient is None:
-                        gradient = torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-                    gradients[name] = gradient if self._lora.batched else gradient[0]
+        for name, tensor in self._sides():
+            if name in self._wanted:
+                gradient = self._filled.get(name)
+                if gradient is None:
+                    gradient = torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+                gradient = gradient.to(tensor.dtype)
+                gradients[name] = gradient if self._lora.batched else gradient[0]
         return gradients

@@ -7,10 +7,12 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from .config import Qwen2Config
 from .dtypes import default_compute_dtype
 from .ops.linear import KEEPS_PLAIN, PackedWeight, can_pack
+from .parallel import TensorParallel
 
 _MATRICES = ("qkv_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -53,6 +55,7 @@ class Qwen2Weights:
     ``lm_head`` is the same tensor as ``embed_tokens`` where the config ties them. It is None where it was left
     out: only logits need it, and ``forward_vjp`` has none. ``packed`` is a faster form of the same blocks that
     ``forward_vjp`` takes where there is one: see :meth:`prepack`. ``multiplied_in`` is set by :meth:`compute_in`.
+    With ``parallel`` the blocks are this rank's part of a model that several hold together.
     """
 
     embed_tokens: Tensor  # (V, H)
@@ -61,6 +64,7 @@ class Qwen2Weights:
     lm_head: Tensor | None  # (V, H)
     packed: tuple[PackedBlock, ...] | None = None
     multiplied_in: torch.dtype | None = None
+    parallel: TensorParallel | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -130,6 +134,22 @@ class Qwen2Weights:
             ),
         )
 
+    def shard(self, config: Qwen2Config, mesh: DeviceMesh) -> Qwen2Weights:
+        """This rank's part of the weights, copied; of a model that is read from files ``load_pretrained`` reads no
+        more than that. Not packed.
+
+        Raises:
+            ValueError: the model cannot be split over so many ranks.
+        """
+        parallel = TensorParallel.of(mesh, config)
+        if parallel is None:
+            return replace(self, packed=None)
+        weights = empty_weights(config, self.dtype, self.device, lm_head=self.lm_head is not None, parallel=parallel)
+        views = self.named_views(config)
+        for name, view in weights.named_views(config).items():
+            view.copy_(views[name][parallel.of_weight(name, tuple(views[name].shape))])
+        return replace(weights, multiplied_in=self.multiplied_in)
+
     def _storages(self) -> Iterator[Tensor]:
         yield self.embed_tokens
         yield self.norm
@@ -142,8 +162,9 @@ class Qwen2Weights:
         """Every tensor of a checkpoint, under its Hugging Face name, as a view into these weights.
 
         Writing to a view writes the weight: the loader copies each tensor of a file straight to its place. A
-        tied ``lm_head.weight`` is left out.
+        tied ``lm_head.weight`` is left out. With :attr:`parallel` they are the parts of this rank.
         """
+        config = config if self.parallel is None else self.parallel.local_config(config)
         q, k = config.q_size, config.kv_size
         views = {"model.embed_tokens.weight": self.embed_tokens}
         for layer, block in enumerate(self.blocks):
@@ -171,11 +192,13 @@ def empty_weights(
     device: torch.device | str = "cpu",
     *,
     lm_head: bool = True,
+    parallel: TensorParallel | None = None,
 ) -> Qwen2Weights:
     """Weights of the right shapes, not yet filled in. See :meth:`Qwen2Weights.named_views`.
 
-    Without ``lm_head`` none is allocated, unless it is the embedding.
+    Without ``lm_head`` none is allocated, unless it is the embedding. With ``parallel`` they are a rank's part.
     """
+    config = config if parallel is None else parallel.local_config(config)
     h, q, k, i = config.hidden_size, config.q_size, config.kv_size, config.intermediate_size
 
     def new(*shape: int) -> Tensor:
@@ -187,7 +210,7 @@ def empty_weights(
         for _ in range(config.num_hidden_layers)
     )
     head = embed_tokens if config.tie_word_embeddings else new(config.vocab_size, h) if lm_head else None
-    return Qwen2Weights(embed_tokens, blocks, new(h), head)
+    return Qwen2Weights(embed_tokens, blocks, new(h), head, parallel=parallel)
 
 
 def init_weights(
