@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
 
 from qwen_functional import Lora, LoraSpec, PackedTokens, Qwen2Config, Qwen2Weights, load_pretrained, pack
 from qwen_functional.checkpoint import resolve_checkpoint
@@ -20,6 +21,7 @@ from qwen_functional.memory import free_bytes
 
 from .chat import read_probes
 from .probes import create_generic_probes
+from .shares import Shares
 from .tokenization import check_probes
 
 POOLINGS = ("mean", "none")
@@ -46,6 +48,9 @@ class DifferentiableDeltaCompute(nn.Module):
         prepack: whether to hold a second form of the weights that a CPU multiplies faster, see
             :meth:`qwen_functional.Qwen2Weights.prepack`; ``"auto"`` does where it takes at most a quarter of the
             free memory.
+        mesh: its dimension named ``"dp"`` splits the adapters of a call over ranks: all of them go in and come out
+            whole on every rank, and so do gradients. Without it, such as where every rank has adapters of its own, a
+            rank computes what it is given. The weights know of a ``"tp"`` dimension themselves.
 
     Shapes: one adapter gives (H,), G of them (G, H). Several layers put a dimension before H, and without pooling
     the probes put one before H: (G, layers, probes, H) with both. float32 (float64 for float64 weights).
@@ -68,8 +73,10 @@ class DifferentiableDeltaCompute(nn.Module):
         checkpoint: str = "auto",
         memory_budget: int | None = None,
         prepack: bool | str = "auto",
+        mesh: DeviceMesh | None = None,
     ) -> None:
         super().__init__()
+        self._shares = Shares.of(mesh)
         self.tokens = _checked_tokens(
             config,
             probes,
@@ -94,7 +101,7 @@ class DifferentiableDeltaCompute(nn.Module):
         self._bases: OrderedDict[tuple, Tensor] = OrderedDict()
         self._checkpoint_used: str | None = None
         with torch.inference_mode(False):  # or autograd could not save base_activation later
-            self._bare = self._run(None, wanted=())[0][0]  # (layers, P, H)
+            self._bare = self._run(None, wanted=())[0][0]  # (layers, P, H), on every rank
 
     @classmethod
     def from_pretrained(
@@ -110,6 +117,7 @@ class DifferentiableDeltaCompute(nn.Module):
         revision: str | None = None,
         local_files_only: bool = False,
         compute_dtype: torch.dtype | None = None,
+        mesh: DeviceMesh | None = None,
         **options: Any,
     ) -> DifferentiableDeltaCompute:
         """Load a base model and its tokenizer, and tokenize the probes.
@@ -121,6 +129,7 @@ class DifferentiableDeltaCompute(nn.Module):
             max_length: longer probes are cut to so many tokens; ``truncated_probes`` says which were.
             compute_dtype: of the matrix multiplications, see :meth:`qwen_functional.Qwen2Weights.compute_in`; by
                 default ``dtype``, but float32 on a CPU that has no fast products in it.
+            mesh: of several processes: ``"tp"`` splits the model, ``"dp"`` the adapters.
             chat: put each probe, as a user's message, into the checkpoint's own chat template.
             options: the keyword arguments of the constructor.
 
@@ -135,9 +144,9 @@ class DifferentiableDeltaCompute(nn.Module):
         tokenized = read_probes(folder, texts, max_length, chat=chat)
         config = Qwen2Config.from_json_file(folder / "config.json")
         _checked_tokens(config, tokenized.ids, **options)  # before the weights are read
-        config, weights = load_pretrained(folder, dtype=dtype, device=device, lm_head=False)
+        config, weights = load_pretrained(folder, dtype=dtype, device=device, lm_head=False, mesh=mesh)
         weights = weights if compute_dtype is None else weights.compute_in(compute_dtype)
-        delta = cls(config, weights, tokenized.ids, spec, **options)
+        delta = cls(config, weights, tokenized.ids, spec, mesh=mesh, **options)
         delta.truncated_probes = tokenized.truncated
         return delta
 
@@ -242,13 +251,20 @@ class DifferentiableDeltaCompute(nn.Module):
         return self._bases[key]
 
     def passes(self, n_adapters: int) -> list[slice]:
-        """The adapters of each pass."""
-        step = self.adapters_per_pass or n_adapters
-        return [slice(start, min(start + step, n_adapters)) for start in range(0, n_adapters, step)]
+        """The adapters of each pass on this rank."""
+        own = self._shares.own(n_adapters)
+        step = self.adapters_per_pass or max(1, own.stop - own.start)
+        return [slice(start, min(start + step, own.stop)) for start in range(own.start, own.stop, step)]
 
     def values(self, lora: Lora) -> Tensor:
         """Hidden states (G, layers, P, H) under each adapter, pass by pass, nothing kept."""
-        return torch.cat([self._run(lora[adapters], wanted=())[0] for adapters in self.passes(lora.n_adapters)])
+        passes = self.passes(lora.n_adapters)
+        return self._whole([self._run(lora[adapters], wanted=())[0] for adapters in passes], lora.n_adapters)
+
+    def _whole(self, values: Sequence[Tensor], n_adapters: int) -> Tensor:
+        """The values (G, layers, P, H) of all ranks from those of this rank's passes."""
+        own = torch.cat(list(values)) if len(values) > 1 else values[0] if values else None
+        return self._shares.whole(own, (n_adapters, *self._bare.shape), self._bare.dtype, self._bare.device)
 
     def _run(self, lora: Lora | None, wanted: Sequence[str] | None) -> tuple[Tensor, Vjp]:
         return forward_vjp(self.config, self.weights, self.tokens, lora, wrt=wanted, **self._engine_options)
@@ -299,11 +315,13 @@ class _Values(torch.autograd.Function):
         ctx.save_for_backward(*flat)
         if not ctx.wanted:
             return delta.values(ctx.lora)
-        *others, last = delta.passes(lora.n_adapters)
-        values = [delta._run(ctx.lora[adapters], wanted=())[0] for adapters in others]
-        value, ctx.vjp = delta._run(ctx.lora[last], ctx.wanted)  # memory for one pass is there: the last one keeps
-        delta._checkpoint_used = ctx.vjp.checkpoint
-        return torch.cat([*values, value]) if values else value
+        passes = delta.passes(lora.n_adapters)
+        values = [delta._run(ctx.lora[adapters], wanted=())[0] for adapters in passes[:-1]]
+        if passes:  # memory for one pass is there: the last one keeps
+            value, ctx.vjp = delta._run(ctx.lora[passes[-1]], ctx.wanted)
+            values.append(value)
+            delta._checkpoint_used = ctx.vjp.checkpoint
+        return delta._whole(values, lora.n_adapters)
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
@@ -321,7 +339,7 @@ class _Values(torch.autograd.Function):
                 _, vjp = delta._run(lora[adapters], ctx.wanted)
                 delta._checkpoint_used = vjp.checkpoint
             parts.insert(0, vjp(cotangent[adapters]))
-        gradients = _joined(parts)
+        gradients = delta._shares.whole_gradients(_joined(parts), _wanted(lora, ctx.wanted))
         return (None, None, *(gradients.get(name) for name in lora.names()))
 
 
@@ -354,8 +372,9 @@ class _MeanLoss(torch.autograd.Function):
                     parts.append(vjp(cotangent))
                     delta._checkpoint_used = vjp.checkpoint
             means.append(mean.detach())
-        ctx.gradients = _joined(parts)
-        return torch.stack(means).sum()
+        ctx.gradients = delta._shares.whole_gradients(_joined(parts), _wanted(lora, wanted))
+        own = torch.stack(means).sum() if means else base.new_zeros(())
+        return delta._shares.sum_(own)
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
@@ -386,6 +405,12 @@ def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     if len(parts) == 1:
         return dict(parts[0])
     return {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
+
+
+def _wanted(lora: Lora, names: Sequence[str]) -> dict[str, Tensor]:
+    """{PEFT name: (G, …)} of some of the tensors."""
+    tensors = lora.tensors() if lora.batched else {name: tensor[None] for name, tensor in lora.tensors().items()}
+    return {name: tensors[name] for name in names}
 
 
 def _refilled(lora: Lora, flat: Sequence[Tensor]) -> Lora:

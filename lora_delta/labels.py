@@ -201,9 +201,13 @@ def model_fingerprint(config: Qwen2Config, weights: Qwen2Weights) -> str:
     """
     views = {name: view for name, view in weights.named_views(config).items() if name != "lm_head.weight"}
     whole = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode())
+    parallel = weights.parallel
     with ThreadPoolExecutor() as pool:
-        for (name, view), digest in zip(views.items(), pool.map(_digest, views.values()), strict=True):
-            whole.update(f"{name} {view.dtype} {tuple(view.shape)} {digest}\n".encode())
+        digests = pool.map(_digest, views.values()) if parallel is None else iter(())
+        for name, view in views.items():
+            tensor = view if parallel is None else parallel.gather(name, view)
+            digest = next(digests) if parallel is None else _digest(tensor)
+            whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {digest}\n".encode())
     return whole.hexdigest()
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from .config import Qwen2Config
 from .lora import Lora, LoraPair
@@ -92,6 +92,11 @@ class TensorParallel:
         if projection in SPLIT:
             part[SPLIT[projection]] = self._part(shape[SPLIT[projection]])
         return tuple(part)
+
+    def gather(self, name: str, part: Tensor) -> Tensor:
+        """A checkpoint's tensor, whole, of which every rank has a part; called by all of them alike."""
+        split = SPLIT.get(name.rsplit(".", 2)[-2])
+        return part if split is None else DTensor.from_local(part, self.mesh, [Shard(split)]).full_tensor()
 
     def _part(self, size: int) -> slice:
         each = size // self.size

@@ -3,6 +3,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from ranks import Ranks
 
 torch.set_num_threads(1)  # the models here are tiny: a second thread costs more than it brings
 
@@ -16,3 +17,11 @@ def real_checkpoint() -> Iterator[str]:
     torch.set_num_threads(min(2, os.cpu_count() or 1))
     yield model
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def two_ranks() -> Iterator[Ranks]:
+    """Two processes in one group; a rank that fails outside of a collective leaves them usable."""
+    ranks = Ranks(2)
+    yield ranks
+    ranks.stop()

@@ -1,0 +1,160 @@
+"""What the ranks of a test do; apart from the tests, so that a spawned process imports little."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from lora_delta import DifferentiableDeltaCompute
+from lora_delta.generator import LoRAGenerator
+from lora_delta.labels import model_fingerprint
+from lora_delta.tokens import TokenFormat
+from lora_delta.training import TrainingOptions, train
+from qwen_functional import LoraSpec, Qwen2Config, Qwen2Weights, init_weights, load_pretrained, pack
+from qwen_functional.forward import forward, forward_vjp
+
+Values = tuple[Tensor, dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, adapters and probes; the same on every rank."""
+
+    config: Qwen2Config
+    spec: LoraSpec
+    tensors: Mapping[str, Tensor]
+    probes: Sequence[Sequence[int]]
+    dtype: torch.dtype = torch.float64
+    folder: Path | None = None  # of a checkpoint, instead of random weights
+
+    def weights(self, mesh: DeviceMesh | None = None) -> Qwen2Weights:
+        if self.folder is not None:
+            return load_pretrained(self.folder, self.dtype, mesh=mesh)[1]
+        weights = init_weights(self.config, dtype=self.dtype)
+        return weights if mesh is None else weights.shard(self.config, mesh)
+
+
+def mesh_of(**sizes: int) -> DeviceMesh:
+    return init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+
+class Sums:
+    """Counts the sums over ranks."""
+
+    def __enter__(self) -> Sums:
+        self.count, self._real = 0, dist.all_reduce
+        dist.all_reduce = self._counted
+        return self
+
+    def _counted(self, *arguments: Any, **options: Any) -> Any:
+        self.count += 1
+        return self._real(*arguments, **options)
+
+    def __exit__(self, *_: object) -> None:
+        dist.all_reduce = self._real
+
+
+def engine(case: Case, weights: Qwen2Weights, **options: Any) -> Values:
+    lora = case.spec.bind(case.config, case.tensors)
+    value, vjp = forward_vjp(case.config, weights, pack(case.probes), lora, **options)
+    return value, vjp(torch.sin(torch.arange(value.numel(), dtype=value.dtype)).view(value.shape))
+
+
+def plain_forward(case: Case, weights: Qwen2Weights, input_ids: Tensor) -> Values:
+    tensors = {name: tensor.clone().requires_grad_() for name, tensor in case.tensors.items()}
+    output = forward(case.config, weights, input_ids, lora=case.spec.bind(case.config, tensors))
+    output.logits.double().square().sum().backward()
+    return output.logits.detach(), gradients_of(tensors)
+
+
+def delta_of(case: Case, weights: Qwen2Weights, mesh: DeviceMesh | None, mean_loss: bool, **options: Any) -> Values:
+    delta = DifferentiableDeltaCompute(case.config, weights, case.probes, case.spec, mesh=mesh, **options)
+    tensors = {name: tensor.clone().requires_grad_() for name, tensor in case.tensors.items()}
+    if mean_loss:
+        value = delta.mean_loss(tensors, lambda deltas, _: deltas.square().sum(-1).mean())
+        value.backward()
+    else:
+        value = delta(tensors)
+        value.square().sum().backward()
+    return value.detach(), gradients_of(tensors)
+
+
+def gradients_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.grad for name, tensor in tensors.items() if tensor.grad is not None}
+
+
+# What ranks are called with
+
+
+def split_engine(case: Case, options: dict[str, Any]) -> Values:
+    return engine(case, case.weights(mesh_of(tp=2)), **options)
+
+
+def split_packed_engine(case: Case) -> Values:
+    return engine(case, case.weights(mesh_of(tp=2)).prepack())
+
+
+def split_forward(case: Case, input_ids: Tensor) -> Values:
+    return plain_forward(case, case.weights(mesh_of(tp=2)), input_ids)
+
+
+def split_delta(case: Case, sizes: dict[str, int], mean_loss: bool, options: dict[str, Any]) -> Values:
+    mesh = mesh_of(**sizes)
+    return delta_of(case, case.weights(mesh), mesh, mean_loss, **options)
+
+
+def sums_of(case: Case, checkpoint: str) -> tuple[int, int]:
+    """How many sums the forward takes, and how many the vjp."""
+    weights, lora = case.weights(mesh_of(tp=2)), case.spec.bind(case.config, case.tensors)
+    with Sums() as sums:
+        value, vjp = forward_vjp(case.config, weights, pack(case.probes), lora, checkpoint=checkpoint)
+        forwards = sums.count
+        vjp(torch.ones_like(value))
+    return forwards, sums.count - forwards
+
+
+def held_bytes(case: Case) -> int:
+    return case.weights(mesh_of(tp=2)).nbytes()
+
+
+def fingerprint(case: Case) -> str:
+    return model_fingerprint(case.config, case.weights(mesh_of(tp=2)))
+
+
+def refusal(config: Qwen2Config) -> str:
+    try:
+        init_weights(config).shard(config, mesh_of(tp=2))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training run that any number of ranks can do."""
+
+    case: Case
+    teachers: list[tuple[list[Tensor], Tensor, Tensor]]
+    options: TrainingOptions
+    chunk_width: int
+
+    def run(self, out: Path | None, mesh: DeviceMesh | None = None) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+        case = self.case
+        delta = DifferentiableDeltaCompute(case.config, case.weights(mesh), case.probes, case.spec)
+        format = TokenFormat.for_config(case.config, case.spec.rank, self.chunk_width)
+        torch.manual_seed(3)
+        generator = LoRAGenerator(format, self.teachers[0][0][0].shape[1], width=32, depth=1, heads=2).double()
+        options = self.options
+        history = train(generator, self.teachers, delta, format, options, out=out, progress=False, mesh=mesh)
+        return history, generator.state_dict()
+
+
+def trained(training: Training, out: Path | None, sizes: dict[str, int]) -> Any:
+    return training.run(out, mesh_of(**sizes))
