@@ -136,6 +136,13 @@ def refusal(config: Qwen2Config) -> str:
     return ""
 
 
+Run = tuple[list[dict[str, float]], dict[str, Tensor]]
+
+
+class CutOff(RuntimeError):
+    """What ends a run that is to be resumed."""
+
+
 @dataclass(frozen=True)
 class Training:
     """A training run that any number of ranks can do."""
@@ -144,17 +151,31 @@ class Training:
     teachers: list[tuple[list[Tensor], Tensor, Tensor]]
     options: TrainingOptions
     chunk_width: int
+    passes: int | None = None  # of the generator, after which the run is cut off
 
-    def run(self, out: Path | None, mesh: DeviceMesh | None = None) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+    def run(self, out: Path | None, mesh: DeviceMesh | None = None) -> Run | None:
+        """The metrics of every step, and the parameters in the end; None where it was cut off."""
         case = self.case
         delta = DifferentiableDeltaCompute(case.config, case.weights(mesh), case.probes, case.spec)
         format = TokenFormat.for_config(case.config, case.spec.rank, self.chunk_width)
         torch.manual_seed(3)
         generator = LoRAGenerator(format, self.teachers[0][0][0].shape[1], width=32, depth=1, heads=2).double()
-        options = self.options
-        history = train(generator, self.teachers, delta, format, options, out=out, progress=False, mesh=mesh)
+        calls: list[None] = []
+
+        def count(*_: object) -> None:
+            calls.append(None)
+            if self.passes is not None and len(calls) > self.passes:
+                raise CutOff
+
+        generator.register_forward_pre_hook(count)
+        try:
+            history = train(
+                generator, self.teachers, delta, format, self.options, out=out, progress=False, mesh=mesh
+            )
+        except CutOff:
+            return None
         return history, generator.state_dict()
 
 
-def trained(training: Training, out: Path | None, sizes: dict[str, int]) -> Any:
+def trained(training: Training, out: Path | None, sizes: dict[str, int]) -> Run | None:
     return training.run(out, mesh_of(**sizes))

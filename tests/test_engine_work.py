@@ -47,8 +47,8 @@ def test_the_number_of_base_gemms_grows_with_the_adapters() -> None:
     one, many = watched(n_adapters=1), watched(n_adapters=9)
     for few, more in zip(one[:2], many[:2], strict=True):
         assert len(few.gemms) == len(more.gemms) > 0
-    # A block has q|k|v, o, gate|up and down; the last one q and k|v apart. The first one's q|k|v have no dx.
-    assert len(one[0].gemms) == 4 * CONFIG.num_hidden_layers + 1
+    # A block has q|k|v, o, gate, up and down; the last one q and k|v apart. The first one's q|k|v have no dx.
+    assert len(one[0].gemms) == 5 * CONFIG.num_hidden_layers + 1
 
 
 def test_a_block_does_work_that_nothing_needs() -> None:
@@ -70,7 +70,7 @@ def test_a_block_does_work_that_nothing_needs() -> None:
 def test_adapters_share_no_work_below_the_first_adapted_block() -> None:
     upper = LoraSpec(rank=2, layers_to_transform=(2, 3))
     one, many = watched(n_adapters=1, spec=upper), watched(n_adapters=8, spec=upper)
-    below = 2 * 4 + 1  # GEMMs of two blocks, and the next one's q|k|v
+    below = 2 * 5 + 1  # GEMMs of two blocks, and the next one's q|k|v
     assert one[0].gemms[:below] == many[0].gemms[:below]
     assert many[0].gemms[below][0] == 8 * len(TOKENS)
 
@@ -78,7 +78,7 @@ def test_adapters_share_no_work_below_the_first_adapted_block() -> None:
 def test_blocks_above_the_one_that_is_read_are_computed() -> None:
     works = [watched(layer=layer)[0].work() for layer in range(CONFIG.num_hidden_layers)]
     assert works == sorted(set(works))
-    assert len(watched(layer=0)[0].gemms) == 5
+    assert len(watched(layer=0)[0].gemms) == 6
     _, vjp = run(layer=1)
     assert vjp.n_blocks == 2
 
