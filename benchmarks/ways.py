@@ -17,8 +17,8 @@ from qwen_functional import pack
 class Engine:
     """``qwen_functional.forward.forward_vjp``; LoRA tensors are bound anew in every step, as in training."""
 
-    def __init__(self, workload: Workload, checkpoint: str, *, prepack: bool) -> None:
-        self.config, self.base = workload.engine_weights()
+    def __init__(self, workload: Workload, checkpoint: str, *, prepack: bool, stream: bool = False) -> None:
+        self.config, self.base = workload.engine_weights(stream)
         if workload.compute is not None:
             self.base = self.base.compute_in(workload.compute)
         if prepack and self.base.can_prepack:
@@ -32,7 +32,7 @@ class Engine:
         self.chosen = checkpoint
 
     def weights(self) -> Iterable[Tensor]:
-        return self.base.named_views(self.config).values()
+        return [self.base.norm] if self.base.streamed else self.base.named_views(self.config).values()
 
     def step(self, adapters: int) -> list[Pass]:
         at_once = self.adapters_per_pass or adapters
@@ -58,6 +58,7 @@ WAYS = {
     "engine": "this engine, base weights packed for the processor",
     "engine-plain": "this engine, base weights as torch stores them",
     "engine-block": "this engine, base weights as torch stores them, every block checkpointed: the least memory",
+    "engine-stream": "this engine, base weights on disk, read block by block: only where --ways names it",
     "seed": "PEFT + functional_call, padded to 256, logits, one adapter at a time",
     "hooks-one": "hooks on the backbone, one adapter at a time",
     "hooks-batch": "hooks on the backbone, all adapters in one batch",
@@ -69,7 +70,8 @@ FLOOR = "floor"
 def make_way(name: str, workload: Workload) -> Way:
     """Load a way's weights and make it ready to step."""
     if name.startswith("engine"):
-        return Engine(workload, "block" if name == "engine-block" else "auto", prepack=name == "engine")
+        checkpoint = "block" if name == "engine-block" else "auto"
+        return Engine(workload, checkpoint, prepack=name == "engine", stream=name == "engine-stream")
     rivals: dict[str, Callable[[Workload], Way]] = {
         "seed": Seed,
         "hooks-one": HooksOne,

@@ -103,9 +103,11 @@ class Workload:
         cotangent = torch.randn(self.adapters, len(self.probes), config.hidden_size, generator=generator)
         return cotangent.to(self.device)
 
-    def engine_weights(self) -> tuple[Qwen2Config, Qwen2Weights]:
+    def engine_weights(self, stream: bool = False) -> tuple[Qwen2Config, Qwen2Weights]:
         if self.folder is not None:
-            return load_pretrained(self.folder, dtype=self.dtype, device=self.device)
+            return load_pretrained(self.folder, dtype=self.dtype, device=self.device, stream=stream)
+        if stream:
+            raise ValueError("random weights are not on disk, expected a checkpoint to stream them from")
         config = self.config()
         return config, init_weights(config, seed=0, dtype=self.dtype, device=self.device)
 

@@ -118,6 +118,7 @@ class DifferentiableDeltaCompute(nn.Module):
         local_files_only: bool = False,
         compute_dtype: torch.dtype | None = None,
         mesh: DeviceMesh | None = None,
+        stream: bool | str = False,
         **options: Any,
     ) -> DifferentiableDeltaCompute:
         """Load a base model and its tokenizer, and tokenize the probes.
@@ -130,6 +131,7 @@ class DifferentiableDeltaCompute(nn.Module):
             compute_dtype: of the matrix multiplications, see :meth:`qwen_functional.Qwen2Weights.compute_in`; by
                 default ``dtype``, but float32 on a CPU that has no fast products in it.
             mesh: of several processes: ``"tp"`` splits the model, ``"dp"`` the adapters.
+            stream: leave the base on ``"disk"`` (True) or in the ``"host"``'s memory, see ``load_pretrained``.
             chat: put each probe, as a user's message, into the checkpoint's own chat template.
             options: the keyword arguments of the constructor.
 
@@ -144,7 +146,7 @@ class DifferentiableDeltaCompute(nn.Module):
         tokenized = read_probes(folder, texts, max_length, chat=chat)
         config = Qwen2Config.from_json_file(folder / "config.json")
         _checked_tokens(config, tokenized.ids, **options)  # before the weights are read
-        config, weights = load_pretrained(folder, dtype=dtype, device=device, lm_head=False, mesh=mesh)
+        config, weights = load_pretrained(folder, dtype=dtype, device=device, lm_head=False, mesh=mesh, stream=stream)
         weights = weights if compute_dtype is None else weights.compute_in(compute_dtype)
         delta = cls(config, weights, tokenized.ids, spec, mesh=mesh, **options)
         delta.truncated_probes = tokenized.truncated

@@ -11,8 +11,9 @@ import hashlib
 import json
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
@@ -33,6 +34,7 @@ from .delta import DifferentiableDeltaCompute
 from .label_table import Failure, Label, LabelWriter, adapter_name
 
 PER_PASS_CPU, PER_PASS_GPU = 8, 32
+_DIGESTS_AT_ONCE = 8
 _OUTCOMES_PER_BATCH = 64  # of adapters that need no computing, so that the bar moves
 
 
@@ -199,15 +201,23 @@ def model_fingerprint(config: Qwen2Config, weights: Qwen2Weights) -> str:
     The whole content is read, at one to two gigabytes per second and core: no sample could miss less than everything.
     It is the same for one file or shards, on a CPU or a GPU, and another in another dtype. The lm_head is left out.
     """
-    views = {name: view for name, view in weights.named_views(config).items() if name != "lm_head.weight"}
     whole = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode())
-    parallel = weights.parallel
+    pending: deque[tuple[str, Future[str]]] = deque()
+
+    def finish() -> None:
+        head, digest = pending.popleft()
+        whole.update(f"{head} {digest.result()}\n".encode())
+
     with ThreadPoolExecutor() as pool:
-        digests = pool.map(_digest, views.values()) if parallel is None else iter(())
-        for name, view in views.items():
-            tensor = view if parallel is None else parallel.gather(name, view)
-            digest = next(digests) if parallel is None else _digest(tensor)
-            whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {digest}\n".encode())
+        for name, part in weights.named_tensors(config):
+            if name != "lm_head.weight":
+                tensor = part if weights.parallel is None else weights.parallel.gather(name, part)
+                head = f"{name} {tensor.dtype} {tuple(tensor.shape)}"
+                pending.append((head, pool.submit(_digest, tensor)))
+            while len(pending) > _DIGESTS_AT_ONCE:  # streamed weights are not to be in memory all together
+                finish()
+        while pending:
+            finish()
     return whole.hexdigest()
 
 

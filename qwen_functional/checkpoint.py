@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,9 +14,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .config import Qwen2Config
+from .dtypes import default_compute_dtype
 from .files import read_json_object
 from .parallel import TensorParallel
-from .weights import Qwen2Weights, empty_weights
+from .streaming import StreamedBlocks, StreamedRows, blocks_from_host, moved
+from .weights import BlockWeights, Qwen2Weights, block_views, empty_block, empty_weights
 
 STORAGE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DISK_DTYPES = {
@@ -53,6 +56,7 @@ def load_pretrained(
     local_files_only: bool = False,
     lm_head: bool = True,
     mesh: DeviceMesh | None = None,
+    stream: bool | str = False,
 ) -> tuple[Qwen2Config, Qwen2Weights]:
     """Read a Qwen2 checkpoint: ``config.json`` and ``model.safetensors``, or shards with an index.
 
@@ -71,6 +75,9 @@ def load_pretrained(
         lm_head: whether to read a separate ``lm_head.weight``, which only the logits of ``forward`` need.
         mesh: of the processes that hold the model together: its dimension named ``"tp"``, or its only one. Each
             reads its own part of the blocks' matrices, and everything else.
+        stream: keep the weights on ``"disk"`` (True) or in the ``"host"``'s memory, and bring one block after the
+            other to the device, the next while the present one computes. Of the embedding only the rows in use are
+            read. Blocks on disk are checked to be finite when they are first read.
 
     Raises:
         ValueError: the checkpoint cannot be found, is incomplete, corrupt or not a dense Qwen2; a tensor is
@@ -80,6 +87,8 @@ def load_pretrained(
     """
     if dtype is not None and dtype not in STORAGE_DTYPES:
         raise ValueError(f"dtype is {dtype!r}, expected None or one of {STORAGE_DTYPES}")
+    if stream not in (False, True, "disk", "host"):
+        raise ValueError(f"stream is {stream!r}, expected False, True, 'disk' or 'host'")
     device = _usable_device(device)
     where: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
     # The config alone first: a model of another type is refused before gigabytes are fetched.
@@ -93,12 +102,74 @@ def load_pretrained(
     # Under a caller's inference mode the weights would be unusable for autograd for ever after.
     with torch.inference_mode(False), torch.no_grad():
         parallel = None if mesh is None else TensorParallel.of(mesh, config)
-        weights = empty_weights(config, dtype, device, lm_head=lm_head, parallel=parallel)
+        if config.tie_word_embeddings and "lm_head.weight" in entries:
+            _check_tied(entries["lm_head.weight"], entries["model.embed_tokens.weight"], dtype)
+        if stream in (True, "disk"):
+            return config, _streamed(config, entries, dtype, device, lm_head, parallel)
+        place = torch.device("cpu") if stream == "host" else device
+        weights = empty_weights(config, dtype, place, lm_head=lm_head, parallel=parallel)
         for name, view in weights.named_views(config).items():
             _copy(entries[name], view, parallel)
-        if config.tie_word_embeddings and "lm_head.weight" in entries:
-            _check_tied(entries["lm_head.weight"], weights.embed_tokens)
-    return config, weights
+    return config, _from_host(weights, device) if stream == "host" else weights
+
+
+def _streamed(
+    config: Qwen2Config,
+    entries: Mapping[str, _Entry],
+    dtype: torch.dtype,
+    device: torch.device,
+    lm_head: bool,
+    parallel: TensorParallel | None,
+) -> Qwen2Weights:
+    """Weights that stay on disk but for the final norm."""
+    local = config if parallel is None else parallel.local_config(config)
+    checked: set[int] = set()
+
+    def read(layer: int) -> BlockWeights:
+        block = empty_block(local, dtype, "cpu")
+        for name, view in block_views(block, local, layer).items():
+            _copy(entries[name], view, parallel, check=layer not in checked)
+        checked.add(layer)
+        return block if device.type == "cpu" else moved(block, device)
+
+    def rows(name: str) -> StreamedRows:
+        entry = entries[name]
+
+        def read_rows(part: slice) -> Tensor:
+            found = torch.cat([piece for _, piece in _pieces(entry, (part, slice(0, entry.shape[1])))]).to(dtype)
+            if not _all_finite(found):
+                where = f"tensor {entry.name} in {entry.file}"
+                raise ValueError(f"{where} is not finite in {dtype}, expected finite values only")
+            return found
+
+        return StreamedRows(read_rows, (entry.shape[0], entry.shape[1]), dtype, device)
+
+    norm = torch.empty(config.hidden_size, dtype=dtype, device=device)
+    _copy(entries["model.norm.weight"], norm)
+    embed_tokens = rows("model.embed_tokens.weight")
+    head = embed_tokens if config.tie_word_embeddings else rows("lm_head.weight") if lm_head else None
+    nbytes = sum(getattr(empty_block(local, dtype, "meta"), f.name).nbytes for f in fields(BlockWeights))
+    n, compute = config.num_hidden_layers, default_compute_dtype(dtype, device)
+    blocks = StreamedBlocks(read, n, n * nbytes, device, compute)
+    return Qwen2Weights(embed_tokens, blocks, norm, head, parallel=parallel)
+
+
+def _from_host(weights: Qwen2Weights, device: torch.device) -> Qwen2Weights:
+    """Weights in the host's memory, streamed to the device."""
+    assert isinstance(weights.blocks, tuple)
+    compute = default_compute_dtype(weights.dtype, device)
+    blocks = blocks_from_host(weights.blocks, device, compute)
+
+    def rows(matrix: Tensor) -> StreamedRows:
+        return StreamedRows(lambda part: matrix[part], (matrix.shape[0], matrix.shape[1]), matrix.dtype, device)
+
+    embed_tokens, head = weights.embed_tokens, weights.lm_head
+    assert isinstance(embed_tokens, Tensor)
+    assert not isinstance(head, StreamedRows)
+    streamed = rows(embed_tokens)
+    lm_head = streamed if head is embed_tokens else None if head is None else rows(head)
+    norm = weights.norm.to(device)
+    return replace(weights, embed_tokens=streamed, blocks=blocks, norm=norm, lm_head=lm_head)
 
 
 def resolve_checkpoint(
@@ -266,23 +337,24 @@ def _pieces(entry: _Entry, part: tuple[slice, ...] | None = None) -> Iterator[tu
             yield slice(start - rows.start, stop - rows.start), piece
 
 
-def _copy(entry: _Entry, view: Tensor, parallel: TensorParallel | None = None) -> None:
+def _copy(entry: _Entry, view: Tensor, parallel: TensorParallel | None = None, *, check: bool = True) -> None:
     part = None if parallel is None else parallel.of_weight(entry.name, entry.shape)
     for rows, piece in _pieces(entry, part):
         target = view[rows]
         target.copy_(piece)
-        if not _all_finite(target):
+        if check and not _all_finite(target):
             what = f"overflows in {view.dtype}" if _all_finite(piece.double()) else "is not finite"
             raise ValueError(f"tensor {entry.name} in {entry.file} {what}, expected finite values only")
 
 
-def _check_tied(entry: _Entry, embed_tokens: Tensor) -> None:
+def _check_tied(entry: _Entry, embed_tokens: _Entry, dtype: torch.dtype) -> None:
     for rows, piece in _pieces(entry):
-        if not torch.equal(piece.to(embed_tokens.device, embed_tokens.dtype), embed_tokens[rows]):
-            raise ValueError(
-                f"tensor {entry.name} in {entry.file} differs from the embedding, expected the same values "
-                "as config field tie_word_embeddings is true; set it to false to use the separate lm_head"
-            )
+        for own, tied in _pieces(embed_tokens, (rows, slice(0, entry.shape[1]))):
+            if not torch.equal(piece[own].to(dtype), tied.to(dtype)):
+                raise ValueError(
+                    f"tensor {entry.name} in {entry.file} differs from the embedding, expected the same values "
+                    "as config field tie_word_embeddings is true; set it to false to use the separate lm_head"
+                )
 
 
 def _all_finite(tensor: Tensor) -> bool:

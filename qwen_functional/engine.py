@@ -182,12 +182,13 @@ class _Run:
         inputs = 2 * n_blocks * n * len(self.tokens) * self.config.hidden_size * accumulation_dtype(compute).itemsize
         return min(n_blocks, max(0, budget - inputs) // kept_bytes(self.config, n, len(self.tokens), compute))
 
-    def block(self, layer: int) -> Block:
+    def block(self, layer: int, then: int | None) -> Block:
+        """A layer, ready to multiply; ``then`` is the next one that will be."""
         weights = self.weights
         packed = None if weights.packed is None else weights.packed[layer]
         return Block.bind(
             self.config,
-            weights.blocks[layer],
+            weights.block(layer, then),
             packed,
             self.lora,
             layer,
@@ -200,8 +201,9 @@ class _Run:
         dtype = accumulation_dtype(self.weights.compute_dtype)
         ids = self.tokens.input_ids.to(self.weights.device)
         x = self.weights.embed_tokens[ids].to(dtype)[None]
+        turn = self.top - 1 if self.lowest < self.top else 0  # the way back, or the next pass
         for layer in range(self.top + 1):
-            block, row = self.block(layer), self.row_at[layer]
+            block, row = self.block(layer, layer + 1 if layer < self.top else turn), self.row_at[layer]
             kept = attention_half(block, x, row)
             keep = layer >= self.lowest and layer > self.top - n_keep
             x_out = mlp_half(block, kept.x_mid, kept.mlp if keep else None, in_place=layer < self.lowest)
@@ -210,6 +212,7 @@ class _Run:
             if layer in self.layers or layer == self.top:
                 self.read[layer] = x_out if layer == self.top else x_out[:, self.rows]
             x = x_out
+            del block  # streamed weights make room for the next ones
         values = [self._normed(x) if layer == -1 else self.read[layer] for layer in self.layers]
         n = self.value_shape[0]
         return torch.stack([value[:, self.row_of].expand(n, -1, -1) for value in values], dim=1)
@@ -244,7 +247,8 @@ class _Run:
 
     def _block_vjp(self, layer: int, dx_out: Tensor) -> Tensor | None:
         x, x_mid, kept = self.saved.pop(layer)
-        block, row, gradients = self.block(layer), self.row_at[layer], self.gradients
+        block = self.block(layer, layer - 1 if layer > self.lowest else 0)
+        row, gradients = self.row_at[layer], self.gradients
         kept = attention_half(block, x, row, x_mid) if kept is None else kept
         need_dx = layer > self.lowest
         need_mid = need_dx or gradients.wants_any(layer, QKV + O)

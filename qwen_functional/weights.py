@@ -13,6 +13,7 @@ from .config import Qwen2Config
 from .dtypes import default_compute_dtype
 from .ops.linear import KEEPS_PLAIN, PackedWeight, can_pack
 from .parallel import TensorParallel
+from .streaming import StreamedBlocks, StreamedRows
 
 _MATRICES = ("qkv_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -55,13 +56,14 @@ class Qwen2Weights:
     ``lm_head`` is the same tensor as ``embed_tokens`` where the config ties them. It is None where it was left
     out: only logits need it, and ``forward_vjp`` has none. ``packed`` is a faster form of the same blocks that
     ``forward_vjp`` takes where there is one: see :meth:`prepack`. ``multiplied_in`` is set by :meth:`compute_in`.
-    With ``parallel`` the blocks are this rank's part of a model that several hold together.
+    With ``parallel`` the blocks are this rank's part of a model that several hold together. Where they are streamed,
+    as ``load_pretrained`` says, blocks and rows are read from disk or from the host's memory when they are used.
     """
 
-    embed_tokens: Tensor  # (V, H)
-    blocks: tuple[BlockWeights, ...]
+    embed_tokens: Tensor | StreamedRows  # (V, H)
+    blocks: tuple[BlockWeights, ...] | StreamedBlocks
     norm: Tensor  # (H,)
-    lm_head: Tensor | None  # (V, H)
+    lm_head: Tensor | StreamedRows | None  # (V, H)
     packed: tuple[PackedBlock, ...] | None = None
     multiplied_in: torch.dtype | None = None
     parallel: TensorParallel | None = None
@@ -96,16 +98,30 @@ class Qwen2Weights:
             allowed.append(torch.float16)
         if dtype not in allowed:
             raise ValueError(f"dtype is {dtype!r}, expected one of {allowed} on {self.device}")
-        return replace(self, packed=None, multiplied_in=dtype)
+        blocks = self.blocks.to(dtype) if isinstance(self.blocks, StreamedBlocks) else self.blocks
+        return replace(self, blocks=blocks, packed=None, multiplied_in=dtype)
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the weights are read when they are used."""
+        return isinstance(self.blocks, StreamedBlocks)
+
+    def block(self, layer: int, then: int | None = None) -> BlockWeights:
+        """The weights of a layer. Where they are streamed, those of layer ``then`` are read while these compute."""
+        if isinstance(self.blocks, StreamedBlocks):
+            return self.blocks.fetch(layer, then)
+        return self.blocks[layer]
 
     def nbytes(self) -> int:
-        """Bytes of all weights, a tied lm_head counted once, packed copies left out."""
+        """Bytes of all weights, wherever they are; a tied lm_head counted once, packed copies left out."""
         return sum(tensor.nbytes for tensor in self._storages())
 
     @property
     def can_prepack(self) -> bool:
-        """Whether :meth:`prepack` works here: on a CPU, where oneDNN multiplies in the compute dtype."""
-        return can_pack(self.compute_dtype, self.device)
+        """Whether :meth:`prepack` works here: on a CPU where oneDNN multiplies in the compute dtype, of weights that
+        are in memory.
+        """
+        return not self.streamed and can_pack(self.compute_dtype, self.device)
 
     def prepack_nbytes(self) -> int:
         """Bytes that :meth:`prepack` takes: twice the blocks' matrices in the compute dtype, or three times, where
@@ -120,6 +136,8 @@ class Qwen2Weights:
         Raises:
             ValueError: not :attr:`can_prepack`.
         """
+        if self.streamed:
+            raise ValueError("weights are streamed, expected weights in memory to pack them")
         if not self.can_prepack:
             raise ValueError(
                 f"weights are {str(self.dtype).removeprefix('torch.')} on {self.device}, expected float32, float16 or "
@@ -150,40 +168,66 @@ class Qwen2Weights:
             view.copy_(views[name][parallel.of_weight(name, tuple(views[name].shape))])
         return replace(weights, multiplied_in=self.multiplied_in)
 
-    def _storages(self) -> Iterator[Tensor]:
+    def _storages(self) -> Iterator[Tensor | StreamedRows | StreamedBlocks]:
         yield self.embed_tokens
         yield self.norm
         if self.lm_head is not None and self.lm_head is not self.embed_tokens:
             yield self.lm_head
-        for block in self.blocks:
-            yield from (getattr(block, f.name) for f in fields(block))
+        if isinstance(self.blocks, StreamedBlocks):
+            yield self.blocks
+        else:
+            yield from (getattr(block, f.name) for block in self.blocks for f in fields(block))
 
     def named_views(self, config: Qwen2Config) -> dict[str, Tensor]:
         """Every tensor of a checkpoint, under its Hugging Face name, as a view into these weights.
 
         Writing to a view writes the weight: the loader copies each tensor of a file straight to its place. A
         tied ``lm_head.weight`` is left out. With :attr:`parallel` they are the parts of this rank.
+
+        Raises:
+            ValueError: the weights are streamed.
         """
+        if self.streamed:
+            raise ValueError("weights are streamed, expected weights in memory to view them; see named_tensors")
+        return dict(self.named_tensors(config))
+
+    def named_tensors(self, config: Qwen2Config) -> Iterator[tuple[str, Tensor]]:
+        """The same one by one; where they are streamed, copies, of which no more than a block is in memory."""
+
+        def whole(matrix: Tensor | StreamedRows) -> Tensor:
+            return matrix if isinstance(matrix, Tensor) else matrix.to(matrix.dtype)
+
         config = config if self.parallel is None else self.parallel.local_config(config)
-        q, k = config.q_size, config.kv_size
-        views = {"model.embed_tokens.weight": self.embed_tokens}
-        for layer, block in enumerate(self.blocks):
-            prefix = f"model.layers.{layer}."
-            rows = block.qkv_proj.split((q, k, k))
-            biases = block.qkv_bias.split((q, k, k))
-            views[prefix + "input_layernorm.weight"] = block.input_layernorm
-            for name, row, bias in zip(("q_proj", "k_proj", "v_proj"), rows, biases, strict=True):
-                views[f"{prefix}self_attn.{name}.weight"] = row
-                views[f"{prefix}self_attn.{name}.bias"] = bias
-            views[prefix + "self_attn.o_proj.weight"] = block.o_proj
-            views[prefix + "post_attention_layernorm.weight"] = block.post_attention_layernorm
-            views[prefix + "mlp.gate_proj.weight"] = block.gate_proj
-            views[prefix + "mlp.up_proj.weight"] = block.up_proj
-            views[prefix + "mlp.down_proj.weight"] = block.down_proj
-        views["model.norm.weight"] = self.norm
+        yield "model.embed_tokens.weight", whole(self.embed_tokens)
+        for layer in range(len(self.blocks)):
+            yield from block_views(self.block(layer).to(self.dtype), config, layer).items()
+        yield "model.norm.weight", self.norm
         if self.lm_head is not None and self.lm_head is not self.embed_tokens:
-            views["lm_head.weight"] = self.lm_head
-        return views
+            yield "lm_head.weight", whole(self.lm_head)
+
+
+def block_views(block: BlockWeights, config: Qwen2Config, layer: int) -> dict[str, Tensor]:
+    """Every tensor of a block under its name in a checkpoint, as a view."""
+    q, k = config.q_size, config.kv_size
+    prefix = f"model.layers.{layer}."
+    views = {prefix + "input_layernorm.weight": block.input_layernorm}
+    rows, biases = block.qkv_proj.split((q, k, k)), block.qkv_bias.split((q, k, k))
+    for name, row, bias in zip(("q_proj", "k_proj", "v_proj"), rows, biases, strict=True):
+        views[f"{prefix}self_attn.{name}.weight"] = row
+        views[f"{prefix}self_attn.{name}.bias"] = bias
+    views[prefix + "self_attn.o_proj.weight"] = block.o_proj
+    views[prefix + "post_attention_layernorm.weight"] = block.post_attention_layernorm
+    views[prefix + "mlp.gate_proj.weight"] = block.gate_proj
+    views[prefix + "mlp.up_proj.weight"] = block.up_proj
+    views[prefix + "mlp.down_proj.weight"] = block.down_proj
+    return views
+
+
+def empty_block(config: Qwen2Config, dtype: torch.dtype, device: torch.device | str) -> BlockWeights:
+    """A block of the right shapes, not yet filled in."""
+    h, q, k, i = config.hidden_size, config.q_size, config.kv_size, config.intermediate_size
+    shapes = ((h,), (q + 2 * k, h), (q + 2 * k,), (h, q), (h,), (i, h), (i, h), (h, i))
+    return BlockWeights(*(torch.empty(shape, dtype=dtype, device=device) for shape in shapes))
 
 
 def empty_weights(
@@ -199,18 +243,15 @@ def empty_weights(
     Without ``lm_head`` none is allocated, unless it is the embedding. With ``parallel`` they are a rank's part.
     """
     config = config if parallel is None else parallel.local_config(config)
-    h, q, k, i = config.hidden_size, config.q_size, config.kv_size, config.intermediate_size
 
-    def new(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
+    def rows() -> Tensor:
+        return torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
 
-    embed_tokens = new(config.vocab_size, h)
-    blocks = tuple(
-        BlockWeights(new(h), new(q + 2 * k, h), new(q + 2 * k), new(h, q), new(h), new(i, h), new(i, h), new(h, i))
-        for _ in range(config.num_hidden_layers)
-    )
-    head = embed_tokens if config.tie_word_embeddings else new(config.vocab_size, h) if lm_head else None
-    return Qwen2Weights(embed_tokens, blocks, new(h), head, parallel=parallel)
+    embed_tokens = rows()
+    blocks = tuple(empty_block(config, dtype, device) for _ in range(config.num_hidden_layers))
+    head = embed_tokens if config.tie_word_embeddings else rows() if lm_head else None
+    norm = torch.empty(config.hidden_size, dtype=dtype, device=device)
+    return Qwen2Weights(embed_tokens, blocks, norm, head, parallel=parallel)
 
 
 def init_weights(

@@ -101,6 +101,11 @@ def split_packed_engine(case: Case) -> Values:
     return engine(case, case.weights(mesh_of(tp=2)).prepack())
 
 
+def split_streamed_engine(case: Case) -> Values:
+    assert case.folder is not None
+    return engine(case, load_pretrained(case.folder, case.dtype, mesh=mesh_of(tp=2), stream=True)[1])
+
+
 def split_forward(case: Case, input_ids: Tensor) -> Values:
     return plain_forward(case, case.weights(mesh_of(tp=2)), input_ids)
 

@@ -214,7 +214,7 @@ def on_first_blocks(
 ) -> tuple[Qwen2Config, Qwen2Weights, Reference]:
     """The first blocks alone, and what float32 gives for one adapter on a few tokens."""
     config = dataclasses.replace(config, num_hidden_layers=n, layer_types=config.layer_types[:n])
-    weights = dataclasses.replace(weights, blocks=weights.blocks[:n])
+    weights = dataclasses.replace(weights, blocks=tuple(weights.blocks[:n]))
     sequences = [sequence[:n] for sequence, n in zip(reference.sequences, (6, 3), strict=False)]
     tensors = adapters(config, None)
     cotangent = reference.cotangent[:1, : len(sequences)]

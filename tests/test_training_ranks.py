@@ -67,6 +67,7 @@ def test_two_ranks_train_otherwise_than_one(
 ) -> None:
     changed = dataclasses.replace(training, options=dataclasses.replace(training.options, **changes))
     expected = changed.run(None)
+    assert expected is not None
     assert all("delta" in step for step in expected[0]) is not bool(changes)
     for found in two_ranks.call(jobs.trained, changed, None, sizes):
         assert_same_run(found, expected)
@@ -96,7 +97,7 @@ def test_a_checkpoint_does_not_resume_on_another_number_of_ranks(
     ids=str,
 )
 def test_ranks_share_a_batch_unevenly(
-    changes: dict[str, int], what: str, training: jobs.Training, two_ranks: Ranks
+    changes: dict[str, Any], what: str, training: jobs.Training, two_ranks: Ranks
 ) -> None:
     changed = dataclasses.replace(training, options=dataclasses.replace(training.options, **changes))
     with pytest.raises(AssertionError, match=f"{what} of 6 teachers, expected a multiple of the 2 ranks"):

@@ -70,6 +70,7 @@ def batch(tokenizer: Tokenizer, generator: random.Random) -> tuple[Tensor, Tenso
 def trained_weights(config: Qwen2Config, tokenizer: Tokenizer, steps: int = STEPS) -> Qwen2Weights:
     """Weights trained on the answers of :data:`TASKS`, with and without an instruction."""
     weights = init_weights(config, seed=0)
+    assert isinstance(weights.embed_tokens, Tensor)
     parameters = [weights.embed_tokens, weights.norm]
     parameters += [getattr(block, field.name) for block in weights.blocks for field in fields(block)]
     for parameter in parameters:

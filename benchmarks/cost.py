@@ -1,0 +1,199 @@
+"""What a step of the engine costs on a mesh: a model with few constants, which ``constants.py`` measures.
+
+The work is counted from the engine's code: products with base weights, low-rank products, passes over memory by what is
+computed element by element, sums over ranks, reading of streamed blocks. A constant turns each into seconds. They add
+up, but for the reading, which goes on meanwhile.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from qwen_functional import LoraSpec, Qwen2Config
+from qwen_functional.parallel import splits
+
+FLOAT32 = 4
+# Times that a token's numbers are read or written in a block, forwards and back, counted in block.py and ops/.
+PASSES_INTERMEDIATE, PASSES_HIDDEN, PASSES_HEADS = 30, 56, 20
+
+
+@dataclass(frozen=True)
+class Constants:
+    """Of one device, while its neighbours on the host work as well.
+
+    Attributes:
+        gemm: FLOP/s of products with base weights.
+        low_rank: FLOP/s of the adapters' own.
+        memory: bytes/s of what is computed element by element.
+        sum_bytes: bytes/s of a sum over two ranks, of the tensor's own size.
+        sum_latency: seconds that the smallest sum takes.
+        disk: bytes/s of reading streamed blocks.
+    """
+
+    gemm: float
+    low_rank: float
+    memory: float
+    sum_bytes: float
+    sum_latency: float
+    disk: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A step: G adapters on a mesh, whose ``"dp"`` dimension splits the adapters and ``"tp"`` the model.
+
+    Attributes:
+        tokens: of the probes' prefix tree.
+        read: nodes of it that are read out.
+        itemsize: bytes of a base weight, and of what is multiplied.
+        per_pass: adapters at once; None for all of a rank's.
+    """
+
+    config: Qwen2Config
+    spec: LoraSpec
+    adapters: int
+    tokens: int
+    read: int
+    itemsize: int = 2
+    data_parallel: int = 1
+    tensor_parallel: int = 1
+    checkpoint: str = "none"
+    stream: bool = False
+    per_pass: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.tensor_parallel not in splits(self.config):
+            raise ValueError(f"tensor parallelism over {self.tensor_parallel} ranks, expected {splits(self.config)}")
+
+    @property
+    def local_adapters(self) -> int:
+        """Of the rank that has the most."""
+        return -(-self.adapters // self.data_parallel)
+
+    @property
+    def passes(self) -> list[int]:
+        """Adapters of each pass of a rank."""
+        n, step = self.local_adapters, self.per_pass or self.local_adapters
+        return [min(step, n - start) for start in range(0, n, step)]
+
+    def matrices(self) -> dict[str, int]:
+        """Elements of a rank's base weights in a block."""
+        c, t = self.config, self.tensor_parallel
+        h = c.hidden_size
+        return {
+            "q": h * c.q_size // t,
+            "kv": 2 * h * c.kv_size // t,
+            "o": h * c.q_size // t,
+            "gate_up": 2 * h * c.intermediate_size // t,
+            "down": h * c.intermediate_size // t,
+        }
+
+    def gemm_flop(self) -> float:
+        """Of products with base weights on a rank, as the engine does them: see DESIGN of the first and last block."""
+        m, layers = self.matrices(), self.config.num_hidden_layers
+        block, qkv = sum(m.values()), m["q"] + m["kv"]
+        rest = block - qkv
+        total = 0.0
+        for n in self.passes:
+            row, all_rows, read = self.tokens, n * self.tokens, n * self.read
+            last = all_rows * m["kv"] + read * (block - m["kv"])
+            forwards = row * qkv + all_rows * rest + (layers - 2) * all_rows * block + last
+            backwards = all_rows * rest + (layers - 2) * all_rows * block + last
+            again = 0.0
+            if self.checkpoint == "block":  # neither o nor down are multiplied again
+                again = row * qkv + all_rows * m["gate_up"]
+                again += (layers - 2) * all_rows * (qkv + m["gate_up"]) + all_rows * m["kv"]
+            total += 2 * (forwards + backwards + again)
+        return total
+
+    def adapter_elements(self) -> int:
+        """Of one adapter, whole."""
+        return sum(rows * columns for rows, columns in self.spec.shapes(self.config).values())
+
+    def low_rank_flop(self) -> float:
+        """Two products forwards and four back; of q, k, v, gate and up A is whole on every rank, of o and down B."""
+        t, elements = self.tensor_parallel, 0.0
+        for name, (rows, columns) in self.spec.shapes(self.config).items():
+            by_rows = not any(part in name for part in ("o_proj", "down_proj"))
+            is_split = (".lora_B." in name) is by_rows
+            elements += rows * columns / (t if is_split else 1)
+        return 6 * elements * self.local_adapters * self.tokens
+
+    def memory_bytes(self) -> float:
+        """Read and written by what is computed element by element."""
+        c, t = self.config, self.tensor_parallel
+        each = PASSES_INTERMEDIATE * c.intermediate_size // t * self.itemsize
+        each += PASSES_HIDDEN * c.hidden_size * FLOAT32
+        each += PASSES_HEADS * (c.q_size + 2 * c.kv_size) // t * FLOAT32
+        return float(each) * (c.num_hidden_layers - 1) * self.local_adapters * self.tokens
+
+    def sums(self) -> list[float]:
+        """Bytes of each sum over the tensor-parallel ranks, the gradients' last; data-parallel ones take none."""
+        found: list[float] = []
+        gradients = self.adapter_elements() * FLOAT32
+        if self.tensor_parallel > 1:
+            for n in self.passes:
+                found += [n * self.tokens * self.config.hidden_size * self.itemsize] * (
+                    4 * self.config.num_hidden_layers - 1
+                )
+                found.append(n * gradients)
+        return [float(size) for size in found]
+
+    def block_bytes(self) -> int:
+        return sum(self.matrices().values()) * self.itemsize
+
+    def disk_bytes(self) -> float:
+        """Every block up, and down again but for the last one."""
+        return float(self.block_bytes() * (2 * self.config.num_hidden_layers - 1) * len(self.passes)) * self.stream
+
+    def memory(self) -> dict[str, float]:
+        """Bytes on a device, by what they are for."""
+        c, n = self.config, max(self.passes)
+        rows = n * self.tokens
+        embedding = c.vocab_size * c.hidden_size * self.itemsize
+        weights = 2 * self.block_bytes() if self.stream else c.num_hidden_layers * self.block_bytes() + embedding
+        stream = 2 * c.hidden_size * FLOAT32  # x and x_mid
+        kept = FLOAT32 * (c.q_size + 2 * c.kv_size) + self.itemsize * (c.q_size + 2 * c.intermediate_size)
+        each = stream + (kept // self.tensor_parallel if self.checkpoint == "none" else 0)
+        working = 6 * rows * c.intermediate_size // self.tensor_parallel * self.itemsize
+        adapters = self.local_adapters * self.adapter_elements() * FLOAT32
+        return {
+            "weights": float(weights),
+            "kept": float(each * c.num_hidden_layers * rows),
+            "working": float(working),
+            "adapters": 2.0 * adapters,  # and their gradients
+        }
+
+    def seconds(self, constants: Constants) -> dict[str, float]:
+        """By what takes them; ``total`` in the end."""
+        size = self.tensor_parallel
+        # A ring moves 2 (n - 1) / n of a tensor; the constant is that of two ranks, where this is one.
+        ring = 2 * (size - 1) / size if size > 1 else 0.0
+        parts = {
+            "products": self.gemm_flop() / constants.gemm,
+            "low-rank": self.low_rank_flop() / constants.low_rank,
+            "elementwise": self.memory_bytes() / constants.memory,
+            "sums": sum(constants.sum_latency + ring * size_ / constants.sum_bytes for size_ in self.sums()),
+        }
+        reading = self.disk_bytes() / constants.disk
+        working = sum(parts.values())
+        return {**parts, "reading": reading, "total": max(working, reading)}
+
+    def bound(self, constants: Constants) -> str:
+        """What takes the most."""
+        seconds = self.seconds(constants)
+        total = seconds.pop("total")
+        reading = seconds.pop("reading")
+        return "reading" if reading >= total and reading > 0 else max(seconds, key=lambda part: seconds[part])
+
+    def traffic(self) -> float:
+        """Bytes that a device sends in a step."""
+        size = self.tensor_parallel
+        return sum(self.sums()) * 2 * (size - 1) / size
+
+
+def meshes(plan: Plan, devices: int) -> list[Plan]:
+    """The same step on every mesh of so many devices that the model allows."""
+    sizes = [size for size in splits(plan.config) if devices % size == 0]
+    return [dataclasses.replace(plan, tensor_parallel=t, data_parallel=devices // t) for t in sizes]
