@@ -6,7 +6,8 @@ A folder of labels holds two files::
     deltas-<hash>.safetensors    the tensor "deltas" (N, …) float32, its rows sorted by the adapters' names
 
 The table is named after its content, and the manifest, which names it, is replaced last and the older table removed
-after that: whenever a process dies, the folder holds a manifest and the very table that it speaks of.
+after that: whenever a process dies, the folder holds a manifest and the very table that it speaks of. While a job is
+under way there are its lock and its parts as well: see the modules ``lock`` and ``label_parts``.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ MANIFEST, TENSOR = "manifest.json", "deltas"
 KIND, FORMAT = "delta labels", 1
 TARGETS = ("tokens", "tensors")
 # Labels that differ in one of these are never put into the same table. The rest is there to be read.
-_COMPARED = ("dtype", "model_sha256", "layer", "pooling", "probes_sha256")
+COMPARED = ("dtype", "model_sha256", "layer", "pooling", "probes_sha256")
 _SHOWN_WITH = {"model_sha256": ("model",), "probes_sha256": ("chat", "max_length")}
 # Tables, and what a process that died has left half written.
 _STALE = re.compile(r"deltas-[0-9a-f]{16}\.safetensors(\.\d+\.unfinished)?|manifest\.json\.\d+\.unfinished")
@@ -242,20 +243,30 @@ class LabelWriter:
 
     def __init__(self, folder: str | Path, settings: Mapping[str, Any], shape: Sequence[int]) -> None:
         self.folder, self.settings, self.shape = Path(folder), dict(settings), tuple(shape)
-        self.labels: dict[str, tuple[Label, Tensor]] = {}
-        self.failures: dict[str, Failure] = {}
+        self.hold([], [])
         self.changed = False
         if (self.folder / MANIFEST).exists():
             existing = DeltaLabels(self.folder)
-            _require_same(self.folder, existing.settings, self.settings)
+            require_same(self.folder, existing.settings, self.settings)
             deltas = existing.tensor.clone()  # the file that it is mapped from will be removed
-            for entry, delta in zip(existing.manifest["adapters"], deltas, strict=True):
-                label = Label(**{key: value for key, value in entry.items() if key != "row"})
-                self.labels[label.name] = label, delta
-            self.failures = {entry["name"]: Failure(**entry) for entry in existing.manifest["failed"]}
+            entries = ({k: v for k, v in entry.items() if k != "row"} for entry in existing.manifest["adapters"])
+            labels = [Label(**entry) for entry in entries]
+            failures = [Failure(**entry) for entry in existing.manifest["failed"]]
+            self.hold(list(zip(labels, deltas, strict=True)), failures)
         elif self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"{self.folder} is a file, expected a folder for labels, or none yet")
-        self.by_content = {label.sha256: (label, delta) for label, delta in self.labels.values()}
+
+    def hold(self, labels: Sequence[tuple[Label, Tensor]], failures: Sequence[Failure]) -> None:
+        """Take these for what the folder held at first."""
+        self.labels = {label.name: (label, delta) for label, delta in labels}
+        self.failures = {failure.name: failure for failure in failures}
+        self._at_first = dict(self.labels)
+        self._by_content = {label.sha256: (label, delta) for label, delta in self.labels.values()}
+
+    def known(self, name: str, sha256: str) -> tuple[Label, Tensor] | None:
+        """What the folder held at first for an adapter of this content, its own label before that of a copy."""
+        own = self._at_first.get(name)
+        return own if own is not None and own[0].sha256 == sha256 else self._by_content.get(sha256)
 
     def add(self, label: Label, delta: Tensor) -> None:
         """Give an adapter its delta, instead of one that it may have had."""
@@ -332,8 +343,9 @@ def _read_table(file: Path) -> Tensor:
         raise ValueError(f"{file} cannot be read, expected the table that {MANIFEST} names: {error}") from error
 
 
-def _require_same(folder: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    differing = [key for key in _COMPARED if there.get(key) != here.get(key)]
+def require_same(folder: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Refuse (``ValueError``) to put labels of ``here``'s settings to those of ``there`` in a folder."""
+    differing = [key for key in COMPARED if there.get(key) != here.get(key)]
     if "dtype" in differing and "model_sha256" in differing:
         differing.remove("model_sha256")  # it is of the weights in their dtype
     if not differing:

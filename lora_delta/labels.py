@@ -1,46 +1,59 @@
-"""Delta labels: the deltas of many adapters, many at a time, written to a folder.
+"""Delta labels: the deltas of many adapters, many at a time, written to a folder, by one process or several.
 
-Adapters of any rank, scale and modules share a pass: a smaller rank is filled up with zeros, a module that an adapter
-lacks is zero, and the scale is multiplied into B. So an adapter's delta depends on the others of its pass by rounding
-alone, and every pass is as large as it can be. The next pass is read from disk while the present one computes.
+An adapter's delta depends on the others of its pass by rounding alone, so every pass is as large as it can be. The
+adapters are cut into units of one pass each. Every process takes the next unit that none has taken, reads it from disk
+while the unit before is computed, and writes what it finished to a part of its own; the first one puts the parts
+together in the end.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from qwen_functional import Lora, LoraSpec, PackedTokens, Qwen2Config, Qwen2Weights
-from qwen_functional.dtypes import accumulation_dtype
-from qwen_functional.lora import PROJECTIONS, LoraPair
+from qwen_functional import LoraSpec, PackedTokens, Qwen2Config, Qwen2Weights
 
-from .adapter_config import CONFIG_FILE
-from .adapters import adapter_fingerprint, find_adapters, load_peft_adapter
+from .adapters import find_adapters
 from .delta import DifferentiableDeltaCompute
-from .label_table import Failure, Label, LabelWriter, adapter_name
+from .distributed import Counters, Ranks, as_told, told
+from .label_parts import LabelJob
+from .label_table import Failure, Label, LabelWriter, adapter_name, require_same
+from .label_units import Unit, UnitReader, share_a_pass
+from .lock import folder_lock
+
+__all__ = [
+    "LabelReport",
+    "compute_labels",
+    "label_settings",
+    "model_fingerprint",
+    "share_a_pass",
+    "spec_facts",
+    "spec_of",
+]
 
 PER_PASS_CPU, PER_PASS_GPU = 8, 32
 _DIGESTS_AT_ONCE = 8
-_OUTCOMES_PER_BATCH = 64  # of adapters that need no computing, so that the bar moves
+# Counts that all ranks share: units handed out, and adapters by what became of them.
+_UNITS, _COMPUTED, _REUSED, _FAILED = "units", "computed", "reused", "failed"
 
 
 @dataclass(frozen=True)
 class LabelReport:
-    """What :func:`compute_labels` did.
+    """What :func:`compute_labels` did, in all processes together.
 
     Attributes:
         computed: names of the adapters whose delta was computed.
@@ -69,100 +82,177 @@ def compute_labels(
     max_length: int | None = None,
     adapters_per_pass: int | None = None,
     local_files_only: bool = False,
-    save_every: float = 60.0,
     progress: bool = True,
 ) -> LabelReport:
     """Compute the deltas of adapters, each under its own spec, and add them to the label folder ``out``.
 
     An adapter whose content has a label in the folder is not computed again; one that has changed since is. Labels
     of adapters that are not named stay. An adapter that cannot be read, does not fit the model, or has a delta that
-    is not finite is a failure in the report and the manifest; the others go on. What is finished is on disk every
-    ``save_every`` seconds, and when the call ends in any way, Ctrl-C included. ``label_table`` describes the files,
+    is not finite is a failure in the report and the manifest; the others go on. ``label_table`` describes the files,
     :class:`lora_delta.label_table.DeltaLabels` reads them.
+
+    Where torch.distributed's default group is there, all of its ranks make this call, with the same arguments and one
+    folder that all of them see, and share the work. What is finished is on disk after every pass. A call that was
+    killed, whatever the moment and however many ranks it had, goes on when it is made again, and ends in the bytes
+    that an uninterrupted one on that machine writes. One that ends in an exception, Ctrl-C included, has brought the
+    table up to date; an exception in one rank ends all of them after what they have
+    begun.
 
     Args:
         delta: base model, probes, layer and pooling; its own spec plays no part.
         adapters: folders, folders of folders, globs, ``.txt`` lists, hub ids: see
-            :func:`lora_delta.adapters.find_adapters`.
+            :func:`lora_delta.adapters.find_adapters`. Those of rank 0 count.
         model, probes, chat, max_length: of what ``delta`` was made, for the manifest. What labels depend on is found
             out from ``delta`` itself: the content of its config and weights, its token ids, layer, pooling, dtype.
         fingerprint: :func:`model_fingerprint` of the model, where it is known already.
         adapters_per_pass: by default that of ``delta``, else 8 on a CPU and 32 on a GPU.
         local_files_only: take hub ids from the local cache only.
-        progress: show a progress bar on stderr.
+        progress: show a progress bar on stderr, on rank 0.
+
+    Returns:
+        The same report in all ranks.
 
     Raises:
-        ValueError: no adapters; ``out`` holds something else, or labels of another model, other probes, layer,
-            pooling or dtype. Nothing is written then.
+        ValueError: no adapters; another job is at work in ``out``; ``out`` holds something else, or labels of another
+            model, other probes, layer, pooling or dtype. Nothing is written then.
     """
+    ranks, out = Ranks.current(), Path(out)
     per_pass = _adapters_per_pass(delta, adapters_per_pass)
-    found = [source if isinstance(source, str) else source.resolve() for source in find_adapters(adapters)]
-    sources = {adapter_name(source, out): str(source) for source in found}
+    shape = delta.base_activation.shape
     settings = label_settings(
         delta, model=model, fingerprint=fingerprint, probes=probes, chat=chat, max_length=max_length
     )
-    writer = LabelWriter(out, settings, delta.base_activation.shape)
-    start = saved = time.monotonic()
-    computed: list[str] = []
-    reused: list[str] = []
-    failed: list[Failure] = []
-    stop = threading.Event()
-    reader = _Reader(delta, writer, per_pass, local_files_only, stop.is_set)
-    batches = reader.batches(sources)
-    with ThreadPoolExecutor(1) as pool, tqdm(total=len(sources), unit=" adapters", disable=not progress) as bar:
+    with ExitStack() as held:  # by rank 0: the lock of the folder
+
+        def begin() -> LabelJob:
+            found = [source if isinstance(source, str) else source.resolve() for source in find_adapters(adapters)]
+            sources = {adapter_name(source, out): str(source) for source in found}
+            held.enter_context(folder_lock(out))
+            return LabelJob.begin(out, settings, shape, sources, per_pass, delta.weights.packed is not None)
+
+        job = ranks.first(begin)
+        start, counters, total = time.monotonic(), ranks.counters(), len(job.sources)
+        computed: list[str] = []
+        error: BaseException | None = None
+        with tqdm(total=total, unit=" adapters", disable=not progress or ranks.rank > 0) as bar:
+            try:
+                require_same(out, job.settings, settings)  # another rank could have been given another model
+                multiplied = _multiplied_as(job, delta)
+                before = job.before(settings, shape)
+                reader = UnitReader(job, before, multiplied.config, multiplied.weights, local_files_only)
+                with closing(_units(reader, len(job.units), counters)) as units:
+                    for unit in units:
+                        names = _compute(unit, multiplied)
+                        if not unit.on_disk:
+                            job.write(unit.index, unit.part)
+                        computed += names
+                        _show(bar, total, counters, len(names), unit.reused, len(unit.part.failures))
+            except BaseException as raised:
+                error = raised
+                with suppress(Exception):
+                    counters.add(_UNITS, len(job.units))  # the others take no more
+            try:
+                ends = ranks.gather((told(error) if error else None, computed))
+            except Exception as lost:  # a rank is gone
+                raise error or lost from None
+            with suppress(Exception):
+                _show(bar, total, counters)
+        broken = {rank: words for rank, (words, _) in enumerate(ends) if words is not None}
+
+        def end() -> LabelReport:
+            computed_by_all = {name for _, names in ends for name in names}
+            return _merged(job, job.before(settings, shape), computed_by_all, not broken, start)
+
+        report = ranks.first(end)
+    if error is not None:
+        raise error
+    for rank, words in broken.items():
+        raise as_told(rank, words)
+    return report
+
+
+def _units(reader: UnitReader, n: int, counters: Counters) -> Generator[Unit, None, None]:
+    """Those of the ``n`` units that come to this rank; the next one is read ahead."""
+
+    def take() -> Unit | None:
+        index = counters.add(_UNITS) - 1
+        return reader.read(index) if index < n else None
+
+    with ThreadPoolExecutor(1) as pool:
         try:
-            ahead = pool.submit(next, batches, None)
-            while (batch := ahead.result()) is not None:
-                ahead = pool.submit(next, batches, None)
-                failures = list(batch.failed)
-                for label, row in batch.reused:
-                    writer.add(label, row)
-                    reused.append(label.name)
-                if batch.lora is not None:
-                    rows = delta.deltas(batch.lora).float().cpu()
-                    for one, row in zip(batch.loaded, rows, strict=True):
-                        if row.isfinite().all():
-                            writer.add(one.label(row), row)
-                            computed.append(one.name)
-                        else:
-                            failures.append((Failure(one.name, one.source, "its delta is not finite"), one.sha256))
-                for failure, sha256 in failures:
-                    writer.fail(failure, sha256)
-                    failed.append(failure)
-                bar.total -= len(batch.reused)  # they would spoil the rate
-                if failed:
-                    bar.set_postfix(failed=len(failed), refresh=False)
-                bar.update(len(batch.loaded) + len(batch.failed))
-                if time.monotonic() - saved > save_every:
-                    writer.save()
-                    saved = time.monotonic()
+            ahead = pool.submit(take)
+            while (unit := ahead.result()) is not None:
+                ahead = pool.submit(take)
+                yield unit
         finally:
-            stop.set()
-            writer.save()
-    seconds = time.monotonic() - start
-    return LabelReport(tuple(computed), tuple(reused), tuple(failed), len(writer.labels), seconds)
+            reader.stop()
 
 
-def share_a_pass(loras: Sequence[Lora], dtype: torch.dtype, device: torch.device | str = "cpu") -> Lora:
-    """One Lora of G adapters from G of one each, with whatever ranks, scales and modules.
+def _compute(unit: Unit, delta: DifferentiableDeltaCompute) -> list[str]:
+    """Add to a unit's part the deltas that its adapters wait for; the names of those that have one now."""
+    if unit.lora is None:
+        return []
+    names = []
+    for one, row in zip(unit.loaded, delta.deltas(unit.lora).float().cpu(), strict=True):
+        if row.isfinite().all():
+            norm = float(torch.linalg.vector_norm(row.double()))
+            label = Label(one.name, one.source, one.sha256, norm, spec_facts(one.spec), _version())
+            unit.part.labels.append((label, row))
+            names.append(one.name)
+        else:
+            unit.part.failures.append((Failure(one.name, one.source, "its delta is not finite"), one.sha256))
+    return names
 
-    Exact but for the rounding to ``dtype``: ranks are filled up with zeros, and B holds ``scaling · B``.
+
+def _multiplied_as(job: LabelJob, delta: DifferentiableDeltaCompute) -> DifferentiableDeltaCompute:
+    """The delta with its weights packed or not, as where the job began: how much memory was free has decided that."""
+    if job.prepacked == (delta.weights.packed is not None):
+        return delta
+    delta = copy.copy(delta)
+    packs = job.prepacked and delta.weights.can_prepack
+    delta.weights = delta.weights.prepack() if packs else replace(delta.weights, packed=None)
+    delta._bases = OrderedDict()
+    return delta
+
+
+def _show(bar: tqdm, total: int, counters: Counters, computed: int = 0, reused: int = 0, failed: int = 0) -> None:
+    """Count some adapters, and show what all ranks have counted."""
+    computed, reused, failed = (
+        counters.add(name, n) for name, n in ((_COMPUTED, computed), (_REUSED, reused), (_FAILED, failed))
+    )
+    bar.total = total - reused  # they would spoil the rate
+    if failed:
+        bar.set_postfix(failed=failed, refresh=False)
+    bar.update(computed + failed - bar.n)
+
+
+def _merged(job: LabelJob, writer: LabelWriter, computed: set[str], whole: bool, start: float) -> LabelReport:
+    """Bring the table up to date from the parts, and remove these once the job is whole.
+
+    Args:
+        writer: of the labels that the folder held when the job began.
+        computed: names of what was computed since ``start``.
     """
-    projections = list(PROJECTIONS)
-    keys = sorted({key for lora in loras for key in lora.pairs}, key=lambda k: (k[0], projections.index(k[1])))
-    wide, pairs = accumulation_dtype(dtype), {}
-    for key in keys:
-        own = {index: lora.pairs[key] for index, lora in enumerate(loras) if key in lora.pairs}
-        rank = max(pair.A.shape[1] for pair in own.values())
-        one = next(iter(own.values()))
-        A = torch.zeros(len(loras), rank, one.A.shape[2], dtype=dtype, device=device)
-        B = torch.zeros(len(loras), one.B.shape[1], rank, dtype=dtype, device=device)
-        for index, pair in own.items():
-            r = pair.A.shape[1]
-            A[index, :r] = pair.A[0]
-            B[index, :, :r] = pair.B[0].to(wide) * pair.scaling
-        pairs[key] = LoraPair(A, B, 1.0)
-    return Lora(pairs, len(loras), batched=True)
+    if not whole and job.has_parts():
+        job.keep_before(writer)
+    parts = job.merge(writer)
+    missing = [unit for unit in range(len(job.units)) if unit not in parts]
+    if whole and missing:
+        raise ValueError(
+            f"{job.folder} lacks the parts of {len(missing)} units that were finished, expected all of them there: "
+            "the ranks of a job share one folder"
+        )
+    writer.save()
+    if whole or not parts:
+        job.discard()
+    names = [label.name for part in parts.values() for label, _ in part.labels]
+    return LabelReport(
+        tuple(name for name in names if name in computed),
+        tuple(name for name in names if name not in computed),
+        tuple(failure for part in parts.values() for failure, _ in part.failures),
+        len(writer.labels),
+        time.monotonic() - start,
+    )
 
 
 def label_settings(
@@ -244,93 +334,6 @@ def _adapters_per_pass(delta: DifferentiableDeltaCompute, wanted: int | None) ->
     if not isinstance(n, int) or isinstance(n, bool) or n < 1:
         raise ValueError(f"adapters_per_pass is {n!r}, expected 1 or more, or None")
     return n
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    """An adapter that waits for its delta."""
-
-    name: str
-    source: str
-    sha256: str
-    spec: LoraSpec
-
-    def label(self, delta: Tensor) -> Label:
-        norm = float(torch.linalg.vector_norm(delta.double()))
-        return Label(self.name, self.source, self.sha256, norm, spec_facts(self.spec), _version())
-
-
-@dataclass
-class _Batch:
-    """What the reader hands on. ``lora`` holds all of ``loaded``, once there are enough for a pass."""
-
-    reused: list[tuple[Label, Tensor]] = field(default_factory=list)
-    failed: list[tuple[Failure, str | None]] = field(default_factory=list)
-    loaded: list[_Loaded] = field(default_factory=list)
-    loras: list[Lora] = field(default_factory=list)  # of each
-    lora: Lora | None = None
-
-
-class _Reader:
-    """Reads adapters and makes passes of them, in a thread of its own."""
-
-    def __init__(
-        self,
-        delta: DifferentiableDeltaCompute,
-        writer: LabelWriter,
-        per_pass: int,
-        local_files_only: bool,
-        stopped: Callable[[], bool],
-    ) -> None:
-        self.config, self.weights = delta.config, delta.weights
-        self.known, self.out = writer.by_content, writer.folder
-        self.per_pass, self.local_files_only, self.stopped = per_pass, local_files_only, stopped
-
-    def batches(self, sources: dict[str, str]) -> Iterator[_Batch]:
-        """All adapters of {name: source}, alike ones next to each other: little is filled up with zeros."""
-        batch = _Batch()
-        for name in sorted(sources, key=lambda name: (*_kind(sources[name]), name)):
-            if self.stopped():
-                return
-            self._read(name, sources[name], batch)
-            if len(batch.loaded) == self.per_pass:
-                yield self._with_lora(batch)
-                batch = _Batch()
-            elif len(batch.reused) + len(batch.failed) >= _OUTCOMES_PER_BATCH:
-                yield _Batch(batch.reused, batch.failed)
-                batch = _Batch(loaded=batch.loaded, loras=batch.loras)
-        yield self._with_lora(batch)
-
-    def _read(self, name: str, source: str, batch: _Batch) -> None:
-        sha256 = None
-        try:
-            sha256 = adapter_fingerprint(source, local_files_only=self.local_files_only)
-            if sha256 in self.known:
-                label, row = self.known[sha256]
-                batch.reused.append((Label(name, source, sha256, label.norm, label.spec, label.version), row))
-                return
-            spec, tensors = load_peft_adapter(source, local_files_only=self.local_files_only, config=self.config)
-            batch.loras.append(spec.bind(self.config, tensors))
-            batch.loaded.append(_Loaded(name, source, sha256, spec))
-        except (ValueError, OSError, SafetensorError) as error:
-            batch.failed.append((Failure(name, source, " ".join(str(error).split())), sha256))
-
-    def _with_lora(self, batch: _Batch) -> _Batch:
-        if batch.loaded:
-            batch.lora = share_a_pass(batch.loras, self.weights.compute_dtype, self.weights.device)
-            batch.loras = []
-        return batch
-
-
-def _kind(source: str) -> tuple[int, str]:
-    """Sorts adapters by what their config declares, without reading their tensors. A guess: any may share a pass."""
-    try:
-        config = json.loads((Path(source) / CONFIG_FILE).read_text(encoding="utf-8"))
-        places = [config.get(key) for key in ("target_modules", "rank_pattern", "layers_to_transform")]
-        places[0] = sorted(places[0]) if isinstance(places[0], list) else places[0]
-        return int(config["r"]), json.dumps(places)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return 0, ""  # on the hub, or not to be read
 
 
 def spec_facts(spec: LoraSpec) -> dict[str, Any]:

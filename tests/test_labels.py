@@ -16,6 +16,7 @@ from torch import Tensor
 from lora_delta import DifferentiableDeltaCompute, cli, labels
 from lora_delta.adapters import save_peft_adapter
 from lora_delta.embedded import embedded_checkpoint
+from lora_delta.label_parts import Part
 from lora_delta.label_table import DeltaLabels
 from lora_delta.labels import compute_labels, model_fingerprint, share_a_pass
 from qwen_functional import LoraSpec, Qwen2Config, init_weights
@@ -160,7 +161,7 @@ def test_a_changed_adapter_keeps_its_label_or_others_lose_theirs(
     save(teachers / "f", LoraSpec(rank=1), seed=10)
     shutil.copytree(teachers / "a", teachers / "copy")
     report = label(teachers, tmp_path / "labels")
-    assert passes == [2, 2, 1, 2]
+    assert passes == [2, 2, 1, 1, 1]  # units are fixed before contents are known: "f" and "c" do not share a pass
     assert (set(report.computed), len(report.reused)) == ({"teachers/c", "teachers/f"}, 5)
     after = DeltaLabels(tmp_path / "labels")
     assert after.names == [f"teachers/{name}" for name in ("a", "b", "c", "copy", "d", "e", "f")]
@@ -257,21 +258,19 @@ def test_a_killed_run_loses_all(teachers: Path, tmp_path: Path, monkeypatch: pyt
     compute = DifferentiableDeltaCompute.deltas
 
     def watched(delta: DifferentiableDeltaCompute, lora: Any) -> Tensor:
-        on_disk.append(len(DeltaLabels(tmp_path / "labels")) if (tmp_path / "labels").exists() else 0)
+        parts = [Part.load(file) for file in (tmp_path / "labels").glob("parts-*/unit-*.safetensors")]
+        on_disk.append(sum(len(part.labels) for part in parts if part))
         return compute(delta, lora)
 
     monkeypatch.setattr(DifferentiableDeltaCompute, "deltas", watched)
-    label(teachers, tmp_path / "labels", save_every=0)
+    label(teachers, tmp_path / "labels")
     assert on_disk == [0, 2, 4]
-    on_disk.clear()
-    label(teachers, tmp_path / "others", save_every=3600)
-    assert on_disk == [5, 5, 5]
+    assert [file.suffix for file in sorted((tmp_path / "labels").iterdir())] == [".safetensors", ".json"]
 
 
-def test_many_adapters_that_are_there_already_hold_up_the_others(
-    teachers: Path, tmp_path: Path, passes: list[int], monkeypatch: pytest.MonkeyPatch
+def test_new_adapters_among_many_with_labels_have_a_pass_each(
+    teachers: Path, tmp_path: Path, passes: list[int]
 ) -> None:
-    monkeypatch.setattr(labels, "_OUTCOMES_PER_BATCH", 2)
     label(teachers, tmp_path / "labels")
     for seed, name in enumerate(("a0", "c0", "f"), 20):
         save(teachers / name, seed=seed)

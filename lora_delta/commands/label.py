@@ -12,6 +12,7 @@ from qwen_functional.memory import keep_freed_memory
 
 from ..adapters import find_adapters
 from ..delta import POOLINGS, DifferentiableDeltaCompute
+from ..distributed import process_group
 from ..labels import LabelReport, compute_labels
 from ..probes import create_generic_probes
 from . import DTYPES
@@ -25,7 +26,8 @@ def add(subcommands: argparse._SubParsersAction) -> None:
         "label",
         help="write the deltas of many adapters to a folder",
         description="Computes the deltas of LoRA adapters, many at a time, and adds them to a folder of labels. What "
-        "has a label there already is not computed again. Exit status 1 when an adapter has none in the end.",
+        "has a label there already is not computed again, and a killed job goes on when it is started again. Under "
+        "torchrun all processes share the work. Exit status 1 when an adapter has no label in the end.",
     )
     label.add_argument(
         "adapters",
@@ -58,37 +60,43 @@ def add(subcommands: argparse._SubParsersAction) -> None:
 
 def _label(options: argparse.Namespace) -> int:
     keep_freed_memory()
-    adapters = find_adapters(options.adapters)  # before anything large is read
+    find_adapters(options.adapters)  # before anything large is read
     probes = create_generic_probes() if options.probes is None else _probes(options.probes)
-    delta = DifferentiableDeltaCompute.from_pretrained(
-        options.model,
-        probes,
-        dtype=DTYPES[options.dtype],
-        device=options.device,
-        max_length=options.max_length,
-        chat=options.chat,
-        layer=_layers(options.layer),
-        pooling=options.pooling,
-        adapters_per_pass=options.adapters_per_pass,
-    )
-    if delta.truncated_probes:
-        cut = ", ".join(map(str, delta.truncated_probes))
-        print(f"cut to {options.max_length} tokens: probes {cut}, counted from 0", file=sys.stderr)
-    try:
-        report = compute_labels(
-            delta,
-            adapters,
-            options.out,
-            model=options.model,
-            probes=probes,
-            chat=options.chat,
+    with process_group(options.device) as ranks:
+        delta = DifferentiableDeltaCompute.from_pretrained(
+            options.model,
+            probes,
+            dtype=DTYPES[options.dtype],
+            device=ranks.device,
             max_length=options.max_length,
-            progress=not options.quiet,
+            chat=options.chat,
+            layer=_layers(options.layer),
+            pooling=options.pooling,
+            adapters_per_pass=options.adapters_per_pass,
         )
-    except KeyboardInterrupt:
-        print(f"interrupted: what was finished is in {options.out}; the same command goes on there", file=sys.stderr)
-        return _INTERRUPTED
-    print(json.dumps(_facts(report, options.out), indent=1) if options.json else _summary(report, options.out))
+        speaks = ranks.rank == 0
+        if delta.truncated_probes and speaks:
+            cut = ", ".join(map(str, delta.truncated_probes))
+            print(f"cut to {options.max_length} tokens: probes {cut}, counted from 0", file=sys.stderr)
+        try:
+            report = compute_labels(
+                delta,
+                options.adapters,
+                options.out,
+                model=options.model,
+                probes=probes,
+                chat=options.chat,
+                max_length=options.max_length,
+                progress=not options.quiet,
+            )
+        except KeyboardInterrupt:
+            where = options.out
+            if speaks:
+                print(f"interrupted: what was finished is in {where}; the same command goes on there", file=sys.stderr)
+            return _INTERRUPTED
+        if speaks:
+            facts = json.dumps(_facts(report, options.out), indent=1) if options.json else _summary(report, options.out)
+            print(facts, flush=True)
     return 1 if report.failed else 0
 
 

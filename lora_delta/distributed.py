@@ -1,0 +1,149 @@
+"""Several processes on one job, as ``torchrun`` starts them: who is who, and what they tell each other.
+
+torch.distributed does the work. What is written for several ranks runs unchanged in a single process.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+Told = tuple[str, str]  # an exception's kind and its message
+_SAME_KIND: tuple[type[BaseException], ...] = (KeyboardInterrupt, ValueError, ImportError)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a job.
+
+    Attributes:
+        rank: of this process, from 0.
+        world_size: how many there are.
+        device: what :func:`process_group` gives this process to compute on; None elsewhere.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device | None = None
+
+    @classmethod
+    def current(cls, device: torch.device | None = None) -> Ranks:
+        """Those of torch.distributed's default group; without one this process is alone."""
+        if dist.is_available() and dist.is_initialized():
+            return cls(dist.get_rank(), dist.get_world_size(), device)
+        return cls(device=device)
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks, in all ranks. Anything that pickle takes."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def first(self, function: Callable[[], T]) -> T:
+        """What a function gives that rank 0 alone calls; an exception there is raised in all ranks."""
+        if self.world_size == 1:
+            return function()
+        answer: list[Any] = [None, None]
+        raised = None
+        if self.rank == 0:
+            try:
+                answer = [function(), None]
+            except BaseException as error:
+                raised, answer = error, [None, told(error)]
+        dist.broadcast_object_list(answer)
+        if raised is not None:
+            raise raised
+        if answer[1] is not None:
+            raise as_told(0, answer[1])
+        return answer[0]
+
+    def counters(self) -> Counters:
+        """New counts, at zero, that all ranks share. A collective call; the counts live as long as rank 0's."""
+        if self.world_size == 1:
+            return Counters(None)
+        store = None
+        if self.rank == 0:
+            host = os.environ.get("MASTER_ADDR") or socket.gethostname()
+            store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        host, port = self.first(lambda: (store.host, store.port))  # type: ignore[union-attr]
+        return Counters(store or dist.TCPStore(host, port, is_master=False))
+
+
+class Counters:
+    """Counts by name. Additions are atomic over all ranks and threads."""
+
+    def __init__(self, store: dist.Store | None) -> None:
+        self._store, self._own = store, Counter[str]()
+
+    def add(self, name: str, amount: int = 1) -> int:
+        """Add to a count, which begins at 0; what it is then."""
+        if self._store is not None:
+            return self._store.add(name, amount)
+        self._own[name] += amount
+        return self._own[name]
+
+
+def told(error: BaseException) -> Told:
+    """An exception in words that every other rank can read."""
+    kind = next((kind for kind in _SAME_KIND if isinstance(error, kind)), None)
+    if kind is not None:
+        return kind.__name__, str(error)
+    return type(error).__name__, f"{type(error).__name__}: {error}"
+
+
+def as_told(rank: int, words: Told) -> BaseException:
+    """The exception of another rank, to be raised here: of the same kind where the exit status depends on it."""
+    for kind in _SAME_KIND:
+        if kind.__name__ == words[0]:
+            return kind(words[1])
+    return RuntimeError(f"rank {rank} failed: {words[1]}")
+
+
+@contextmanager
+def process_group(device: torch.device | str | None = None) -> Iterator[Ranks]:
+    """torch.distributed's default group for a command that ``torchrun`` has started, and its end afterwards.
+
+    gloo on CPUs; on GPUs NCCL, with gloo for what is not on a GPU. Without ``torchrun`` (RANK and WORLD_SIZE are not
+    in the environment) the process is alone, and there is no group.
+
+    Args:
+        device: by default a GPU where there is one, else the CPU. A GPU without a number is that of LOCAL_RANK.
+
+    Raises:
+        ValueError: no such GPU.
+    """
+    under_torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    ours = under_torchrun and dist.is_available() and not dist.is_initialized()
+    device = _own_device(device, int(os.environ.get("LOCAL_RANK", 0)) if under_torchrun else None)
+    if not ours:
+        yield Ranks.current(device)
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    ranks = Ranks.current(device)
+    yield ranks  # after an exception the others may be anywhere: this process ends, and torchrun ends them
+    ranks.gather(None)  # and whenever one ends with another status than 0: not before all are done
+    dist.destroy_process_group()
+
+
+def _own_device(device: torch.device | str | None, local_rank: int | None) -> torch.device:
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None and local_rank is not None:
+        if local_rank >= (there := torch.cuda.device_count()):
+            raise ValueError(f"LOCAL_RANK is {local_rank} and there are {there} GPUs, expected one for each process")
+        device = torch.device("cuda", local_rank)
+    return device
