@@ -29,21 +29,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from qwen_functional import LoraSpec, Qwen2Config, Qwen2Weights, load_pretrained
 from qwen_functional.checkpoint import resolve_checkpoint
 from qwen_functional.files import read_json_object
+from qwen_functional.parallel import TENSOR_PARALLEL
 
 from .chat import read_probes
 from .commands import DTYPES
 from .conditions import PromptEncoder
 from .delta import DifferentiableDeltaCompute
+from .distributed import Ranks
 from .embedded import embedded_checkpoint
 from .files import write_json
 from .generator import LoRAGenerator
 from .label_table import DeltaLabels
 from .labels import label_settings, spec_facts, spec_of
 from .losses import Schedule
+from .shares import DATA_PARALLEL
 from .tokenization import load_tokenizer
 from .tokens import TokenFormat
 from .training import CHECKPOINT, TERMS, TrainingOptions, load_generator_state, train
@@ -58,6 +62,8 @@ class RunConfig:
 
     Attributes:
         dtype: of the base weights.
+        tensor_parallel: how many of ``torchrun``'s processes hold the base model together.
+        stream: leave the base model on disk, see :func:`qwen_functional.load_pretrained`.
         condition_layer: the block whose output conditions the generator, −1 after the final norm.
         max_length: tokens of a prompt.
         format: ``rank`` and ``chunk_width`` of :meth:`TokenFormat.for_config`.
@@ -71,6 +77,8 @@ class RunConfig:
     dtype: str = "bfloat16"
     device: str | None = None
     adapters_per_pass: int | None = None
+    tensor_parallel: int = 1
+    stream: bool = False
     condition_layer: int = -1
     max_length: int = 128
     format: Mapping[str, int] = field(default_factory=dict)
@@ -111,6 +119,11 @@ class RunConfig:
                 raise ValueError(f"{path} gives {name} = {value!r} in [format], expected an integer")
         if table.get("dtype", "bfloat16") not in DTYPES:
             raise ValueError(f"{path} gives dtype = {table['dtype']!r}, expected one of {tuple(DTYPES)}")
+        split = table.get("tensor_parallel", 1)
+        if not isinstance(split, int) or isinstance(split, bool) or split < 1:
+            raise ValueError(f"{path} gives tensor_parallel = {split!r}, expected an integer of at least 1")
+        if not isinstance(table.get("stream", False), bool):
+            raise ValueError(f"{path} gives stream = {table['stream']!r}, expected true or false")
         try:
             return cls(**{**table, "training": TrainingOptions(**training)})
         except TypeError as error:
@@ -182,18 +195,22 @@ class Run:
     generator: LoRAGenerator
 
 
-def load_base(base: str, dtype: str, device: str | None) -> tuple[Path, Qwen2Config, Qwen2Weights]:
+def load_base(
+    base: str, dtype: str, device: torch.device | str | None, mesh: DeviceMesh | None = None, stream: bool = False
+) -> tuple[Path, Qwen2Config, Qwen2Weights]:
     """(folder, config, weights) of a hub id, a folder, or ``"embedded"``."""
     folder = embedded_checkpoint() if base == "embedded" else resolve_checkpoint(base)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    config, weights = load_pretrained(folder, dtype=DTYPES[dtype], device=place, lm_head=False)
+    places: dict[str, Any] = {"device": place, "mesh": mesh, "stream": stream}
+    config, weights = load_pretrained(folder, dtype=DTYPES[dtype], lm_head=False, **places)
     return folder, config, weights
 
 
-def train_run(config: RunConfig, *, progress: bool = True) -> list[dict[str, float]]:
+def train_run(config: RunConfig, ranks: Ranks | None = None, *, progress: bool = True) -> list[dict[str, float]]:
     """Train a generator as a file says; its folder then holds ``run.json``, metrics and a checkpoint.
 
-    The deltas are computed under the settings of the labels: probes, layer and pooling.
+    The deltas are computed under the settings of the labels: probes, layer and pooling. Several ranks share each
+    micro-batch, and ``config.tensor_parallel`` of them the base model.
 
     Returns:
         The metrics of every step, see :func:`lora_delta.training.train`.
@@ -202,9 +219,11 @@ def train_run(config: RunConfig, *, progress: bool = True) -> list[dict[str, flo
         ValueError: labels of another base model or dtype, an adapter without a label, teachers that differ in their
             spec or do not fit the token format, or as ``train``.
     """
+    ranks = Ranks() if ranks is None else ranks
+    mesh = mesh_of(ranks, config.tensor_parallel)
     labels = DeltaLabels(config.labels)
     prompts = read_prompts(config.prompts)
-    folder, base, weights = load_base(config.base, config.dtype, config.device)
+    folder, base, weights = load_base(config.base, config.dtype, ranks.device or config.device, mesh, config.stream)
     tokenizer = load_tokenizer(folder)
     format = TokenFormat.for_config(base, config.format["rank"], config.format["chunk_width"])
     for name in prompts:
@@ -219,8 +238,24 @@ def train_run(config: RunConfig, *, progress: bool = True) -> list[dict[str, flo
     generator = LoRAGenerator(format, base.hidden_size, **config.generator).to(weights.device)
     if not (config.out / CHECKPOINT).exists():
         generator.fit(torch.stack([teachers[i][1] for i in range(min(len(teachers), STATISTICS))]))
-    save_run(config, spec)
-    return train(generator, teachers, delta, format, config.training, out=config.out, progress=progress)
+    if ranks.rank == 0:
+        save_run(config, spec)
+    return train(generator, teachers, delta, format, config.training, out=config.out, progress=progress, mesh=mesh)
+
+
+def mesh_of(ranks: Ranks, tensor_parallel: int) -> DeviceMesh | None:
+    """All ranks as a mesh of ``"dp"`` and ``"tp"``; None for one alone.
+
+    Raises:
+        ValueError: the ranks are no multiple of ``tensor_parallel``.
+    """
+    if ranks.world_size % tensor_parallel:
+        raise ValueError(f"tensor_parallel is {tensor_parallel}, expected a divisor of the {ranks.world_size} ranks")
+    if ranks.world_size == 1:
+        return None
+    kind = ranks.device.type if ranks.device is not None else "cpu"
+    shape = (ranks.world_size // tensor_parallel, tensor_parallel)
+    return init_device_mesh(kind, shape, mesh_dim_names=(DATA_PARALLEL, TENSOR_PARALLEL))
 
 
 def delta_of(

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from qwen_functional.memory import keep_freed_memory
 
+from ..distributed import process_group
+
 
 def add(subcommands: argparse._SubParsersAction) -> None:
     """Register the subcommand."""
@@ -15,7 +17,8 @@ def add(subcommands: argparse._SubParsersAction) -> None:
         "train",
         help="train a generator from prompts to LoRA weights, by weights and by deltas",
         description="Trains the reference generator on labelled teachers as a TOML file says; the module "
-        "lora_delta.runs shows one. Run again, it goes on from its last checkpoint.",
+        "lora_delta.runs shows one. Run again, it goes on from its last checkpoint, under torchrun on any number of "
+        "processes.",
     )
     train.add_argument("config", type=Path, metavar="CONFIG.toml")
     train.add_argument("--json", action="store_true", help="print the last step's metrics as JSON")
@@ -28,7 +31,10 @@ def _train(options: argparse.Namespace) -> int:
 
     config = RunConfig.from_toml(options.config)
     keep_freed_memory()
-    history = train_run(config, progress=not options.quiet)
+    with process_group(config.device) as ranks:
+        history = train_run(config, ranks, progress=not options.quiet)
+    if ranks.rank > 0:
+        return 0
     last = history[-1]
     if options.json:
         print(json.dumps(last, indent=1))
