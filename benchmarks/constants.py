@@ -88,7 +88,7 @@ class Step:
 
 def measured(processes: int, dtype: torch.dtype, threads: int, device: str) -> Constants:
     """The constants where so many processes work at once; of the slowest of them."""
-    found = in_ranks(processes, _measure, dtype, threads, device)
+    found = in_ranks(processes, device, _measure, dtype, threads, device)
     slowest = {}
     for field in dataclasses.fields(Constants):
         values = [getattr(constants, field.name) for constants in found]
@@ -101,23 +101,27 @@ def step_seconds(
 ) -> float:
     """What a step takes on a mesh of processes; of the slowest of them."""
     ranks = data_parallel * tensor_parallel
-    return max(in_ranks(ranks, _time_step, workload, data_parallel, tensor_parallel, checkpoint, threads))
+    arguments = (workload, data_parallel, tensor_parallel, checkpoint, threads)
+    return max(in_ranks(ranks, workload.device, _time_step, *arguments))
 
 
-def in_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+def in_ranks(ranks: int, device: str, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What a function returns in each of so many processes, which form a group."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         address = f"file://{Path(folder) / 'store'}"
         with context.Pool(ranks) as pool:
-            jobs = [(rank, ranks, address, function, arguments) for rank in range(ranks)]
+            jobs = [(rank, ranks, address, device, function, arguments) for rank in range(ranks)]
             return pool.starmap(_in_group, jobs, chunksize=1)
 
 
-def _in_group(rank: int, ranks: int, address: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    os.environ["LOCAL_RANK"] = str(rank)
-    backend = "nccl" if "cuda" in map(str, arguments) else "gloo"
-    dist.init_process_group(backend, init_method=address, rank=rank, world_size=ranks)
+def _in_group(
+    rank: int, ranks: int, address: str, device: str, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> Any:
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(rank)
+    dist.init_process_group("nccl" if on_gpu else "gloo", init_method=address, rank=rank, world_size=ranks)
     try:
         return function(*arguments)
     finally:

@@ -18,22 +18,26 @@ README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def _run(code: str) -> str:
+def _run(code: str, folder: Path) -> str:
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code]
+    file = folder / "example.py"
+    file.write_text(code, encoding="utf-8")
+    several = re.match(r"# torchrun --nproc-per-node (\d)", code)
+    torchrun = ["-m", "torch.distributed.run", "--master-port", "0", "--nproc-per-node"]
+    command = [sys.executable, *([*torchrun, several[1]] if several else []), str(file)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=one_thread)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
 
-def test_the_generator_of_the_readme_does_not_learn() -> None:
-    losses = [float(line.split()[1]) for line in _run(EXAMPLES[0]).splitlines()]
+def test_the_generator_of_the_readme_does_not_learn(tmp_path: Path) -> None:
+    losses = [float(line.split()[1]) for line in _run(EXAMPLES[0], tmp_path).splitlines()]
     assert losses[-1] < 0.5 * losses[0]
 
 
 @pytest.mark.parametrize("code", EXAMPLES[1:], ids=lambda code: code.split("\n")[1])
-def test_an_example_in_the_readme_fails(code: str) -> None:
-    _run(code)
+def test_an_example_in_the_readme_fails(code: str, tmp_path: Path) -> None:
+    _run(code, tmp_path)
 
 
 def test_the_embedded_checkpoint_is_not_of_the_kind_that_its_script_makes(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import peft
@@ -14,6 +16,7 @@ from lora_delta.cli import main
 from lora_delta.conditions import Condition
 from lora_delta.embedded import embedded_checkpoint
 from lora_delta.runs import RunConfig, load_run, read_prompts
+from lora_delta.training import load_generator_state
 from qwen_functional import LoraSpec, load_pretrained
 from qwen_functional.forward import forward
 
@@ -84,6 +87,30 @@ def test_a_generated_folder_is_not_what_the_generator_wrote_or_not_what_peft_rea
     assert (ours - logits).norm() < 1e-4 * (logits - bare).norm()
 
 
+@pytest.mark.parametrize("extra", ["", "tensor_parallel = 2", "stream = true"])
+def test_a_run_of_two_processes_is_another_one(extra: str, folder: Path, tmp_path: Path) -> None:
+    for name in ("deltas", "prompts.jsonl", "teachers"):
+        (tmp_path / name).symlink_to(folder / name)
+    (tmp_path / "config.toml").write_text(CONFIG.replace('out = "run"', f'out = "run"\n{extra}').replace(
+        "batch_size = 2", "batch_size = 2\ndelta_batch_size = 2"
+    ))  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command += ["-m", "lora_delta", "train", "--quiet", "--json", str(tmp_path / "config.toml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["step"] == 3  # one process prints
+    runs = [
+        [json.loads(line) for line in (place / "run" / "metrics.jsonl").read_text().splitlines()]
+        for place in (folder, tmp_path)
+    ]
+    for one, two in zip(*runs, strict=True):
+        for key in one.keys() - {"seconds"}:
+            assert two[key] == pytest.approx(one[key], rel=1e-4), key
+    state, expected = (load_generator_state(place / "run") for place in (tmp_path, folder))
+    for name, tensor in expected.items():
+        assert torch.allclose(state[name], tensor, rtol=1e-3, atol=1e-5), name
+
+
 def test_a_finished_run_is_trained_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (folder / "run" / "checkpoint.pt").stat().st_mtime_ns
     assert main(["train", "--quiet", "--json", str(folder / "config.toml")]) == 0
@@ -123,6 +150,9 @@ def test_plot_draws_nothing_or_scores_otherwise_than_scikit_learn(
         ('dtype = "float32"', 'dtype = "bfloat16"', "was made with dtype = float32, and the run has bfloat16"),
         ("weights = 1.0", "logits = 1.0", "gives 'logits' in \\[losses\\]"),
         ("[format]", "[format", "cannot be read as TOML"),
+        ("[format]", "tensor_parallel = 2\n[format]", "tensor_parallel is 2, expected a divisor of the 1 ranks"),
+        ("[format]", "tensor_parallel = 0\n[format]", "gives tensor_parallel = 0, expected an integer of at least 1"),
+        ("[format]", 'stream = "no"\n[format]', "gives stream = 'no', expected true or false"),
         ('labels = "deltas"', 'labels = "nowhere"', "nowhere"),
         ('prompts = "prompts.jsonl"', 'prompts = "none.jsonl"', "prompts cannot be read"),
     ],
