@@ -16,7 +16,7 @@ from .config import Qwen2Config
 from .dtypes import accumulation_dtype
 from .lora import Lora
 from .ops.attention import attention, attention_vjp
-from .ops.linear import KEEPS_PLAIN, PackedWeight
+from .ops.linear import PackedWeight
 from .ops.rmsnorm import rmsnorm_engine, rmsnorm_vjp
 from .ops.rope import rope_engine, rope_vjp
 from .ops.swiglu import swiglu_engine, swiglu_vjp_
@@ -263,7 +263,7 @@ def _chunks(block: Block, x: Tensor) -> list[slice]:
     step = n_adapters
     if x.device.type == "cpu" and block.parallel is None:
         bytes_each = 2 * n_tokens * block.gate.weight.shape[0] * block.gate.weight.dtype.itemsize
-        packed = isinstance(block.gate.weight, PackedWeight) and not KEEPS_PLAIN
+        packed = isinstance(block.gate.weight, PackedWeight)
         step = max(1, (PACKED_CHUNK_BYTES if packed else PLAIN_CHUNK_BYTES) // bytes_each)
         step = -(-n_adapters // -(-n_adapters // step))  # as even as can be
     return [slice(start, min(start + step, n_adapters)) for start in range(0, n_adapters, step)]

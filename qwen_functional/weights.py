@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .config import Qwen2Config
 from .dtypes import default_compute_dtype
-from .ops.linear import KEEPS_PLAIN, PackedWeight, can_pack
+from .ops.linear import PackedWeight, packing_pays
 from .parallel import TensorParallel
 from .streaming import StreamedBlocks, StreamedRows
 
@@ -40,13 +40,13 @@ class BlockWeights:
 
 @dataclass(frozen=True)
 class PackedBlock:
-    """The matrices of a block in oneDNN's layout, in the compute dtype."""
+    """The matrices of a block in the compute dtype: in oneDNN's layout, where the processor is faster in that."""
 
-    qkv_proj: PackedWeight
-    o_proj: PackedWeight
-    gate_proj: PackedWeight
-    up_proj: PackedWeight
-    down_proj: PackedWeight
+    qkv_proj: PackedWeight | Tensor
+    o_proj: PackedWeight | Tensor
+    gate_proj: PackedWeight | Tensor
+    up_proj: PackedWeight | Tensor
+    down_proj: PackedWeight | Tensor
 
 
 @dataclass(frozen=True)
@@ -118,16 +118,18 @@ class Qwen2Weights:
 
     @property
     def can_prepack(self) -> bool:
-        """Whether :meth:`prepack` works here: on a CPU where oneDNN multiplies in the compute dtype, of weights that
-        are in memory.
+        """Whether :meth:`prepack` makes anything faster: on a CPU, of weights in memory, where oneDNN multiplies faster
+        by weights in its own layout, or where the weights are stored in another dtype than they are multiplied in.
         """
-        return not self.streamed and can_pack(self.compute_dtype, self.device)
+        if self.streamed or self.device.type != "cpu":
+            return False
+        return self.compute_dtype != self.dtype or packing_pays(self.compute_dtype, self.device)
 
     def prepack_nbytes(self) -> int:
-        """Bytes that :meth:`prepack` takes: twice the blocks' matrices in the compute dtype, or three times, where
-        the processor multiplies many rows by a plain matrix and none is stored in that dtype."""
+        """Bytes that :meth:`prepack` takes: twice the blocks' matrices in the compute dtype, or once where they are
+        converted alone."""
         elements = sum(getattr(block, name).numel() for block in self.blocks for name in _MATRICES)
-        copies = 3 if KEEPS_PLAIN and self.compute_dtype != self.dtype else 2
+        copies = 2 if packing_pays(self.compute_dtype, self.device) else 1
         return copies * elements * self.compute_dtype.itemsize
 
     def prepack(self) -> Qwen2Weights:
@@ -140,17 +142,17 @@ class Qwen2Weights:
             raise ValueError("weights are streamed, expected weights in memory to pack them")
         if not self.can_prepack:
             raise ValueError(
-                f"weights are {str(self.dtype).removeprefix('torch.')} on {self.device}, expected float32, float16 or "
-                "(where the processor has it) bfloat16 on a CPU with oneDNN to pack them"
+                f"weights are {str(self.dtype).removeprefix('torch.')} on {self.device}, expected weights on a CPU "
+                "that multiplies them faster when they are packed, or prepack='auto'"
             )
         dtype = self.compute_dtype
-        return replace(
-            self,
-            packed=tuple(
-                PackedBlock(*(PackedWeight(getattr(block, name).to(dtype)) for name in _MATRICES))
-                for block in self.blocks
-            ),
-        )
+        packs = packing_pays(dtype, self.device)
+
+        def packed(matrix: Tensor) -> Tensor | PackedWeight:
+            return PackedWeight(matrix.to(dtype)) if packs else matrix.to(dtype)
+
+        blocks = (PackedBlock(*(packed(getattr(block, name)) for name in _MATRICES)) for block in self.blocks)
+        return replace(self, packed=tuple(blocks))
 
     def shard(self, config: Qwen2Config, mesh: DeviceMesh) -> Qwen2Weights:
         """This rank's part of the weights, copied; of a model that is read from files ``load_pretrained`` reads no

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,16 +10,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lora_delta import DifferentiableDeltaCompute
-from lora_delta.generator import LoRAGenerator
 from lora_delta.labels import model_fingerprint
 from lora_delta.tokens import TokenFormat
 from lora_delta.training import TrainingOptions, train
-from qwen_functional import LoraSpec, Qwen2Config, Qwen2Weights, init_weights, load_pretrained, pack
+from qwen_functional import LoraSpec, Qwen2Config, Qwen2Weights, init_weights, load_pretrained, pack, weights
 from qwen_functional.forward import forward, forward_vjp
+from qwen_functional.ops.linear import can_pack, packing_pays
 
 Values = tuple[Tensor, dict[str, Tensor]]
 
@@ -37,8 +38,8 @@ class Case:
     def weights(self, mesh: DeviceMesh | None = None) -> Qwen2Weights:
         if self.folder is not None:
             return load_pretrained(self.folder, self.dtype, mesh=mesh)[1]
-        weights = init_weights(self.config, dtype=self.dtype)
-        return weights if mesh is None else weights.shard(self.config, mesh)
+        whole = init_weights(self.config, dtype=self.dtype)
+        return whole if mesh is None else whole.shard(self.config, mesh)
 
 
 def mesh_of(**sizes: int) -> DeviceMesh:
@@ -61,21 +62,21 @@ class Sums:
         dist.all_reduce = self._real
 
 
-def engine(case: Case, weights: Qwen2Weights, **options: Any) -> Values:
+def engine(case: Case, base: Qwen2Weights, **options: Any) -> Values:
     lora = case.spec.bind(case.config, case.tensors)
-    value, vjp = forward_vjp(case.config, weights, pack(case.probes), lora, **options)
+    value, vjp = forward_vjp(case.config, base, pack(case.probes), lora, **options)
     return value, vjp(torch.sin(torch.arange(value.numel(), dtype=value.dtype)).view(value.shape))
 
 
-def plain_forward(case: Case, weights: Qwen2Weights, input_ids: Tensor) -> Values:
+def plain_forward(case: Case, base: Qwen2Weights, input_ids: Tensor) -> Values:
     tensors = {name: tensor.clone().requires_grad_() for name, tensor in case.tensors.items()}
-    output = forward(case.config, weights, input_ids, lora=case.spec.bind(case.config, tensors))
+    output = forward(case.config, base, input_ids, lora=case.spec.bind(case.config, tensors))
     output.logits.double().square().sum().backward()
     return output.logits.detach(), gradients_of(tensors)
 
 
-def delta_of(case: Case, weights: Qwen2Weights, mesh: DeviceMesh | None, mean_loss: bool, **options: Any) -> Values:
-    delta = DifferentiableDeltaCompute(case.config, weights, case.probes, case.spec, mesh=mesh, **options)
+def delta_of(case: Case, base: Qwen2Weights, mesh: DeviceMesh | None, mean_loss: bool, **options: Any) -> Values:
+    delta = DifferentiableDeltaCompute(case.config, base, case.probes, case.spec, mesh=mesh, **options)
     tensors = {name: tensor.clone().requires_grad_() for name, tensor in case.tensors.items()}
     if mean_loss:
         value = delta.mean_loss(tensors, lambda deltas, _: deltas.square().sum(-1).mean())
@@ -98,7 +99,11 @@ def split_engine(case: Case, options: dict[str, Any]) -> Values:
 
 
 def split_packed_engine(case: Case) -> Values:
-    return engine(case, case.weights(mesh_of(tp=2)).prepack())
+    weights.packing_pays = can_pack  # in this process, whatever processor it has
+    try:
+        return engine(case, case.weights(mesh_of(tp=2)).prepack())
+    finally:
+        weights.packing_pays = packing_pays
 
 
 def split_streamed_engine(case: Case) -> Values:
@@ -117,9 +122,9 @@ def split_delta(case: Case, sizes: dict[str, int], mean_loss: bool, options: dic
 
 def sums_of(case: Case, checkpoint: str) -> tuple[int, int]:
     """How many sums the forward takes, and how many the vjp."""
-    weights, lora = case.weights(mesh_of(tp=2)), case.spec.bind(case.config, case.tensors)
+    base, lora = case.weights(mesh_of(tp=2)), case.spec.bind(case.config, case.tensors)
     with Sums() as sums:
-        value, vjp = forward_vjp(case.config, weights, pack(case.probes), lora, checkpoint=checkpoint)
+        value, vjp = forward_vjp(case.config, base, pack(case.probes), lora, checkpoint=checkpoint)
         forwards = sums.count
         vjp(torch.ones_like(value))
     return forwards, sums.count - forwards
@@ -144,6 +149,23 @@ def refusal(config: Qwen2Config) -> str:
 Run = tuple[list[dict[str, float]], dict[str, Tensor]]
 
 
+class Generator(nn.Module):
+    """A small one in float64, every parameter of which matters: Adam makes much of a gradient that is rounding alone,
+    such as that of an attention's key bias.
+    """
+
+    def __init__(self, condition_size: int, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape = shape
+        sizes = (condition_size, 16, math.prod(shape))
+        self.layers = nn.Sequential(nn.Linear(*sizes[:2]), nn.Tanh(), nn.Linear(*sizes[1:])).double()
+
+    def forward(self, states: Tensor, mask: Tensor) -> Tensor:
+        """Tokens (B, L, h, w) from the mean of the states (B, T, H) where ``mask`` (B, T) is true."""
+        mean = (states.double() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        return self.layers(mean).unflatten(-1, self.shape)
+
+
 class CutOff(RuntimeError):
     """What ends a run that is to be resumed."""
 
@@ -164,7 +186,7 @@ class Training:
         delta = DifferentiableDeltaCompute(case.config, case.weights(mesh), case.probes, case.spec)
         format = TokenFormat.for_config(case.config, case.spec.rank, self.chunk_width)
         torch.manual_seed(3)
-        generator = LoRAGenerator(format, self.teachers[0][0][0].shape[1], width=32, depth=1, heads=2).double()
+        generator = Generator(self.teachers[0][0][0].shape[1], (format.n_tokens, *format.token_shape))
         calls: list[None] = []
 
         def count(*_: object) -> None:

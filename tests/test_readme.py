@@ -23,7 +23,7 @@ def _run(code: str, folder: Path) -> str:
     file = folder / "example.py"
     file.write_text(code, encoding="utf-8")
     several = re.match(r"# torchrun --nproc-per-node (\d)", code)
-    torchrun = ["-m", "torch.distributed.run", "--master-port", "0", "--nproc-per-node"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     command = [sys.executable, *([*torchrun, several[1]] if several else []), str(file)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=one_thread)
     assert result.returncode == 0, result.stderr

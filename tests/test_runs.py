@@ -94,7 +94,7 @@ def test_a_run_of_two_processes_is_another_one(extra: str, folder: Path, tmp_pat
     (tmp_path / "config.toml").write_text(CONFIG.replace('out = "run"', f'out = "run"\n{extra}').replace(
         "batch_size = 2", "batch_size = 2\ndelta_batch_size = 2"
     ))  # fmt: skip
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "lora_delta", "train", "--quiet", "--json", str(tmp_path / "config.toml")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr

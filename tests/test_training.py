@@ -125,9 +125,11 @@ def test_accumulated_micro_batches_differ_from_their_mean(
     chance = torch.Generator().manual_seed(0)
     for _ in range(3):
         losses = []
-        for index in torch.randperm(N_TEACHERS, generator=chance).tolist():
+        order = torch.randperm(N_TEACHERS, generator=chance).tolist()
+        seeds = torch.randint(2**62, (N_TEACHERS,), generator=chance).tolist()  # each draws its own prompts
+        for index, seed in zip(order, seeds, strict=True):
             prompts, target, _ = teachers[index]
-            states = prompts[torch.randperm(len(prompts), generator=chance)[0]]
+            states = prompts[torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed))[0]]
             tokens = one(states[None], torch.ones(1, len(states), dtype=torch.bool))[0]
             real = ~target.isnan()
             losses.append((tokens[real] - target[real]).square().mean())

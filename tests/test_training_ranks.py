@@ -25,13 +25,14 @@ N_TEACHERS, WIDTH = 6, 8
 
 @pytest.fixture(scope="module")
 def training() -> jobs.Training:
-    config, spec = tiny_config(num_hidden_layers=2), LoraSpec(rank=2, alpha=4)
+    sizes = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 32, "head_dim": 8}
+    config, spec = tiny_config(**sizes), LoraSpec(rank=2, alpha=4)
     case = jobs.Case(config, spec, random_lora(config, spec, N_TEACHERS), PROBES)
     deltas = DifferentiableDeltaCompute(config, case.weights(), PROBES, spec)(case.tensors)
-    tokens = TokenFormat.for_config(config, spec.rank, WIDTH).tokenize(case.tensors)
+    tokens = TokenFormat.for_config(config, spec.rank, WIDTH).tokenize(case.tensors).float()
     chance = torch.Generator().manual_seed(0)
-    states = [[torch.randn(3 + i, 6, generator=chance, dtype=torch.float64) for i in range(3)]] * N_TEACHERS
-    teachers = [(states[i], tokens[i], deltas[i].detach()) for i in range(N_TEACHERS)]
+    states = [[torch.randn(3 + i, 6, generator=chance) for i in range(3)]] * N_TEACHERS
+    teachers = [(states[i], tokens[i], deltas[i].detach().float()) for i in range(N_TEACHERS)]
     options = TrainingOptions(
         steps=6,
         batch_size=4,

@@ -10,35 +10,25 @@ from torch.nn import functional as F
 
 from ..dtypes import cpu_multiplies_bfloat16
 
-# Without AVX-512, torch's own GEMM (MKL) overtakes oneDNN's as the rows become more: at 155 rows of an 0.5B model's MLP
-# 120 to 146 GFLOP/s against 148 to 152, at 310 143 to 170 against 150 to 157, at 1240 171 to 186 against 137 to 160.
-KEEPS_PLAIN = torch.backends.cpu.get_cpu_capability() == "AVX2"
-PLAIN_FROM_ROWS = 256
-
 
 class PackedWeight:
     """A frozen weight (out, in) in oneDNN's blocked layout, once as it is and once transposed; for a CPU.
 
     The products are those of the weight itself, up to rounding, and faster: the layout is not made again in every
-    call. The price is two copies of the weight. Where ``KEEPS_PLAIN``, the weight is held too and takes many rows.
+    call. The price is two copies of the weight.
     """
 
     def __init__(self, weight: Tensor) -> None:
         self.shape, self.dtype, self.device = weight.shape, weight.dtype, weight.device
-        self._plain = weight if KEEPS_PLAIN else None
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight)
         self._transposed = torch.ops.mkldnn._reorder_linear_weight(weight.T.contiguous())
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``x Wᵀ + b``; x (n, in)."""
-        if self._plain is not None and x.shape[0] >= PLAIN_FROM_ROWS:
-            return F.linear(x, self._plain, bias)
         return torch.ops.mkldnn._linear_pointwise(x, self._weight, bias, "none", [], "")
 
     def vjp_input(self, dy: Tensor, to: Tensor | None = None) -> Tensor:
         """``dy W``, or ``to + dy W``, which may be written over ``to``; dy (n, out), to (n, in)."""
-        if self._plain is not None and dy.shape[0] >= PLAIN_FROM_ROWS:
-            return torch.mm(dy, self._plain) if to is None else to.addmm_(dy, self._plain)
         if to is None:
             return torch.ops.mkldnn._linear_pointwise(dy, self._transposed, None, "none", [], "")
         return torch.ops.mkldnn._linear_pointwise.binary(dy, to, self._transposed, None, "add")
@@ -53,6 +43,15 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     ):
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and cpu_multiplies_bfloat16())
+
+
+def packing_pays(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether it does so faster than by the weight itself.
+
+    Not without AVX-512: there torch's own GEMM (MKL) gives 171 to 186 GFLOP/s on 1240 rows of an 0.5B model's MLP,
+    where this gives 137 to 160. On 155 rows it is the other way round, 120 to 148 against 148 to 152.
+    """
+    return can_pack(dtype, device) and torch.backends.cpu.get_cpu_capability() != "AVX2"
 
 
 @dataclass(frozen=True)
