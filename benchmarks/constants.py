@@ -1,6 +1,6 @@
 """Measures the constants of :mod:`cost` on this machine, in as many processes at once as will work at once.
 
-All on the 0.5B model with random weights, so that no checkpoint is needed; what is predicted is other sizes, adapters
+All on a small model with random weights, so that no checkpoint is needed; what is predicted is other sizes, adapters
 and meshes. ``memory`` is what is left of a step when its products are taken off.
 """
 
@@ -33,7 +33,7 @@ from qwen_functional import init_weights, pack
 from qwen_functional.memory import keep_freed_memory
 from qwen_functional.parallel import TensorParallel
 
-SIZE, ADAPTERS, ROUNDS = "0.5b", 4, 5
+ADAPTERS, ROUNDS = 4, 5
 SUM_ELEMENTS = 1 << 21
 DISK_BYTES = 1 << 28
 
@@ -86,9 +86,9 @@ class Step:
             vjp(self.cotangent)
 
 
-def measured(processes: int, dtype: torch.dtype, threads: int, device: str) -> Constants:
+def measured(processes: int, size: str, dtype: torch.dtype, threads: int, device: str) -> Constants:
     """The constants where so many processes work at once; of the slowest of them."""
-    found = in_ranks(processes, device, _measure, dtype, threads, device)
+    found = in_ranks(processes, device, _measure, size, dtype, threads, device)
     slowest = {}
     for field in dataclasses.fields(Constants):
         values = [getattr(constants, field.name) for constants in found]
@@ -128,10 +128,10 @@ def _in_group(
         dist.destroy_process_group()
 
 
-def _measure(dtype: torch.dtype, threads: int, device: str) -> Constants:
+def _measure(size: str, dtype: torch.dtype, threads: int, device: str) -> Constants:
     torch.set_num_threads(threads)
     keep_freed_memory()
-    workload = workload_of(SIZE, ADAPTERS, dtype, threads, device)
+    workload = workload_of(size, ADAPTERS, dtype, threads, device)
     plan, floor = plan_of(workload), Floor(workload)
     floor.step()
     gemm = floor.flop / _median(floor.step)

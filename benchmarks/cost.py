@@ -90,7 +90,7 @@ class Plan:
         }
 
     def gemm_flop(self) -> float:
-        """Of products with base weights on a rank, as the engine does them: see DESIGN of the first and last block."""
+        """Of products with base weights on a rank; the engine saves some in the first block and in the last."""
         m, layers = self.matrices(), self.config.num_hidden_layers
         block, qkv = sum(m.values()), m["q"] + m["kv"]
         rest = block - qkv

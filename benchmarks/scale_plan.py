@@ -66,6 +66,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--stream", action="store_true", help="base weights on disk")
     add("--dtype", choices=DTYPES, default="float32", help="of weights and products (default: %(default)s)")
     add("--processes", type=int, nargs="+", default=[1, 2], help="at once, while measuring (default: 1 2)")
+    add("--measure-size", choices=SIZES, default="0.5b", help="to measure on (default: %(default)s)")
     add("--threads", type=int, default=1, help="of each process (default: %(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     add("--json", type=Path, metavar="FILE", help="write the plan, or the comparison")
@@ -92,7 +93,9 @@ def measure(options: argparse.Namespace) -> int:
     constants = {}
     for processes in options.processes:
         report(f"measuring with {processes} at once")
-        found = measured(processes, DTYPES[options.dtype], options.threads, options.device)
+        found = measured(
+            processes, options.measure_size, DTYPES[options.dtype], options.threads, options.device
+        )
         constants[str(processes)] = dataclasses.asdict(found)
         print(f"{processes} at once: {shown(found)}", flush=True)
     facts = machine_facts(options.threads)

@@ -47,16 +47,17 @@ def mesh_of(**sizes: int) -> DeviceMesh:
 
 
 class Sums:
-    """Counts the sums over ranks."""
+    """Records the bytes of every sum over ranks."""
 
     def __enter__(self) -> Sums:
-        self.count, self._real = 0, dist.all_reduce
+        self.sizes: list[int] = []
+        self._real = dist.all_reduce
         dist.all_reduce = self._counted
         return self
 
-    def _counted(self, *arguments: Any, **options: Any) -> Any:
-        self.count += 1
-        return self._real(*arguments, **options)
+    def _counted(self, tensor: Tensor, *arguments: Any, **options: Any) -> Any:
+        self.sizes.append(tensor.nbytes)
+        return self._real(tensor, *arguments, **options)
 
     def __exit__(self, *_: object) -> None:
         dist.all_reduce = self._real
@@ -125,9 +126,17 @@ def sums_of(case: Case, checkpoint: str) -> tuple[int, int]:
     base, lora = case.weights(mesh_of(tp=2)), case.spec.bind(case.config, case.tensors)
     with Sums() as sums:
         value, vjp = forward_vjp(case.config, base, pack(case.probes), lora, checkpoint=checkpoint)
-        forwards = sums.count
+        forwards = len(sums.sizes)
         vjp(torch.ones_like(value))
-    return forwards, sums.count - forwards
+    return forwards, len(sums.sizes) - forwards
+
+
+def summed_bytes(case: Case) -> list[int]:
+    """Of every sum of a step."""
+    base = case.weights(mesh_of(tp=2))
+    with Sums() as sums:
+        engine(case, base)
+    return sums.sizes
 
 
 def held_bytes(case: Case) -> int:

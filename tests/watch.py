@@ -28,7 +28,7 @@ class Watch(TorchDispatchMode):
         self.dtypes: set[torch.dtype] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        is_gemm = func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        is_gemm = func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
         if is_gemm and self.before_gemm:
             self.before_gemm()
         result = func(*args, **(kwargs or {}))
