@@ -27,6 +27,7 @@ from qwen_functional import LoraSpec, init_weights
 CONFIG = tiny_config()
 PROBES = [[5, 6, 7, 8], [5, 6, 9], [1]]
 PER_PASS = 2
+EXCEPTIONS = {kind.__name__: kind for kind in (KeyboardInterrupt, ValueError, RuntimeError)}
 
 
 def save_adapters(folder: Path, names: str) -> Path:
@@ -85,9 +86,7 @@ def _watch(rank: int, orders: Orders) -> None:
             with orders.log.open("a") as log:
                 log.write(f"{rank} {unit.index}\n")
             if orders.raises and orders.raises[0] == rank:
-                raise {"KeyboardInterrupt": KeyboardInterrupt, "ValueError": ValueError}.get(
-                    orders.raises[1], RuntimeError
-                )("on purpose")
+                raise EXCEPTIONS[orders.raises[1]]("on purpose")
             time.sleep(orders.pass_seconds.get(rank, 0))
         return compute(unit, *arguments)
 

@@ -37,7 +37,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Thirteen adapters of three kinds; one overflows, one cannot be read, and two are copies of others."""
+    """Thirteen adapters of three kinds. One overflows, one cannot be read, and two are copies of others, which must not
+    be taken for finished because those are.
+    """
     folder = save_adapters(tmp_path_factory.mktemp("adapters") / "teachers", NAMES)
     for name, original in (("k", "a"), ("m", "h")):
         for file in ("adapter_config.json", "adapter_model.safetensors"):
@@ -70,7 +72,9 @@ def started_units(log: Path) -> list[tuple[int, int]]:
 
 
 def units_on_disk(out: Path) -> set[int]:
-    return {int(file.stem.removeprefix("unit-")) for file in out.glob("parts-*/unit-*.safetensors")}
+    """Units that a job has finished, as long as it is under way."""
+    files = [file for job in out.glob("parts-*/job.json") for file in job.parent.glob("unit-*.safetensors")]
+    return {int(file.stem.removeprefix("unit-")) for file in files}
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
@@ -98,19 +102,23 @@ def test_a_slow_process_holds_up_the_others(
 def test_a_job_that_was_killed_loses_more_than_its_passes_or_ends_in_other_bytes(
     adapters: Path, uninterrupted: dict[str, bytes], tmp_path: Path
 ) -> None:
+    def orders(name: str) -> Orders:
+        return Orders(tmp_path / name, {0: 0.04, 1: 0.04}, file_seconds=0.004)
+
+    began = time.monotonic()
+    assert finished(start(1, adapters, tmp_path / "whole" / "labels", orders("log"))) == [0]
+    seconds = time.monotonic() - began
     draw = random.Random(7)
     kills: list[int] = []  # units on disk at each
-    episode, runs, slowest = 0, 0, 1.0
+    episode, runs = 0, 0
     while len(kills) < KILLS:
         out = tmp_path / str(episode) / "labels"
         runs += 1
         n = 1 + runs % 2
-        orders = Orders(tmp_path / f"log {runs}", dict.fromkeys(range(n), 0.04), file_seconds=0.004)
         before = units_on_disk(out)
-        began = time.monotonic()
-        ranks = start(n, adapters, out, orders)
+        ranks = start(n, adapters, out, orders(f"log {runs}"))
         victims = draw.choice([ranks, [draw.choice(ranks)]])
-        _wait(ranks, draw.uniform(0, slowest))
+        _wait(ranks, draw.uniform(0, seconds))
         if all(process.is_alive() for process in ranks):
             for process in victims:
                 process.kill()
@@ -118,20 +126,19 @@ def test_a_job_that_was_killed_loses_more_than_its_passes_or_ends_in_other_bytes
             for process in ranks:
                 process.kill()
         statuses = finished(ranks)
-        begun = {unit for _, unit in started_units(orders.log)}
+        begun = {unit for _, unit in started_units(tmp_path / f"log {runs}")}
         assert begun.isdisjoint(before), "a finished unit was computed again"
         if -9 in statuses:
             there = units_on_disk(out)
             kills.append(len(there))
-            if there:  # else it had finished, or had not begun
+            if list(out.glob("parts-*/job.json")):  # else it had not begun, or had finished
                 assert before <= there
                 assert len(begun - there) <= n, "more than the unfinished passes was lost"
             continue
         assert statuses == [0] * n
         assert contents(out) == uninterrupted
-        slowest = min(slowest, 1.1 * (time.monotonic() - began)) if not before else slowest
         episode += 1
-    assert finished(start(2, adapters, out, Orders(tmp_path / "log"))) == [0, 0]
+    assert finished(start(2, adapters, out, orders("log"))) == [0, 0]
     assert contents(out) == uninterrupted
     assert len([kill for kill in kills if 0 < kill < UNITS]) >= KILLS // 4, kills
 
@@ -179,6 +186,21 @@ def test_a_process_that_fails_leaves_the_others_waiting(
     assert in_one_process(adapters, tmp_path / "labels") == uninterrupted
 
 
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_process_that_is_killed_leaves_the_others_waiting_without_torchrun(
+    killed: int, adapters: Path, uninterrupted: dict[str, bytes], tmp_path: Path
+) -> None:
+    orders = Orders(tmp_path / "log", {killed: 60, 1 - killed: 0.02})
+    ranks = start(2, adapters, tmp_path / "labels", orders)
+    while killed not in {rank for rank, _ in started_units(orders.log)}:
+        assert ranks[killed].is_alive()
+        time.sleep(0.01)
+    ranks[killed].kill()
+    statuses = finished(ranks, seconds=20)
+    assert (statuses[killed], statuses[1 - killed]) == (-9, 3)
+    assert in_one_process(adapters, tmp_path / "labels") == uninterrupted
+
+
 def test_a_job_with_other_adapters_loses_what_a_killed_one_has_finished(adapters: Path, tmp_path: Path) -> None:
     out = tmp_path / "labels"
     (status,) = finished(start(1, adapters, out, Orders(tmp_path / "log", dies_at=4)))
@@ -210,6 +232,7 @@ def test_two_jobs_write_to_one_folder(adapters: Path, uninterrupted: dict[str, b
     out = tmp_path / "labels"
     first = start(2, adapters, out, Orders(tmp_path / "log", {0: 0.5, 1: 0.5}))
     while not units_on_disk(out):
+        assert first[0].is_alive()
         time.sleep(0.01)
     holder = rf"{out} is in use by another job, process {first[0].pid} on {socket.gethostname()}"
     with pytest.raises(ValueError, match=holder):
