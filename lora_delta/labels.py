@@ -13,9 +13,9 @@ import hashlib
 import json
 import time
 from collections import OrderedDict
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
@@ -92,9 +92,10 @@ def compute_labels(
 
     Where torch.distributed's default group is there, all of its ranks make this call, with the same arguments and one
     folder that all of them see, and share the work. What is finished is on disk after every pass. A call that was
-    killed, whatever the moment and however many ranks it had, goes on when it is made again, and ends in the bytes
-    that an uninterrupted one on that machine writes. One that ends in an exception, Ctrl-C included, has brought the
-    table up to date; an exception in one rank ends all of them after what they have begun.
+    killed, whatever the moment and however many ranks it had, goes on when it is made again, with the threads that it
+    began with, and ends in the bytes that an uninterrupted one on that machine writes. One that ends in an exception,
+    Ctrl-C included, has brought the table up to date; an exception in one rank ends all of them after what they have
+    begun.
 
     Args:
         delta: base model, probes, layer and pooling; its own spec plays no part.
@@ -126,7 +127,8 @@ def compute_labels(
             found = [source if isinstance(source, str) else source.resolve() for source in find_adapters(adapters)]
             sources = {adapter_name(source, out): str(source) for source in found}
             held.enter_context(folder_lock(out))
-            return LabelJob.begin(out, settings, shape, sources, per_pass, delta.weights.packed is not None)
+            prepacked = delta.weights.packed is not None
+            return LabelJob.begin(out, settings, shape, sources, per_pass, prepacked, torch.get_num_threads())
 
         job = ranks.first(begin)
         start, counters = time.monotonic(), ranks.counters()
@@ -135,11 +137,11 @@ def compute_labels(
         with tqdm(total=len(job.sources), unit=" adapters", disable=not progress or ranks.rank > 0) as bar:
             try:
                 require_same(out, job.settings, settings)  # another rank could have been given another model
-                mine, before = _multiplied_as(job, delta), job.before(settings, shape)
-                reader = UnitReader(job, before, mine.config, mine.weights, local_files_only)
-                with closing(_units(reader, counters)) as units:
+                before = job.before(settings, shape)
+                reader = UnitReader(job, before, delta.config, delta.weights, local_files_only)
+                with _rounded_as(job, delta) as rounded, closing(_units(reader, counters)) as units:
                     for unit in units:
-                        names = _compute(unit, mine)
+                        names = _compute(unit, rounded)
                         if not unit.on_disk:
                             job.write(unit.index, unit.part)
                         computed += names
@@ -194,15 +196,24 @@ def _compute(unit: Unit, delta: DifferentiableDeltaCompute) -> list[str]:
     return names
 
 
-def _multiplied_as(job: LabelJob, delta: DifferentiableDeltaCompute) -> DifferentiableDeltaCompute:
-    """The delta with its weights packed or not, as where the job began: how much memory was free has decided that."""
-    if job.prepacked == (delta.weights.packed is not None):
-        return delta
-    delta = copy.copy(delta)
-    packs = job.prepacked and delta.weights.can_prepack
-    delta.weights = delta.weights.prepack() if packs else replace(delta.weights, packed=None)
-    delta._bases = OrderedDict()
-    return delta
+@contextmanager
+def _rounded_as(job: LabelJob, delta: DifferentiableDeltaCompute) -> Iterator[DifferentiableDeltaCompute]:
+    """The delta with its weights packed or not, and as many threads, as when the job began: the last bits depend on it.
+
+    Free memory has decided the one, who started the process the other: torchrun gives each of several one thread.
+    """
+    threads = torch.get_num_threads()
+    packed = job.prepacked and (delta.weights.packed is not None or delta.weights.can_prepack)
+    if (packed, job.threads) != (delta.weights.packed is not None, threads):
+        delta = copy.copy(delta)
+        delta._bases = OrderedDict()
+        weights = delta.weights if packed else replace(delta.weights, packed=None)
+        delta.weights = weights.prepack() if packed and weights.packed is None else weights
+    torch.set_num_threads(job.threads)
+    try:
+        yield delta
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _show(bar: tqdm, job: LabelJob, counters: Counters, computed: int = 0, reused: int = 0, failed: int = 0) -> None:

@@ -10,21 +10,24 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from label_workers import CONFIG, PER_PASS, Orders, delta, finished, free_port, save_adapters, start
 from reference import random_lora
+from torch import Tensor
 
-from lora_delta import cli
+from lora_delta import DifferentiableDeltaCompute, cli
 from lora_delta.adapters import save_peft_adapter
 from lora_delta.embedded import embedded_checkpoint
 from lora_delta.label_parts import LabelJob
 from lora_delta.label_table import DeltaLabels
 from lora_delta.labels import compute_labels
 from lora_delta.lock import folder_lock
-from qwen_functional import LoraSpec, Qwen2Config
+from qwen_functional import Lora, LoraSpec, Qwen2Config
 
 NAMES = "abcdefghijklm"
 UNITS = 7
@@ -249,15 +252,28 @@ def test_a_system_without_locks_says_nothing(tmp_path: Path, monkeypatch: pytest
         assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_the_weights_are_packed_or_not_as_memory_has_it_when_a_job_goes_on(
-    adapters: Path, uninterrupted: dict[str, bytes], tmp_path: Path
+def test_free_memory_and_threads_change_the_bytes_when_a_job_goes_on(
+    adapters: Path, uninterrupted: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, packed = tmp_path / "labels", delta()
+    out, seen = tmp_path / "labels", set()
     finished(start(1, adapters, out, Orders(tmp_path / "log", dies_at=4)))
-    other = delta()
-    assert packed.weights.packed is not None
-    other.weights = type(other.weights)(**{**vars(other.weights), "packed": None})
-    compute_labels(other, [adapters], out, adapters_per_pass=PER_PASS, progress=False)
+    unpacked = delta()
+    assert unpacked.weights.packed is not None
+    unpacked.weights = replace(unpacked.weights, packed=None)
+    compute = DifferentiableDeltaCompute.deltas
+
+    def watched(delta: DifferentiableDeltaCompute, lora: Lora) -> Tensor:
+        seen.add((delta.weights.packed is not None, torch.get_num_threads()))
+        return compute(delta, lora)
+
+    monkeypatch.setattr(DifferentiableDeltaCompute, "deltas", watched)
+    torch.set_num_threads(2)
+    try:
+        compute_labels(unpacked, [adapters], out, adapters_per_pass=PER_PASS, progress=False)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert seen == {(True, 1)}
     assert contents(out) == uninterrupted
 
 
@@ -290,6 +306,11 @@ def test_the_command_under_torchrun_labels_otherwise(
     assert cli.main([*map(str, alone)]) == 0
     assert contents(tmp_path / "one" / "labels") == contents(tmp_path / "two" / "labels")
     capsys.readouterr()
+    message = f"lora-delta label: {tmp_path / 'one' / 'labels'} is in use by another job, process {os.getpid()} on"
     with folder_lock(tmp_path / "one" / "labels"):
         assert cli.main([*map(str, alone)]) == 2
-    assert f"is in use by another job, process {os.getpid()} on" in capsys.readouterr().err
+        done = torchrun(2, *alone[3:])
+    assert message in capsys.readouterr().err
+    assert message in done.stderr
+    assert "(exitcode: 2)" in done.stderr, "a process has not ended by itself, or with another status"
+    assert contents(tmp_path / "one" / "labels") == contents(tmp_path / "two" / "labels")
