@@ -52,7 +52,7 @@ class Orders:
         pass_seconds: that a pass takes at least, by rank.
         file_seconds: before and after files are renamed or removed, so that a kill can come in between.
         dies_at: the file operation, counted from 0, at which the process kills itself.
-        raises: a rank, and what it raises in its first pass.
+        raises: a rank, and what it raises in its first pass, once another rank has begun one too.
     """
 
     log: Path
@@ -86,6 +86,8 @@ def _watch(rank: int, orders: Orders) -> None:
             with orders.log.open("a") as log:
                 log.write(f"{rank} {unit.index}\n")
             if orders.raises and orders.raises[0] == rank:
+                while len({line.split()[0] for line in orders.log.read_text().splitlines()}) == 1:
+                    time.sleep(0.01)
                 raise EXCEPTIONS[orders.raises[1]]("on purpose")
             time.sleep(orders.pass_seconds.get(rank, 0))
         return compute(unit, *arguments)

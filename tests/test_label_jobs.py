@@ -84,7 +84,7 @@ def units_on_disk(out: Path) -> set[int]:
 def test_the_bytes_depend_on_the_number_of_processes(
     n: int, adapters: Path, uninterrupted: dict[str, bytes], tmp_path: Path
 ) -> None:
-    orders = Orders(tmp_path / "log", dict.fromkeys(range(n), 0.05))
+    orders = Orders(tmp_path / "log", dict.fromkeys(range(n), 0.2))
     assert finished(start(n, adapters, tmp_path / "labels", orders)) == [0] * n
     assert contents(tmp_path / "labels") == uninterrupted
     begun = started_units(orders.log)
@@ -95,7 +95,7 @@ def test_the_bytes_depend_on_the_number_of_processes(
 def test_a_slow_process_holds_up_the_others(
     adapters: Path, uninterrupted: dict[str, bytes], tmp_path: Path
 ) -> None:
-    orders = Orders(tmp_path / "log", {0: 0.02, 1: 1.0})
+    orders = Orders(tmp_path / "log", {0: 0.02, 1: 1.5})
     assert finished(start(2, adapters, tmp_path / "labels", orders)) == [0, 0]
     units = Counter(rank for rank, _ in started_units(orders.log))
     assert units[1] <= 2 < units[0], units  # one that computes, one that is read ahead
@@ -155,13 +155,19 @@ def _wait(ranks: list, seconds: float) -> None:
 def test_a_file_that_is_not_written_or_removed_when_the_process_dies_makes_other_bytes(
     adapters: Path, uninterrupted: dict[str, bytes], tmp_path: Path
 ) -> None:
+    units: list[list[str]] = []
     for operation in range(100):
-        out = tmp_path / str(operation) / "labels"
-        (status,) = finished(start(1, adapters, out, Orders(tmp_path / "log", dies_at=operation)))
+        out, log = tmp_path / str(operation) / "labels", tmp_path / f"log {operation}"
+        (status,) = finished(start(1, adapters, out, Orders(log, dies_at=operation)))
         if status == 0:
             break
         assert status == -9
-        assert in_one_process(adapters, out) == uninterrupted, operation
+        for job in out.glob("parts-*/job.json"):
+            units = json.loads(job.read_text())["units"]
+        *done, _ = [unit for _, unit in started_units(log)] or [0]
+        report = compute_labels(delta(), [adapters], out, adapters_per_pass=PER_PASS, progress=False)
+        assert {name for unit in done for name in units[unit]}.isdisjoint(report.computed), operation
+        assert contents(out) == uninterrupted, operation
     assert operation >= 2 + UNITS + 4  # the job, its units, table, manifest, job and lock
 
 
@@ -184,8 +190,9 @@ def test_a_process_that_fails_leaves_the_others_waiting(
     kind: str, status: int, adapters: Path, uninterrupted: dict[str, bytes], tmp_path: Path
 ) -> None:
     for rank in (0, 1):
-        orders = Orders(tmp_path / "log", {1 - rank: 0.1}, raises=(rank, kind))
+        orders = Orders(tmp_path / f"log {rank}", {1 - rank: 0.3}, raises=(rank, kind))
         assert finished(start(2, adapters, tmp_path / "labels", orders), seconds=20) == [status, status]
+        assert len(started_units(orders.log)) <= 4, "the other went on: expected its pass, and what it had read ahead"
     assert in_one_process(adapters, tmp_path / "labels") == uninterrupted
 
 
