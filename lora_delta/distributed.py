@@ -9,7 +9,7 @@ import os
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -133,9 +133,12 @@ def process_group(device: torch.device | str | None = None) -> Iterator[Ranks]:
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     ranks = Ranks.current(device)
-    yield ranks  # after an exception the others may be anywhere: this process ends, and torchrun ends them
-    ranks.gather(None)  # and whenever one ends with another status than 0: not before all are done
-    dist.destroy_process_group()
+    try:
+        yield ranks  # after an exception the others may be anywhere: torchrun ends them when this process has ended
+        with suppress(RuntimeError):  # one that is gone is not waited for
+            ranks.gather(None)  # torchrun ends all when one ends with another status than 0: not before all are done
+    finally:
+        dist.destroy_process_group()  # or gloo's threads abort the process
 
 
 def _own_device(device: torch.device | str | None, local_rank: int | None) -> torch.device:

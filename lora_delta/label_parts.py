@@ -88,6 +88,7 @@ class LabelJob:
         sources: {adapter's name: its folder or hub id}.
         units: names of the adapters of each.
         prepacked: whether the base weights are multiplied in their faster form, which rounds otherwise.
+        threads: of each process, of which the order of sums depends.
     """
 
     folder: Path
@@ -95,6 +96,7 @@ class LabelJob:
     sources: Mapping[str, str]
     units: Sequence[Sequence[str]]
     prepacked: bool
+    threads: int
 
     @classmethod
     def begin(
@@ -105,8 +107,9 @@ class LabelJob:
         sources: Mapping[str, str],
         per_pass: int,
         prepacked: bool,
+        threads: int,
     ) -> LabelJob:
-        """A new job, or the same one that was killed: then its units are those of before.
+        """A new job, or the same one that was killed: then its units, and how it rounds, are those of before.
 
         What a killed job with other adapters has finished goes into the table first. The caller holds the folder.
 
@@ -134,7 +137,7 @@ class LabelJob:
         if same is not None:
             return same
         units = _units(sources, set(writer.labels), per_pass)
-        job = cls(out / f"parts-{key}", dict(settings), dict(sources), units, prepacked)
+        job = cls(out / f"parts-{key}", dict(settings), dict(sources), units, prepacked, threads)
         write_json(job.folder / JOB, {"format": FORMAT, **{k: v for k, v in vars(job).items() if k != "folder"}})
         return job
 

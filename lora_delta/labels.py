@@ -13,9 +13,9 @@ import hashlib
 import json
 import time
 from collections import OrderedDict, deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
@@ -29,7 +29,7 @@ from qwen_functional import LoraSpec, PackedTokens, Qwen2Config, Qwen2Weights
 
 from .adapters import find_adapters
 from .delta import DifferentiableDeltaCompute
-from .distributed import Counters, Ranks, as_told, told
+from .distributed import Counters, Ranks, Told, as_told, told
 from .label_parts import LabelJob
 from .label_table import Failure, Label, LabelWriter, adapter_name, require_same
 from .label_units import Unit, UnitReader, share_a_pass
@@ -93,9 +93,9 @@ def compute_labels(
 
     Where torch.distributed's default group is there, all of its ranks make this call, with the same arguments and one
     folder that all of them see, and share the work. What is finished is on disk after every pass. A call that was
-    killed, whatever the moment and however many ranks it had, goes on when it is made again, and ends in the bytes
-    that an uninterrupted one on that machine writes. One that ends in an exception, Ctrl-C included, has brought the
-    table up to date; an exception in one rank ends all of them after what they have
+    killed, whatever the moment and however many ranks it had, goes on when it is made again, with the threads that it
+    began with, and ends in the bytes that an uninterrupted one on that machine writes. One that ends in an exception,
+    Ctrl-C included, has brought the table up to date; an exception in one rank ends all of them after what they have
     begun.
 
     Args:
@@ -128,42 +128,35 @@ def compute_labels(
             found = [source if isinstance(source, str) else source.resolve() for source in find_adapters(adapters)]
             sources = {adapter_name(source, out): str(source) for source in found}
             held.enter_context(folder_lock(out))
-            return LabelJob.begin(out, settings, shape, sources, per_pass, delta.weights.packed is not None)
+            prepacked = delta.weights.packed is not None
+            return LabelJob.begin(out, settings, shape, sources, per_pass, prepacked, torch.get_num_threads())
 
         job = ranks.first(begin)
-        start, counters, total = time.monotonic(), ranks.counters(), len(job.sources)
+        start, counters = time.monotonic(), ranks.counters()
         computed: list[str] = []
         error: BaseException | None = None
-        with tqdm(total=total, unit=" adapters", disable=not progress or ranks.rank > 0) as bar:
+        with tqdm(total=len(job.sources), unit=" adapters", disable=not progress or ranks.rank > 0) as bar:
             try:
                 require_same(out, job.settings, settings)  # another rank could have been given another model
-                multiplied = _multiplied_as(job, delta)
                 before = job.before(settings, shape)
-                reader = UnitReader(job, before, multiplied.config, multiplied.weights, local_files_only)
-                with closing(_units(reader, len(job.units), counters)) as units:
+                reader = UnitReader(job, before, delta.config, delta.weights, local_files_only)
+                with _rounded_as(job, delta) as rounded, closing(_units(reader, counters)) as units:
                     for unit in units:
-                        names = _compute(unit, multiplied)
+                        names = _compute(unit, rounded)
                         if not unit.on_disk:
                             job.write(unit.index, unit.part)
                         computed += names
-                        _show(bar, total, counters, len(names), unit.reused, len(unit.part.failures))
+                        _show(bar, job, counters, len(names), unit.reused, len(unit.part.failures))
             except BaseException as raised:
                 error = raised
                 with suppress(Exception):
                     counters.add(_UNITS, len(job.units))  # the others take no more
-            try:
-                ends = ranks.gather((told(error) if error else None, computed))
-            except Exception as lost:  # a rank is gone
-                raise error or lost from None
+            ends = _ends(ranks, error, computed)
             with suppress(Exception):
-                _show(bar, total, counters)
+                _show(bar, job, counters)
         broken = {rank: words for rank, (words, _) in enumerate(ends) if words is not None}
-
-        def end() -> LabelReport:
-            computed_by_all = {name for _, names in ends for name in names}
-            return _merged(job, job.before(settings, shape), computed_by_all, not broken, start)
-
-        report = ranks.first(end)
+        by_all = {name for _, names in ends for name in names}
+        report = ranks.first(lambda: _merged(job, job.before(settings, shape), by_all, not broken, start))
     if error is not None:
         raise error
     for rank, words in broken.items():
@@ -171,12 +164,12 @@ def compute_labels(
     return report
 
 
-def _units(reader: UnitReader, n: int, counters: Counters) -> Generator[Unit, None, None]:
-    """Those of the ``n`` units that come to this rank; the next one is read ahead."""
+def _units(reader: UnitReader, counters: Counters) -> Generator[Unit, None, None]:
+    """The units that come to this rank; the next one is read ahead."""
 
     def take() -> Unit | None:
         index = counters.add(_UNITS) - 1
-        return reader.read(index) if index < n else None
+        return reader.read(index) if index < len(reader.job.units) else None
 
     with ThreadPoolExecutor(1) as pool:
         try:
@@ -204,26 +197,43 @@ def _compute(unit: Unit, delta: DifferentiableDeltaCompute) -> list[str]:
     return names
 
 
-def _multiplied_as(job: LabelJob, delta: DifferentiableDeltaCompute) -> DifferentiableDeltaCompute:
-    """The delta with its weights packed or not, as where the job began: how much memory was free has decided that."""
-    if job.prepacked == (delta.weights.packed is not None):
-        return delta
-    delta = copy.copy(delta)
-    packs = job.prepacked and delta.weights.can_prepack
-    delta.weights = delta.weights.prepack() if packs else replace(delta.weights, packed=None)
-    delta._bases = OrderedDict()
-    return delta
+@contextmanager
+def _rounded_as(job: LabelJob, delta: DifferentiableDeltaCompute) -> Iterator[DifferentiableDeltaCompute]:
+    """The delta with its weights packed or not, and as many threads, as when the job began: the last bits depend on it.
+
+    Free memory has decided the one, who started the process the other: torchrun gives each of several one thread.
+    """
+    threads = torch.get_num_threads()
+    packed = job.prepacked and (delta.weights.packed is not None or delta.weights.can_prepack)
+    if (packed, job.threads) != (delta.weights.packed is not None, threads):
+        delta = copy.copy(delta)
+        delta._bases = OrderedDict()
+        weights = delta.weights if packed else replace(delta.weights, packed=None)
+        delta.weights = weights.prepack() if packed and weights.packed is None else weights
+    torch.set_num_threads(job.threads)
+    try:
+        yield delta
+    finally:
+        torch.set_num_threads(threads)
 
 
-def _show(bar: tqdm, total: int, counters: Counters, computed: int = 0, reused: int = 0, failed: int = 0) -> None:
+def _show(bar: tqdm, job: LabelJob, counters: Counters, computed: int = 0, reused: int = 0, failed: int = 0) -> None:
     """Count some adapters, and show what all ranks have counted."""
     computed, reused, failed = (
         counters.add(name, n) for name, n in ((_COMPUTED, computed), (_REUSED, reused), (_FAILED, failed))
     )
-    bar.total = total - reused  # they would spoil the rate
+    bar.total = len(job.sources) - reused  # they would spoil the rate
     if failed:
         bar.set_postfix(failed=failed, refresh=False)
     bar.update(computed + failed - bar.n)
+
+
+def _ends(ranks: Ranks, error: BaseException | None, computed: list[str]) -> list[tuple[Told | None, list[str]]]:
+    """Of all ranks, once all are done: the exception that ended one, and names of what it computed."""
+    try:
+        return ranks.gather((told(error) if error else None, computed))
+    except Exception as lost:  # a rank is gone
+        raise error or lost from None
 
 
 def _merged(job: LabelJob, writer: LabelWriter, computed: set[str], whole: bool, start: float) -> LabelReport:

@@ -27,6 +27,7 @@ from qwen_functional import LoraSpec, init_weights
 CONFIG = tiny_config()
 PROBES = [[5, 6, 7, 8], [5, 6, 9], [1]]
 PER_PASS = 2
+EXCEPTIONS = {kind.__name__: kind for kind in (KeyboardInterrupt, ValueError, RuntimeError)}
 
 
 def save_adapters(folder: Path, names: str) -> Path:
@@ -51,7 +52,7 @@ class Orders:
         pass_seconds: that a pass takes at least, by rank.
         file_seconds: before and after files are renamed or removed, so that a kill can come in between.
         dies_at: the file operation, counted from 0, at which the process kills itself.
-        raises: a rank, and what it raises in its first pass.
+        raises: a rank, and what it raises in its first pass, once another rank has begun one too.
     """
 
     log: Path
@@ -85,9 +86,9 @@ def _watch(rank: int, orders: Orders) -> None:
             with orders.log.open("a") as log:
                 log.write(f"{rank} {unit.index}\n")
             if orders.raises and orders.raises[0] == rank:
-                raise {"KeyboardInterrupt": KeyboardInterrupt, "ValueError": ValueError}.get(
-                    orders.raises[1], RuntimeError
-                )("on purpose")
+                while len({line.split()[0] for line in orders.log.read_text().splitlines()}) == 1:
+                    time.sleep(0.01)
+                raise EXCEPTIONS[orders.raises[1]]("on purpose")
             time.sleep(orders.pass_seconds.get(rank, 0))
         return compute(unit, *arguments)
 

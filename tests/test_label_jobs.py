@@ -10,21 +10,24 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from label_workers import CONFIG, PER_PASS, Orders, delta, finished, free_port, save_adapters, start
 from reference import random_lora
+from torch import Tensor
 
-from lora_delta import cli
+from lora_delta import DifferentiableDeltaCompute, cli
 from lora_delta.adapters import save_peft_adapter
 from lora_delta.embedded import embedded_checkpoint
 from lora_delta.label_parts import LabelJob
 from lora_delta.label_table import DeltaLabels
 from lora_delta.labels import compute_labels
 from lora_delta.lock import folder_lock
-from qwen_functional import LoraSpec, Qwen2Config
+from qwen_functional import Lora, LoraSpec, Qwen2Config
 
 NAMES = "abcdefghijklm"
 UNITS = 7
@@ -37,7 +40,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Thirteen adapters of three kinds; one overflows, one cannot be read, and two are copies of others."""
+    """Thirteen adapters of three kinds. One overflows, one cannot be read, and two are copies of others, which must not
+    be taken for finished because those are.
+    """
     folder = save_adapters(tmp_path_factory.mktemp("adapters") / "teachers", NAMES)
     for name, original in (("k", "a"), ("m", "h")):
         for file in ("adapter_config.json", "adapter_model.safetensors"):
@@ -70,14 +75,16 @@ def started_units(log: Path) -> list[tuple[int, int]]:
 
 
 def units_on_disk(out: Path) -> set[int]:
-    return {int(file.stem.removeprefix("unit-")) for file in out.glob("parts-*/unit-*.safetensors")}
+    """Units that a job has finished, as long as it is under way."""
+    files = [file for job in out.glob("parts-*/job.json") for file in job.parent.glob("unit-*.safetensors")]
+    return {int(file.stem.removeprefix("unit-")) for file in files}
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_the_bytes_depend_on_the_number_of_processes(
     n: int, adapters: Path, uninterrupted: dict[str, bytes], tmp_path: Path
 ) -> None:
-    orders = Orders(tmp_path / "log", dict.fromkeys(range(n), 0.05))
+    orders = Orders(tmp_path / "log", dict.fromkeys(range(n), 0.2))
     assert finished(start(n, adapters, tmp_path / "labels", orders)) == [0] * n
     assert contents(tmp_path / "labels") == uninterrupted
     begun = started_units(orders.log)
@@ -88,7 +95,7 @@ def test_the_bytes_depend_on_the_number_of_processes(
 def test_a_slow_process_holds_up_the_others(
     adapters: Path, uninterrupted: dict[str, bytes], tmp_path: Path
 ) -> None:
-    orders = Orders(tmp_path / "log", {0: 0.02, 1: 1.0})
+    orders = Orders(tmp_path / "log", {0: 0.02, 1: 1.5})
     assert finished(start(2, adapters, tmp_path / "labels", orders)) == [0, 0]
     units = Counter(rank for rank, _ in started_units(orders.log))
     assert units[1] <= 2 < units[0], units  # one that computes, one that is read ahead
@@ -98,19 +105,23 @@ def test_a_slow_process_holds_up_the_others(
 def test_a_job_that_was_killed_loses_more_than_its_passes_or_ends_in_other_bytes(
     adapters: Path, uninterrupted: dict[str, bytes], tmp_path: Path
 ) -> None:
+    def orders(name: str) -> Orders:
+        return Orders(tmp_path / name, {0: 0.04, 1: 0.04}, file_seconds=0.004)
+
+    began = time.monotonic()
+    assert finished(start(1, adapters, tmp_path / "whole" / "labels", orders("log"))) == [0]
+    seconds = time.monotonic() - began
     draw = random.Random(7)
     kills: list[int] = []  # units on disk at each
-    episode, runs, slowest = 0, 0, 1.0
+    episode, runs = 0, 0
     while len(kills) < KILLS:
         out = tmp_path / str(episode) / "labels"
         runs += 1
         n = 1 + runs % 2
-        orders = Orders(tmp_path / f"log {runs}", dict.fromkeys(range(n), 0.04), file_seconds=0.004)
         before = units_on_disk(out)
-        began = time.monotonic()
-        ranks = start(n, adapters, out, orders)
+        ranks = start(n, adapters, out, orders(f"log {runs}"))
         victims = draw.choice([ranks, [draw.choice(ranks)]])
-        _wait(ranks, draw.uniform(0, slowest))
+        _wait(ranks, draw.uniform(0, seconds))
         if all(process.is_alive() for process in ranks):
             for process in victims:
                 process.kill()
@@ -118,20 +129,19 @@ def test_a_job_that_was_killed_loses_more_than_its_passes_or_ends_in_other_bytes
             for process in ranks:
                 process.kill()
         statuses = finished(ranks)
-        begun = {unit for _, unit in started_units(orders.log)}
+        begun = {unit for _, unit in started_units(tmp_path / f"log {runs}")}
         assert begun.isdisjoint(before), "a finished unit was computed again"
         if -9 in statuses:
             there = units_on_disk(out)
             kills.append(len(there))
-            if there:  # else it had finished, or had not begun
+            if list(out.glob("parts-*/job.json")):  # else it had not begun, or had finished
                 assert before <= there
                 assert len(begun - there) <= n, "more than the unfinished passes was lost"
             continue
         assert statuses == [0] * n
         assert contents(out) == uninterrupted
-        slowest = min(slowest, 1.1 * (time.monotonic() - began)) if not before else slowest
         episode += 1
-    assert finished(start(2, adapters, out, Orders(tmp_path / "log"))) == [0, 0]
+    assert finished(start(2, adapters, out, orders("log"))) == [0, 0]
     assert contents(out) == uninterrupted
     assert len([kill for kill in kills if 0 < kill < UNITS]) >= KILLS // 4, kills
 
@@ -145,13 +155,19 @@ def _wait(ranks: list, seconds: float) -> None:
 def test_a_file_that_is_not_written_or_removed_when_the_process_dies_makes_other_bytes(
     adapters: Path, uninterrupted: dict[str, bytes], tmp_path: Path
 ) -> None:
+    units: list[list[str]] = []
     for operation in range(100):
-        out = tmp_path / str(operation) / "labels"
-        (status,) = finished(start(1, adapters, out, Orders(tmp_path / "log", dies_at=operation)))
+        out, log = tmp_path / str(operation) / "labels", tmp_path / f"log {operation}"
+        (status,) = finished(start(1, adapters, out, Orders(log, dies_at=operation)))
         if status == 0:
             break
         assert status == -9
-        assert in_one_process(adapters, out) == uninterrupted, operation
+        for job in out.glob("parts-*/job.json"):
+            units = json.loads(job.read_text())["units"]
+        *done, _ = [unit for _, unit in started_units(log)] or [0]
+        report = compute_labels(delta(), [adapters], out, adapters_per_pass=PER_PASS, progress=False)
+        assert {name for unit in done for name in units[unit]}.isdisjoint(report.computed), operation
+        assert contents(out) == uninterrupted, operation
     assert operation >= 2 + UNITS + 4  # the job, its units, table, manifest, job and lock
 
 
@@ -174,8 +190,24 @@ def test_a_process_that_fails_leaves_the_others_waiting(
     kind: str, status: int, adapters: Path, uninterrupted: dict[str, bytes], tmp_path: Path
 ) -> None:
     for rank in (0, 1):
-        orders = Orders(tmp_path / "log", {1 - rank: 0.1}, raises=(rank, kind))
+        orders = Orders(tmp_path / f"log {rank}", {1 - rank: 0.3}, raises=(rank, kind))
         assert finished(start(2, adapters, tmp_path / "labels", orders), seconds=20) == [status, status]
+        assert len(started_units(orders.log)) <= 4, "the other went on: expected its pass, and what it had read ahead"
+    assert in_one_process(adapters, tmp_path / "labels") == uninterrupted
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_process_that_is_killed_leaves_the_others_waiting_without_torchrun(
+    killed: int, adapters: Path, uninterrupted: dict[str, bytes], tmp_path: Path
+) -> None:
+    orders = Orders(tmp_path / "log", {killed: 60, 1 - killed: 0.02})
+    ranks = start(2, adapters, tmp_path / "labels", orders)
+    while killed not in {rank for rank, _ in started_units(orders.log)}:
+        assert ranks[killed].is_alive()
+        time.sleep(0.01)
+    ranks[killed].kill()
+    statuses = finished(ranks, seconds=20)
+    assert (statuses[killed], statuses[1 - killed]) == (-9, 3)
     assert in_one_process(adapters, tmp_path / "labels") == uninterrupted
 
 
@@ -210,6 +242,7 @@ def test_two_jobs_write_to_one_folder(adapters: Path, uninterrupted: dict[str, b
     out = tmp_path / "labels"
     first = start(2, adapters, out, Orders(tmp_path / "log", {0: 0.5, 1: 0.5}))
     while not units_on_disk(out):
+        assert first[0].is_alive()
         time.sleep(0.01)
     holder = rf"{out} is in use by another job, process {first[0].pid} on {socket.gethostname()}"
     with pytest.raises(ValueError, match=holder):
@@ -226,15 +259,28 @@ def test_a_system_without_locks_says_nothing(tmp_path: Path, monkeypatch: pytest
         assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_the_weights_are_packed_or_not_as_memory_has_it_when_a_job_goes_on(
-    adapters: Path, uninterrupted: dict[str, bytes], tmp_path: Path
+def test_free_memory_and_threads_change_the_bytes_when_a_job_goes_on(
+    adapters: Path, uninterrupted: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, packed = tmp_path / "labels", delta()
+    out, seen = tmp_path / "labels", set()
     finished(start(1, adapters, out, Orders(tmp_path / "log", dies_at=4)))
-    other = delta()
-    assert packed.weights.packed is not None
-    other.weights = type(other.weights)(**{**vars(other.weights), "packed": None})
-    compute_labels(other, [adapters], out, adapters_per_pass=PER_PASS, progress=False)
+    unpacked = delta()
+    assert unpacked.weights.packed is not None
+    unpacked.weights = replace(unpacked.weights, packed=None)
+    compute = DifferentiableDeltaCompute.deltas
+
+    def watched(delta: DifferentiableDeltaCompute, lora: Lora) -> Tensor:
+        seen.add((delta.weights.packed is not None, torch.get_num_threads()))
+        return compute(delta, lora)
+
+    monkeypatch.setattr(DifferentiableDeltaCompute, "deltas", watched)
+    torch.set_num_threads(2)
+    try:
+        compute_labels(unpacked, [adapters], out, adapters_per_pass=PER_PASS, progress=False)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert seen == {(True, 1)}
     assert contents(out) == uninterrupted
 
 
@@ -267,6 +313,11 @@ def test_the_command_under_torchrun_labels_otherwise(
     assert cli.main([*map(str, alone)]) == 0
     assert contents(tmp_path / "one" / "labels") == contents(tmp_path / "two" / "labels")
     capsys.readouterr()
+    message = f"lora-delta label: {tmp_path / 'one' / 'labels'} is in use by another job, process {os.getpid()} on"
     with folder_lock(tmp_path / "one" / "labels"):
         assert cli.main([*map(str, alone)]) == 2
-    assert f"is in use by another job, process {os.getpid()} on" in capsys.readouterr().err
+        done = torchrun(2, *alone[3:])
+    assert message in capsys.readouterr().err
+    assert message in done.stderr
+    assert "(exitcode: 2)" in done.stderr, "a process has not ended by itself, or with another status"
+    assert contents(tmp_path / "one" / "labels") == contents(tmp_path / "two" / "labels")
