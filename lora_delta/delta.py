@@ -158,6 +158,11 @@ class DifferentiableDeltaCompute(nn.Module):
         return self._pooled(self._bare[None], batched=False)
 
     @property
+    def is_split(self) -> bool:
+        """Whether several ranks have to make each call together: the model or the adapters are split over them."""
+        return self.weights.parallel is not None or self._shares.size > 1
+
+    @property
     def checkpoint_used(self) -> str | None:
         """What ``checkpoint`` came to in the latest call with gradients, as ``Vjp.checkpoint`` says it."""
         return self._checkpoint_used

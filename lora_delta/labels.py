@@ -113,9 +113,14 @@ def compute_labels(
         The same report in all ranks.
 
     Raises:
-        ValueError: no adapters; another job is at work in ``out``; ``out`` holds something else, or labels of another
-            model, other probes, layer, pooling or dtype. Nothing is written then.
+        ValueError: ``delta`` is split over a mesh; no adapters; another job is at work in ``out``; ``out`` holds
+            something else, or labels of another model, other probes, layer, pooling or dtype. Nothing is written then.
     """
+    if delta.is_split:
+        raise ValueError(
+            "delta is split over a mesh, expected one that every process computes by itself: processes share the "
+            "adapters here; a base model that is too large for a device can be streamed"
+        )
     ranks, out = Ranks.current(), Path(out)
     per_pass = _adapters_per_pass(delta, adapters_per_pass)
     shape = delta.base_activation.shape

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lora_delta import DifferentiableDeltaCompute
-from lora_delta.labels import model_fingerprint
+from lora_delta.labels import compute_labels, model_fingerprint
 from lora_delta.tokens import TokenFormat
 from lora_delta.training import TrainingOptions, train
 from qwen_functional import LoraSpec, Qwen2Config, Qwen2Weights, init_weights, load_pretrained, pack, weights
@@ -145,6 +145,16 @@ def held_bytes(case: Case) -> int:
 
 def fingerprint(case: Case) -> str:
     return model_fingerprint(case.config, case.weights(mesh_of(tp=2)))
+
+
+def labels_of_a_split_delta(case: Case, sizes: dict[str, int], out: Path) -> str:
+    mesh = mesh_of(**sizes)
+    delta = DifferentiableDeltaCompute(case.config, case.weights(mesh), case.probes, case.spec, mesh=mesh)
+    try:
+        compute_labels(delta, ["nowhere"], out)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def refusal(config: Qwen2Config) -> str:

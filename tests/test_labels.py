@@ -305,14 +305,15 @@ def embedded_teachers(tmp_path: Path) -> Path:
     return tmp_path / "teachers"
 
 
+@pytest.mark.parametrize("stream", [[], ["--stream", "disk"], ["--stream", "host"]], ids=" ".join)
 def test_the_command_labels_otherwise_than_the_library(
-    embedded_teachers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    stream: list[str], embedded_teachers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     probes, listed = tmp_path / "probes.txt", tmp_path / "adapters.txt"
     probes.write_text("one probe\n\nand another\n")
     listed.write_text("teachers/a\nteachers/b  # the second\n")
     options = ["--dtype", "float32", "--probes", probes, "--layer=-1,2", "--layer", "0", "--pooling", "none", "--json"]
-    assert command(*options, "--out", tmp_path / "labels", listed, "--quiet") == 0
+    assert command(*options, *stream, "--out", tmp_path / "labels", listed, "--quiet") == 0
     printed = capsys.readouterr()
     assert printed.err == ""
     facts = json.loads(printed.out)

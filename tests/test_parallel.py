@@ -105,6 +105,16 @@ def test_labels_of_a_split_model_are_taken_for_another_models(two_ranks: Ranks) 
     assert two_ranks.call(jobs.fingerprint, case) == [model_fingerprint(case.config, case.weights())] * 2
 
 
+@pytest.mark.parametrize("sizes", [{"dp": 2}, {"tp": 2}], ids=str)
+def test_ranks_that_work_together_are_given_labels_apart(
+    sizes: dict[str, int], two_ranks: Ranks, tmp_path: Path
+) -> None:
+    case = case_of(tiny_config(), dtype=torch.float32)
+    for message in two_ranks.call(jobs.labels_of_a_split_delta, case, sizes, tmp_path / "labels"):
+        assert message.startswith("delta is split over a mesh, expected one that every process computes by itself")
+    assert not (tmp_path / "labels").exists()
+
+
 @pytest.mark.parametrize(("changes", "sizes"), [
     ({"num_attention_heads": 6, "num_key_value_heads": 3}, r"\[1, 3\]"),
     ({"intermediate_size": 41}, r"\[1\]"),

@@ -53,6 +53,9 @@ def add(subcommands: argparse._SubParsersAction) -> None:
         "--pooling", choices=POOLINGS, default="mean", help="over the probes; none keeps each (default: %(default)s)"
     )
     label.add_argument("--adapters-per-pass", type=int, metavar="G", help="default: 8, and 32 on a GPU")
+    label.add_argument(
+        "--stream", choices=("disk", "host"), help="leave the base model there: for one that is larger than the device"
+    )
     label.add_argument("--json", action="store_true", help="print the summary as JSON")
     label.add_argument("--quiet", action="store_true", help="no progress bar")
     label.set_defaults(run=_label)
@@ -68,6 +71,7 @@ def _label(options: argparse.Namespace) -> int:
             probes,
             dtype=DTYPES[options.dtype],
             device=ranks.device,
+            stream=options.stream or False,
             max_length=options.max_length,
             chat=options.chat,
             layer=_layers(options.layer),
