@@ -97,17 +97,18 @@ def measure(options: argparse.Namespace) -> int:
             processes, options.measure_size, DTYPES[options.dtype], options.threads, options.device
         )
         constants[str(processes)] = dataclasses.asdict(found)
-        print(f"{processes} at once: {shown(found)}", flush=True)
+        print(f"{processes} at once: {shown(found, alone=processes == 1)}", flush=True)
     facts = machine_facts(options.threads)
     write_json(options.measure, {"machine": facts, "dtype": options.dtype, "constants": constants})
     return 0
 
 
-def shown(constants: Constants) -> str:
+def shown(constants: Constants, *, alone: bool = False) -> str:
+    """In words; of a process alone without sums, which it has none to share with."""
+    sums = f"sums {constants.sum_bytes / 1e9:.2f} GB/s after {constants.sum_latency * 1e6:.0f} µs, "
     return (
         f"products {constants.gemm / 1e9:.1f} GFLOP/s, low-rank {constants.low_rank / 1e9:.1f} GFLOP/s, "
-        f"memory {constants.memory / 1e9:.2f} GB/s, sums {constants.sum_bytes / 1e9:.2f} GB/s after "
-        f"{constants.sum_latency * 1e6:.0f} µs, disk {constants.disk / 1e9:.2f} GB/s"
+        f"memory {constants.memory / 1e9:.2f} GB/s, {'' if alone else sums}disk {constants.disk / 1e9:.2f} GB/s"
     )
 
 
@@ -162,7 +163,7 @@ def show_plan(options: argparse.Namespace) -> int:
         f"each, {options.dtype}, checkpoint {options.checkpoint}{', streamed' if options.stream else ''}"
     )
     print(f"Constants of: {machine_line(record['machine'])}" + (f"; given: {', '.join(given)}" if given else ""))
-    print(shown(constants) + "\n")
+    print(shown(constants, alone=options.devices == 1) + "\n")
     plans = meshes(plan, options.devices)
     print(plan_table(plans, constants))
     if options.json:
