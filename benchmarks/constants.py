@@ -25,13 +25,11 @@ from probe_sets import synthetic_probes, tree_tokens
 from safetensors import safe_open
 from safetensors.torch import save_file
 from sizes import named_config
-from torch import Tensor
 from workload import Workload
 
 import qwen_functional.forward
 from qwen_functional import init_weights, pack
 from qwen_functional.memory import keep_freed_memory
-from qwen_functional.parallel import TensorParallel
 
 ADAPTERS, ROUNDS = 4, 5
 SUM_ELEMENTS = 1 << 21
@@ -144,7 +142,7 @@ def _measure(size: str, dtype: torch.dtype, threads: int, device: str) -> Consta
     memory = plan.memory_bytes() / max(rest, 0.01 * seconds)
     del step
     small, large = (torch.ones(n, dtype=torch.float32, device=device) for n in (1, SUM_ELEMENTS))
-    latency, whole = _median(lambda: _summed(small), 50), _median(lambda: _summed(large), 20)
+    latency, whole = _median(lambda: dist.all_reduce(small), 50), _median(lambda: dist.all_reduce(large), 20)
     return Constants(gemm, low_rank, memory, large.nbytes / max(whole - latency, 1e-9), latency, _disk_rate())
 
 
@@ -171,10 +169,6 @@ def _low_rank_rate(workload: Workload) -> float:
 
     products()
     return 2 * n * tokens * workload.rank * (h + i) / _median(products, 20)
-
-
-def _summed(tensor: Tensor) -> None:
-    TensorParallel(dist.device_mesh.init_device_mesh(tensor.device.type, (dist.get_world_size(),))).sum_(tensor)
 
 
 def _disk_rate() -> float:
