@@ -117,7 +117,8 @@ def validate(options: argparse.Namespace) -> int:
     record = json.loads(options.validate.read_text())
     lines = ["| size | adapters | dp | tp | checkpoint | predicted s | measured s | predicted / measured |"]
     lines.append("|" + "---:|" * 8)
-    entries, all_within = [], True
+    entries: list[dict[str, Any]] = []
+    all_within = True
     for size, adapters, data_parallel, tensor_parallel, checkpoint in VALIDATED:
         report(f"G = {adapters}, dp {data_parallel}, tp {tensor_parallel}, {checkpoint}")
         workload = workload_of(size, adapters, DTYPES[record["dtype"]], options.threads, options.device)
