@@ -103,7 +103,8 @@ class Plan:
             again = 0.0
             if self.checkpoint == "block":  # neither o nor down are multiplied again
                 again = row * qkv + all_rows * m["gate_up"]
-                again += (layers - 2) * all_rows * (qkv + m["gate_up"]) + all_rows * m["kv"]
+                again += (layers - 2) * all_rows * (qkv + m["gate_up"])
+                again += all_rows * m["kv"] + read * (m["q"] + m["gate_up"])
             total += 2 * (forwards + backwards + again)
         return total
 
