@@ -197,7 +197,8 @@ torch.set_num_threads(2)
 warm = torch.nn.functional.linear(torch.ones(8, 8), torch.ones(8, 8))  # the libraries' own memory
 before = status("VmRSS")
 spec = LoraSpec(rank=8)
-delta = DifferentiableDeltaCompute.from_pretrained(sys.argv[1], spec=spec, dtype=torch.bfloat16, stream=True)
+options = {"dtype": torch.float32, "stream": True, "checkpoint": "block"}
+delta = DifferentiableDeltaCompute.from_pretrained(sys.argv[1], spec=spec, **options)
 tensors = {n: torch.full((1, *s), 0.01, requires_grad=True) for n, s in delta.lora_shapes.items()}
 loss = delta(tensors).square().sum()
 loss.backward()
