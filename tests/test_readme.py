@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from torchrun import torchrun
 
 from lora_delta.embedded import embedded_checkpoint
 from lora_delta.embedded.build import build
@@ -23,9 +24,11 @@ def _run(code: str, folder: Path) -> str:
     file = folder / "example.py"
     file.write_text(code, encoding="utf-8")
     several = re.match(r"# torchrun --nproc-per-node (\d)", code)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    command = [sys.executable, *([*torchrun, several[1]] if several else []), str(file)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=one_thread)
+    if several:
+        result = torchrun(int(several[1]), str(file), env=one_thread)
+    else:
+        command = [sys.executable, str(file)]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=one_thread)
     assert result.returncode == 0, result.stderr
     return result.stdout
 

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import peft
@@ -11,6 +9,7 @@ import pytest
 import torch
 import transformers
 from reference import relative_error
+from torchrun import torchrun
 
 from lora_delta.adapters import load_peft_adapter, save_peft_adapter
 from lora_delta.cli import main
@@ -95,9 +94,7 @@ def test_a_run_of_two_processes_is_another_one(extra: str, folder: Path, tmp_pat
     (tmp_path / "config.toml").write_text(CONFIG.replace('out = "run"', f'out = "run"\n{extra}').replace(
         "batch_size = 2", "batch_size = 2\ndelta_batch_size = 2"
     ))  # fmt: skip
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "lora_delta", "train", "--quiet", "--json", str(tmp_path / "config.toml")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = torchrun(2, "-m", "lora_delta", "train", "--quiet", "--json", str(tmp_path / "config.toml"))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["step"] == 3  # one process prints
     runs = [
