@@ -1,13 +1,13 @@
 """One decoder block: ``x_mid = x + o(attention(qkv(norm(x))))``, then ``x_mid + down(swiglu(gate_up(norm(x_mid))))``.
 
-The residual stream is (G, S, H) in the accumulation dtype. G is 1 below the first adapted block, where all adapters
-still share one stream. Each half has its vjp right below it: the same lines, upside down.
+The residual stream is (G, S, H) in the accumulation dtype, of the adapters of one chunk. G is 1 below the first adapted
+block, where all adapters still share one stream. Each half has its vjp right below it: the same lines, upside down.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,11 +24,6 @@ from .packing import AttentionTile
 from .parallel import TensorParallel
 from .stacking import DOWN, GATE, KV, QKV, UP, Gradients, O, Projection, Q, project
 from .weights import BlockWeights, PackedBlock
-
-# A chunk's gate and up on a CPU: small enough that the C library hands its memory on to the next chunk, where larger
-# pieces go back to the system and are faulted in again. torch's own GEMM lays the weight out in each call.
-PACKED_CHUNK_BYTES, PLAIN_CHUNK_BYTES = 12 << 20, 48 << 20
-
 
 @dataclass(frozen=True)
 class Row:
@@ -59,6 +54,12 @@ class Block:
     up: Projection
     down: Projection
     parallel: TensorParallel | None
+
+    @property
+    def adapted(self) -> bool:
+        """Whether any of its projections has adapters."""
+        projections = (self.qkv, self.q, self.o, self.gate, self.up, self.down)
+        return any(p is not None and p.low_rank is not None for p in projections)
 
     @classmethod
     def bind(
@@ -105,6 +106,15 @@ class Block:
         return x if self.parallel is None else self.parallel.sum_(x)
 
 
+@dataclass(frozen=True)
+class KeptMlp:
+    gate: Tensor  # (G, S, I)
+    up: Tensor
+    u_gate: Tensor | None
+    u_up: Tensor | None
+    u_down: Tensor | None
+
+
 @dataclass
 class Kept:
     """What the forward leaves for the vjp beside the block's input. All (G, S, …)."""
@@ -117,16 +127,7 @@ class Kept:
     u_qkv: Tensor | None
     u_q: Tensor | None
     u_o: Tensor | None
-    mlp: list[KeptMlp] = field(default_factory=list)  # by chunk of adapters; empty: to be computed again
-
-
-@dataclass(frozen=True)
-class KeptMlp:
-    gate: Tensor  # (g, S, I)
-    up: Tensor
-    u_gate: Tensor | None
-    u_up: Tensor | None
-    u_down: Tensor | None
+    mlp: KeptMlp | None = None  # None: to be computed again
 
 
 def kept_bytes(config: Qwen2Config, n_adapters: int, n_tokens: int, compute: torch.dtype) -> int:
@@ -136,18 +137,18 @@ def kept_bytes(config: Qwen2Config, n_adapters: int, n_tokens: int, compute: tor
     return n_adapters * n_tokens * (attended + multiplied)
 
 
-def attention_half(block: Block, x: Tensor, row: Row, x_mid: Tensor | None = None) -> Kept:
-    """``x_mid = x + o(attention(qkv(norm(x))))`` and all that the vjp needs of it.
+def attention_half(block: Block, x: Tensor, row: Row, adapters: slice, x_mid: Tensor | None = None) -> Kept:
+    """``x_mid = x + o(attention(qkv(norm(x))))`` of the adapters in the slice, and all that the vjp needs of it.
 
     Where ``x_mid`` is known, o_proj is not multiplied again.
     """
     config, compute = block.config, block.o.weight.dtype
     h, _ = rmsnorm_engine(x, block.input_layernorm, config.rms_norm_eps, compute)
-    qkv, u_qkv = block.qkv(h)
+    qkv, u_qkv = block.qkv(h, adapters)
     if block.q is None:
         queries, kv, u_q = qkv[..., : config.q_size], qkv[..., config.q_size :], None
     else:
-        queries, u_q = block.q(h[:, row.rows])
+        queries, u_q = block.q(h[:, row.rows], adapters)
         kv = qkv
     keys, values = kv.chunk(2, -1)
     q = _rotated(_query_heads(queries, config), row.q_rope, row.dtype)
@@ -157,18 +158,26 @@ def attention_half(block: Block, x: Tensor, row: Row, x_mid: Tensor | None = Non
     q, k, v = (t.expand(n_adapters, *t.shape[1:]) for t in (q, k, v))
     o = attention(q, k, v, row.tiles).to(compute)
     if x_mid is not None:
-        return Kept(x_mid, q, k, v, o, u_qkv, u_q, block.o.inner(o))
-    y, u_o = block.o(o)
+        return Kept(x_mid, q, k, v, o, u_qkv, u_q, block.o.inner(o, adapters))
+    y, u_o = block.o(o, adapters)
     return Kept(_rows(x, row) + block.summed(y), q, k, v, o, u_qkv, u_q, u_o)
 
 
 def attention_half_vjp(
-    block: Block, x: Tensor, kept: Kept, dx_mid: Tensor, row: Row, gradients: Gradients, layer: int, need_dx: bool
+    block: Block,
+    x: Tensor,
+    kept: Kept,
+    dx_mid: Tensor,
+    row: Row,
+    adapters: slice,
+    gradients: Gradients,
+    layer: int,
+    need_dx: bool,
 ) -> Tensor | None:
     """The cotangent of ``x`` from that of ``x_mid``, (G, S or R, H); None where nothing below needs it."""
     config, compute = block.config, block.o.weight.dtype
     need_attention = need_dx or gradients.wants_any(layer, QKV)
-    do = block.o.vjp(dx_mid.to(compute), kept.o, kept.u_o, gradients, need_dx=need_attention)
+    do = block.o.vjp(dx_mid.to(compute), kept.o, kept.u_o, gradients, adapters, need_dx=need_attention)
     if do is None:
         return None
     dq, dk, dv = attention_vjp(do, kept.q, kept.k, kept.v, row.tiles)
@@ -183,10 +192,10 @@ def attention_half_vjp(
     rope_vjp(dk, *row.k_rope, out=_heads(d_keys, config))
     _heads(d_values, config).copy_(dv)
     if block.q is None:
-        dh = block.qkv.vjp(d_qkv, h, kept.u_qkv, gradients, need_dx=need_dx)
+        dh = block.qkv.vjp(d_qkv, h, kept.u_qkv, gradients, adapters, need_dx=need_dx)
     else:
-        dh = block.qkv.vjp(d_kv, h, kept.u_qkv, gradients, need_dx=need_dx)
-        dh_rows = block.q.vjp(d_queries, h[:, row.rows], kept.u_q, gradients, need_dx=need_dx)
+        dh = block.qkv.vjp(d_kv, h, kept.u_qkv, gradients, adapters, need_dx=need_dx)
+        dh_rows = block.q.vjp(d_queries, h[:, row.rows], kept.u_q, gradients, adapters, need_dx=need_dx)
         if dh is not None and dh_rows is not None and row.rows is not None:
             dh.index_add_(1, row.rows, dh_rows)
     if dh is None:
@@ -195,29 +204,28 @@ def attention_half_vjp(
     return dx.add_(dx_mid) if row.rows is None else dx.index_add_(1, row.rows, dx_mid)
 
 
-def mlp_half(
-    block: Block, x_mid: Tensor, keep: list[KeptMlp] | None = None, *, in_place: bool = False
-) -> Tensor:
-    """``x_out = x_mid + down(swiglu(gate_up(norm(x_mid))))``, chunk of adapters by chunk.
+def mlp_half(block: Block, x_mid: Tensor, adapters: slice, *, in_place: bool = False) -> tuple[Tensor, KeptMlp]:
+    """``x_out = x_mid + down(swiglu(gate_up(norm(x_mid))))``, and what the vjp needs of it.
 
-    Appends what the vjp needs to ``keep``. With ``in_place`` ``x_mid`` is written over where it can be.
+    With ``in_place`` ``x_mid`` is written over where it can be.
     """
-    n_adapters = _n_adapters(block, x_mid)
-    x_mid = x_mid.expand(n_adapters, -1, -1)
-    in_place = in_place and x_mid.stride(0) != 0
-    x_out = x_mid if in_place else torch.empty_like(x_mid, memory_format=torch.contiguous_format)
-    for chunk in _chunks(block, x_mid):
-        h, _ = _normed(block, x_mid[chunk])
-        (gate, u_gate), (up, u_up) = block.gate(h, chunk), block.up(h, chunk)
-        y, u_down = block.down(swiglu_engine(gate, up)[0], chunk)
-        torch.add(x_mid[chunk], block.summed(y), out=x_out[chunk])
-        if keep is not None:
-            keep.append(KeptMlp(gate, up, u_gate, u_up, u_down))
-    return x_out
+    x_mid = x_mid.expand(_n_adapters(block, x_mid, adapters), -1, -1)
+    h, _ = _normed(block, x_mid)
+    (gate, u_gate), (up, u_up) = block.gate(h, adapters), block.up(h, adapters)
+    y, u_down = block.down(swiglu_engine(gate, up)[0], adapters)
+    out = x_mid if in_place and x_mid.stride(0) != 0 else None
+    return torch.add(x_mid, block.summed(y), out=out), KeptMlp(gate, up, u_gate, u_up, u_down)
 
 
 def mlp_half_vjp(
-    block: Block, x_mid: Tensor, kept: list[KeptMlp], dx_out: Tensor, gradients: Gradients, layer: int, need_dx: bool
+    block: Block,
+    x_mid: Tensor,
+    kept: KeptMlp | None,
+    dx_out: Tensor,
+    adapters: slice,
+    gradients: Gradients,
+    layer: int,
+    need_dx: bool,
 ) -> Tensor | None:
     """The cotangent of ``x_mid`` (G, S, H), written over ``dx_out``; what was not kept is computed again."""
     compute = block.down.weight.dtype
@@ -225,25 +233,23 @@ def mlp_half_vjp(
     if not need_gate_up and not gradients.wants_any(layer, DOWN):
         return None
     x_mid = x_mid.expand(dx_out.shape)
-    for index, chunk in enumerate(_chunks(block, x_mid)):
-        h, rstd = _normed(block, x_mid[chunk])
-        if kept:
-            gate, up, u_gate, u_up = kept[index].gate, kept[index].up, kept[index].u_gate, kept[index].u_up
-        else:
-            (gate, u_gate), (up, u_up) = block.gate(h, chunk), block.up(h, chunk)
-        a, silu = swiglu_engine(gate, up, keep_silu=True)
-        u_down = kept[index].u_down if kept else block.down.inner(a, chunk)
-        dy = dx_out[chunk].to(compute)
-        da = block.down.vjp(dy, a, u_down, gradients, need_dx=need_gate_up, adapters=chunk)
-        if da is None:
-            continue
-        d_gate, d_up = swiglu_vjp_(da, gate, up, silu, scratch=a)
-        dh = block.gate.vjp(d_gate, h, u_gate, gradients, need_dx=need_dx, adapters=chunk)
-        dh = block.up.vjp(d_up, h, u_up, gradients, need_dx=need_dx, adapters=chunk, to=dh)
-        if dh is not None:
-            weight = block.post_attention_layernorm
-            dx_out[chunk] += rmsnorm_vjp(block.summed(dh).to(x_mid.dtype), x_mid[chunk], weight, rstd)
-    return dx_out if need_dx else None
+    h, rstd = _normed(block, x_mid)
+    if kept is None:
+        (gate, u_gate), (up, u_up) = block.gate(h, adapters), block.up(h, adapters)
+    else:
+        gate, up, u_gate, u_up = kept.gate, kept.up, kept.u_gate, kept.u_up
+    a, silu = swiglu_engine(gate, up, keep_silu=True)
+    u_down = block.down.inner(a, adapters) if kept is None else kept.u_down
+    da = block.down.vjp(dx_out.to(compute), a, u_down, gradients, adapters, need_dx=need_gate_up)
+    if da is None:
+        return None
+    d_gate, d_up = swiglu_vjp_(da, gate, up, silu, scratch=a)
+    dh = block.gate.vjp(d_gate, h, u_gate, gradients, adapters, need_dx=need_dx)
+    dh = block.up.vjp(d_up, h, u_up, gradients, adapters, need_dx=need_dx, to=dh)
+    if dh is None:
+        return None
+    weight = block.post_attention_layernorm
+    return dx_out.add_(rmsnorm_vjp(block.summed(dh).to(x_mid.dtype), x_mid, weight, rstd))
 
 
 def _normed(block: Block, x_mid: Tensor) -> tuple[Tensor, Tensor]:
@@ -252,21 +258,9 @@ def _normed(block: Block, x_mid: Tensor) -> tuple[Tensor, Tensor]:
     return rmsnorm_engine(x_mid, weight, eps, block.gate.weight.dtype)
 
 
-def _n_adapters(block: Block, x: Tensor) -> int:
+def _n_adapters(block: Block, x: Tensor, adapters: slice) -> int:
     stacks = (block.gate.low_rank, block.up.low_rank, block.down.low_rank)
-    return max([x.shape[0], *(stack.A.shape[0] for stack in stacks if stack is not None)])
-
-
-def _chunks(block: Block, x: Tensor) -> list[slice]:
-    """Slices of whole adapters whose gate and up fit a chunk; all at once on a GPU, and where ranks wait for a sum."""
-    n_adapters, n_tokens = x.shape[0], x.shape[1]
-    step = n_adapters
-    if x.device.type == "cpu" and block.parallel is None:
-        bytes_each = 2 * n_tokens * block.gate.weight.shape[0] * block.gate.weight.dtype.itemsize
-        packed = isinstance(block.gate.weight, PackedWeight)
-        step = max(1, (PACKED_CHUNK_BYTES if packed else PLAIN_CHUNK_BYTES) // bytes_each)
-        step = -(-n_adapters // -(-n_adapters // step))  # as even as can be
-    return [slice(start, min(start + step, n_adapters)) for start in range(0, n_adapters, step)]
+    return max([x.shape[0], *(stack.A[adapters].shape[0] for stack in stacks if stack is not None)])
 
 
 def _rows(x: Tensor, row: Row) -> Tensor:

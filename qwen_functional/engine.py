@@ -1,7 +1,7 @@
 """The whole model on packed tokens, many adapters at once, with its gradient written by hand.
 
-No autograd and no vocabulary logits. What the forward keeps, and how much of it, is decided here; what a block
-computes is in ``block.py``.
+No autograd and no vocabulary logits. What the forward keeps, how much of it, and how many adapters go through a block
+at a time is decided here; what a block computes is in ``block.py``.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ from .stacking import QKV, Gradients, O
 from .weights import Qwen2Weights
 
 CHECKPOINTS = ("none", "block", "auto")
+
+# The gate and up of the adapters that go through a block together, on a CPU: enough rows for a GEMM, and so few bytes
+# that the C library hands their memory on, where larger pieces go back to the system and are faulted in again.
+CHUNK_BYTES = 48 << 20
 
 
 def forward_vjp(
@@ -88,7 +92,7 @@ class Vjp:
         self._single_layer = single_layer
         self._shape = run.value_shape if not single_layer else (run.value_shape[0], *run.value_shape[2:])
         self.n_blocks = len(run.saved)
-        self.n_kept = sum(kept is not None for *_, kept in run.saved.values())
+        self.n_kept = sum(kept is not None for ((*_, kept), *_) in run.saved.values())
 
     @property
     def checkpoint(self) -> str:
@@ -144,7 +148,11 @@ class _Rows:
 
 
 class _Run:
-    """One pass forwards and back. ``saved`` maps a layer to what enters its halves and, where kept, the rest."""
+    """One pass forwards and back, in each block one chunk of adapters after the other.
+
+    The residual stream is a list of one tensor (g, S, H) a chunk, or of one alone (1, S, H) below the first adapted
+    block. ``saved`` maps a layer to what enters its halves and, where kept, the rest, by chunk.
+    """
 
     def __init__(
         self,
@@ -170,7 +178,8 @@ class _Run:
         windows = {window: rows.whole(i) for window, i in layer_of.items()}
         self.row_at = [*(windows[config.window(i)] for i in range(self.top)), rows.read_out(self.top)]
         self.value_shape = (lora.n_adapters, len(layers), len(tokens.last), config.hidden_size)
-        self.saved: dict[int, tuple[Tensor, Tensor, Kept | None]] = {}
+        self.chunks = _chunks(config, weights, len(tokens), lora.n_adapters)
+        self.saved: dict[int, list[tuple[Tensor, Tensor, Kept | None]]] = {}
         self.read: dict[int, Tensor] = {}
 
     def n_blocks_to_keep(self, checkpoint: str, memory_budget: int | None) -> int:
@@ -200,22 +209,29 @@ class _Run:
     def forward(self, n_keep: int) -> Tensor:
         dtype = accumulation_dtype(self.weights.compute_dtype)
         ids = self.tokens.input_ids.to(self.weights.device)
-        x = self.weights.embed_tokens[ids].to(dtype)[None]
+        xs = [self.weights.embed_tokens[ids].to(dtype)[None]]
         turn = self.top - 1 if self.lowest < self.top else 0  # the way back, or the next pass
         for layer in range(self.top + 1):
-            block, row = self.block(layer, layer + 1 if layer < self.top else turn), self.row_at[layer]
-            kept = attention_half(block, x, row)
-            keep = layer >= self.lowest and layer > self.top - n_keep
-            x_out = mlp_half(block, kept.x_mid, kept.mlp if keep else None, in_place=layer < self.lowest)
-            if layer >= self.lowest:
-                self.saved[layer] = (x, kept.x_mid, kept if keep else None)
+            block = self.block(layer, layer + 1 if layer < self.top else turn)
+            if block.adapted and len(xs) < len(self.chunks):
+                xs = xs * len(self.chunks)
+            keep = layer > self.top - n_keep
+            xs = [self._block(block, layer, x, chunk, keep) for x, chunk in zip(xs, self.chunks, strict=False)]
             if layer in self.layers or layer == self.top:
-                self.read[layer] = x_out if layer == self.top else x_out[:, self.rows]
-            x = x_out
+                read = xs if layer == self.top else [x[:, self.rows] for x in xs]
+                self.read[layer] = torch.cat(read) if len(read) > 1 else read[0]
             del block  # streamed weights make room for the next ones
-        values = [self._normed(x) if layer == -1 else self.read[layer] for layer in self.layers]
+        values = [self._normed(self.read[self.top]) if layer == -1 else self.read[layer] for layer in self.layers]
         n = self.value_shape[0]
         return torch.stack([value[:, self.row_of].expand(n, -1, -1) for value in values], dim=1)
+
+    def _block(self, block: Block, layer: int, x: Tensor, chunk: slice, keep: bool) -> Tensor:
+        kept = attention_half(block, x, self.row_at[layer], chunk)
+        x_out, mlp = mlp_half(block, kept.x_mid, chunk, in_place=layer < self.lowest)
+        if layer >= self.lowest:
+            kept.mlp = mlp
+            self.saved.setdefault(layer, []).append((x, kept.x_mid, kept if keep else None))
+        return x_out
 
     def _normed(self, x: Tensor) -> Tensor:
         return rmsnorm(x, self.weights.norm, self.config.rms_norm_eps)[0]
@@ -235,28 +251,44 @@ class _Run:
             elif layer == self.top:
                 dx += d_read[:, index]
         self.read.clear()
+        dxs: list[Tensor] = [dx[chunk] for chunk in self.chunks]
         for layer in range(self.top, self.lowest - 1, -1):
             if layer < self.top:
                 for index in (i for i, read in enumerate(self.layers) if read == layer):
-                    dx.index_add_(1, self.rows, d_read[:, index])
-            new_dx = self._block_vjp(layer, dx)
-            if new_dx is None:
-                break
-            dx = new_dx
+                    for dx, chunk in zip(dxs, self.chunks, strict=True):
+                        dx.index_add_(1, self.rows, d_read[chunk, index])
+            block = self.block(layer, layer - 1 if layer > self.lowest else 0)
+            saved = self.saved.pop(layer)
+            for index, chunk in enumerate(self.chunks):
+                new_dx = self._block_vjp(block, layer, *saved.pop(0), dxs[index], chunk)
+                if new_dx is not None:
+                    dxs[index] = new_dx
+            del block
         return self.gradients.collect()
 
-    def _block_vjp(self, layer: int, dx_out: Tensor) -> Tensor | None:
-        x, x_mid, kept = self.saved.pop(layer)
-        block = self.block(layer, layer - 1 if layer > self.lowest else 0)
+    def _block_vjp(
+        self, block: Block, layer: int, x: Tensor, x_mid: Tensor, kept: Kept | None, dx_out: Tensor, chunk: slice
+    ) -> Tensor | None:
+        """The cotangent of ``x``; None from the lowest block, whose input's nobody needs."""
         row, gradients = self.row_at[layer], self.gradients
-        kept = attention_half(block, x, row, x_mid) if kept is None else kept
+        kept = attention_half(block, x, row, chunk, x_mid) if kept is None else kept
         need_dx = layer > self.lowest
         need_mid = need_dx or gradients.wants_any(layer, QKV + O)
-        dx_mid = mlp_half_vjp(block, kept.x_mid, kept.mlp, dx_out, gradients, layer, need_mid)
-        kept.mlp.clear()
+        dx_mid = mlp_half_vjp(block, x_mid, kept.mlp, dx_out, chunk, gradients, layer, need_mid)
+        kept.mlp = None
         if dx_mid is None:
             return None
-        return attention_half_vjp(block, x, kept, dx_mid, row, gradients, layer, need_dx)
+        return attention_half_vjp(block, x, kept, dx_mid, row, chunk, gradients, layer, need_dx)
+
+
+def _chunks(config: Qwen2Config, weights: Qwen2Weights, n_tokens: int, n_adapters: int) -> list[slice]:
+    """How many adapters go through a block at a time; all on a GPU, and where ranks wait for a sum."""
+    step = n_adapters
+    if weights.device.type == "cpu" and weights.parallel is None:
+        bytes_each = 2 * n_tokens * config.intermediate_size * weights.compute_dtype.itemsize
+        step = max(1, CHUNK_BYTES // bytes_each)
+        step = -(-n_adapters // -(-n_adapters // step))  # as even as can be
+    return [slice(start, min(start + step, n_adapters)) for start in range(0, n_adapters, step)]
 
 
 @contextlib.contextmanager

@@ -40,11 +40,11 @@ class Projection:
     low_rank: LowRank | None
     keys: tuple[tuple[int, str], ...]  # (layer, projection) of each part of low_rank
 
-    def __call__(self, x: Tensor, adapters: slice = slice(None)) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, x: Tensor, adapters: slice) -> tuple[Tensor, Tensor | None]:
         """y and u of :func:`ops.linear.linear`, for x of the adapters in the slice."""
         return linear(x, self.weight, self.bias, self.low_rank[adapters] if self.low_rank else None)
 
-    def inner(self, x: Tensor, adapters: slice = slice(None)) -> Tensor | None:
+    def inner(self, x: Tensor, adapters: slice) -> Tensor | None:
         """u alone."""
         return linear_inner(x, self.low_rank[adapters]) if self.low_rank else None
 
@@ -54,9 +54,9 @@ class Projection:
         x: Tensor,
         u: Tensor | None,
         gradients: Gradients,
+        adapters: slice,
         *,
-        need_dx: bool = True,
-        adapters: slice = slice(None),
+        need_dx: bool,
         to: Tensor | None = None,
     ) -> Tensor | None:
         """Puts the gradients of the adapters in the slice in their place; returns dx where it is needed.

@@ -129,10 +129,10 @@ def test_texts_longer_than_a_tile_differ_from_peft() -> None:
 @pytest.mark.parametrize("at_once", [1, 2, 3])
 @pytest.mark.parametrize("checkpoint", ["none", "block"])
 def test_adapters_in_chunks_differ_from_peft(monkeypatch: pytest.MonkeyPatch, at_once: int, checkpoint: str) -> None:
-    """The MLP of many tokens is cut into chunks of adapters: here of few."""
+    """Adapters of many tokens go through a block in chunks: here of few."""
     config, spec = tiny_config(), SPECS["some layers"]
     gate_up_of_one = len(pack(SEQUENCES)) * 2 * config.intermediate_size * 8
-    monkeypatch.setattr("qwen_functional.block.PLAIN_CHUNK_BYTES", gate_up_of_one * at_once)
+    monkeypatch.setattr("qwen_functional.engine.CHUNK_BYTES", gate_up_of_one * at_once)
     assert_parity(config, spec, random_lora(config, spec, 5), layer=(1, -1), checkpoint=checkpoint)
 
 
