@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from qwen_functional import LoraSpec
 from qwen_functional.lora import PROJECTIONS, parse_name
+from qwen_functional.memory import give_back_freed_memory
 
 from .delta import DifferentiableDeltaCompute
 from .embedded import embedded_checkpoint
@@ -198,7 +199,7 @@ def _flat_memory(delta: DifferentiableDeltaCompute, steps: int) -> tuple[bool, s
     for _ in range(steps):
         _value_and_gradient(delta)
         resident.append(_memory(delta.weights.device))
-    # The allocator settles in the first steps; then the mean of the last quarter is held against the second's.
+    # What is made once is made in the first steps; then the mean of the last quarter is held against the second's.
     quarter = steps // 4
     early, late = sum(resident[quarter : 2 * quarter]) / quarter, sum(resident[-quarter:]) / quarter
     growth = late / early - 1
@@ -207,9 +208,10 @@ def _flat_memory(delta: DifferentiableDeltaCompute, steps: int) -> tuple[bool, s
 
 
 def _memory(device: torch.device) -> int:
-    """Bytes in use: allocated on a GPU, resident on a CPU."""
+    """Bytes in use: allocated on a GPU, resident on a CPU, without what the allocator holds for the next step."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
+    give_back_freed_memory()
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

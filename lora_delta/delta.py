@@ -407,11 +407,11 @@ def _marked(cotangent: Tensor) -> Tensor:
     return cotangent
 
 
-def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The gradients of all passes together."""
+def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The gradients of all passes together. Takes them out of the parts one by one: they are never there twice."""
     if len(parts) == 1:
-        return dict(parts[0])
-    return {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
+        return parts[0]
+    return {name: torch.cat([part.pop(name) for part in parts]) for name in list(parts[0] if parts else ())}
 
 
 def _wanted(lora: Lora, names: Sequence[str]) -> dict[str, Tensor]:

@@ -40,6 +40,18 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)) and bool(mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD))
 
 
+def give_back_freed_memory() -> bool:
+    """Give the pages of freed blocks back to the system, so that what is resident is what is in use; for measuring.
+
+    Returns:
+        Whether there were any; False where the C library is another than glibc.
+    """
+    try:
+        return bool(ctypes.CDLL(None).malloc_trim(0))
+    except (AttributeError, OSError, TypeError):
+        return False
+
+
 def _system_bytes() -> int:
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():  # counts the page cache as free, which sysconf does not

@@ -7,7 +7,6 @@ import os
 import random
 import socket
 import subprocess
-import sys
 import time
 from collections import Counter
 from dataclasses import replace
@@ -16,9 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from label_workers import CONFIG, PER_PASS, Orders, delta, finished, free_port, save_adapters, start
+from label_workers import CONFIG, PER_PASS, Orders, delta, finished, save_adapters, start
 from reference import random_lora
 from torch import Tensor
+from torchrun import torchrun
 
 from lora_delta import DifferentiableDeltaCompute, cli
 from lora_delta.adapters import save_peft_adapter
@@ -289,13 +289,10 @@ def test_free_memory_and_threads_change_the_bytes_when_a_job_goes_on(
 # --- The command ------------------------------------------------------------------------------------------
 
 
-def torchrun(n: int, *arguments: Any) -> subprocess.CompletedProcess:
-    root = str(Path(__file__).parent.parent)
-    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(n), "--master-port", str(free_port())]
-    command = [sys.executable, *launcher, "-m", "lora_delta", "label", "--model", str(embedded_checkpoint())]
-    command += map(str, arguments)
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+def label_in_processes(n: int, *arguments: Any) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    command = ["-m", "lora_delta", "label", "--model", str(embedded_checkpoint()), *map(str, arguments)]
+    return torchrun(n, *command, env=environment)
 
 
 def test_the_command_under_torchrun_labels_otherwise(
@@ -306,7 +303,7 @@ def test_the_command_under_torchrun_labels_otherwise(
         tensors = random_lora(config, spec, seed=seed)
         save_peft_adapter(tmp_path / "teachers" / name, spec, tensors, base_model="a/base", config=config)
     options = ["--adapters-per-pass", "1", "--json", tmp_path / "teachers"]
-    done = torchrun(2, "--out", tmp_path / "two" / "labels", *options)
+    done = label_in_processes(2, "--out", tmp_path / "two" / "labels", *options)
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
     assert (facts["labels"], facts["computed"], facts["failed"]) == (3, 3, [])
@@ -318,7 +315,7 @@ def test_the_command_under_torchrun_labels_otherwise(
     message = f"lora-delta label: {tmp_path / 'one' / 'labels'} is in use by another job, process {os.getpid()} on"
     with folder_lock(tmp_path / "one" / "labels"):
         assert cli.main([*map(str, alone)]) == 2
-        done = torchrun(2, *alone[3:])
+        done = label_in_processes(2, *alone[3:])
     assert message in capsys.readouterr().err
     assert message in done.stderr
     assert "(exitcode: 2)" in done.stderr, "a process has not ended by itself, or with another status"
