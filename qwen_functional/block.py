@@ -25,6 +25,7 @@ from .parallel import TensorParallel
 from .stacking import DOWN, GATE, KV, QKV, UP, Gradients, O, Projection, Q, project
 from .weights import BlockWeights, PackedBlock
 
+
 @dataclass(frozen=True)
 class Row:
     """What a block needs to know of the packed row: rope tables, attention, and which rows to go on with.
