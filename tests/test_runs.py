@@ -106,9 +106,13 @@ def test_a_run_of_two_processes_is_another_one(extra: str, folder: Path, tmp_pat
             assert two[key] == pytest.approx(one[key], rel=1e-4), key
     state, expected = (load_generator_state(place / "run") for place in (tmp_path, folder))
     for name, tensor in expected.items():
-        # Keys need no bias: its gradient is rounding alone, of which Adam makes steps as large as any.
-        if not name.endswith("in_proj_bias"):
-            assert relative_error(state[name], tensor) <= 1e-4, name
+        ours = state[name]
+        if name.endswith("in_proj_bias"):
+            # Keys need no bias: its gradient is rounding alone, of which Adam makes steps as large as any.
+            (q, _, v), (ours_q, _, ours_v) = tensor.chunk(3), ours.chunk(3)
+            tensor, ours = torch.cat((q, v)), torch.cat((ours_q, ours_v))
+        assert torch.allclose(ours, tensor, rtol=1e-3, atol=1e-5), name
+        assert relative_error(ours, tensor) <= 1e-4, name
 
 
 def test_a_finished_run_is_trained_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
