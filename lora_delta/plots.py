@@ -1,7 +1,7 @@
 """Pictures of deltas, losses and verdicts as PNG files, and the two measures behind the first of them.
 
 Drawing needs matplotlib, ``pip install 'qwen-functional[plots]'``; :func:`project_2d` and :func:`silhouette_score`
-need torch alone. Nothing here touches pyplot or its state.
+need torch alone. How a picture is drawn and written is in ``figures.py``.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .files import replaces
+from .figures import COLOURS, check_png, decimals, new_figure, plain_text, save_figure, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,35 +24,9 @@ if TYPE_CHECKING:
 
 METRICS = ("euclidean", "cosine")
 
-# Okabe and Ito's colours, https://jfly.uni-koeln.de/color, without yellow, which is faint on white, and with grey for
-# black. Seven colours and eight markers: 56 classes differ from each other.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#4D4D4D")
 _MARKERS = {"o": 1.0, "s": 0.9, "^": 1.1, "D": 0.75, "v": 1.1, "P": 1.2, "X": 1.2, "*": 1.9}  # areas that look alike
 _INKS = ("#005A8E", "#9A6A00", "#00694C", "#A44800", "#9C4F78", "#22719F", "#333333")  # the colours, darker, for text
 _LINES = ("-", "--", "-.", ":")
-_DPI = 150
-_STYLE: Any = {
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "axes.edgecolor": "#888888",
-    "axes.linewidth": 0.6,
-    **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
-    "axes.labelcolor": "#333333",
-    "axes.titlelocation": "left",
-    "axes.titlesize": 11,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E8E8E8",
-    "grid.linewidth": 0.6,
-    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize"), 9),
-    **dict.fromkeys(("xtick.color", "ytick.color"), "#555555"),
-    **dict.fromkeys(("xtick.major.width", "ytick.major.width"), 0.6),
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "figure.facecolor": "white",
-    "savefig.facecolor": "auto",
-    "savefig.bbox": "standard",  # "tight" would change the size in pixels
-}
 
 
 def project_2d(deltas: Tensor) -> tuple[Tensor, Tensor]:
@@ -297,41 +271,6 @@ def _drawing(path: str | Path, width: float, height: float) -> Iterator[tuple[Fi
         save_figure(figure, path)
 
 
-def require_matplotlib() -> Any:
-    """The package with what is used of it; raises :class:`ImportError`, which says what to install."""
-    try:
-        import matplotlib
-        import matplotlib.backends.backend_agg
-        import matplotlib.figure
-    except ImportError as error:
-        raise ImportError(f"plots need matplotlib, pip install 'qwen-functional[plots]': {error}") from error
-    return matplotlib
-
-
-def style() -> AbstractContextManager[None]:
-    """Where figures are made, drawn and written: matplotlib makes parts of them as late as that."""
-    return require_matplotlib().rc_context(_STYLE)
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of a size in inches."""
-    matplotlib = require_matplotlib()
-    figure = matplotlib.figure.Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
-    matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
-    return figure
-
-
-def check_png(path: str | Path) -> None:
-    if Path(path).suffix.lower() != ".png":
-        raise ValueError(f"path is {str(path)!r}, expected the name of a .png file")
-
-
-def save_figure(figure: Figure, path: str | Path) -> None:
-    """Written beside the path and renamed, whole or not at all."""
-    with style(), replaces(path) as unfinished:
-        figure.savefig(unfinished, format="png", dpi=_DPI)
-
-
 def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     columns = math.ceil(len(labels) / 22)
@@ -349,7 +288,7 @@ def _label(figure: Figure, axes: Axes, anchors: Tensor, points: Tensor, labels: 
 
     size = 8.5 if len(labels) <= 16 else 7 if len(labels) <= 60 else 5.5
     figure.draw_without_rendering()  # settles the layout, and so where a point is in pixels
-    box, pixels = axes.get_window_extent(), _DPI / 72
+    box, pixels = axes.get_window_extent(), figure.dpi / 72
     corners = torch.tensor([[box.x0, box.y0], [box.x1, box.y1]], dtype=torch.float64)
     hidden = torch.as_tensor(axes.transData.transform(points.numpy()))  # what texts should not hide, in pixels
     taken = torch.empty(0, 2, 2, dtype=torch.float64)  # (texts, low and high, x and y)
@@ -387,13 +326,6 @@ def _label(figure: Figure, axes: Axes, anchors: Tensor, points: Tensor, labels: 
         taken = torch.cat((taken, torch.stack((low[best], high[best]))[None]))
 
 
-def decimals(values: Sequence[float]) -> str:
-    """A format that shows the largest of the values with two or three digits, and the others like it."""
-    largest = max((abs(value) for value in values if not math.isnan(value)), default=0) or 1
-    magnitude = math.floor(math.log10(largest))
-    return f".{max(0, 2 - magnitude - (magnitude < 0))}f" if -4 < magnitude < 6 else ".2g"
-
-
 def _checked_vectors(name: str, vectors: Tensor) -> Tensor:
     """(N, H) in float64 on the CPU, without its graph."""
     if not isinstance(vectors, Tensor) or vectors.dim() != 2 or not vectors.is_floating_point():
@@ -411,10 +343,3 @@ def _indexed(classes: Sequence[Hashable] | Tensor, count: int) -> tuple[Tensor, 
         raise ValueError(f"there are {len(each)} classes, expected one for each of {count} points")
     numbers = {name: number for number, name in enumerate(dict.fromkeys(each))}
     return torch.tensor([numbers[name] for name in each]), list(numbers)
-
-
-def plain_text(value: object, width: int = 32) -> str:
-    """As matplotlib shows it unchanged: no formulas between dollars, and no leading _, which hides from a legend."""
-    text = " ".join(str(value).split())
-    text = text if len(text) <= width else text[: width - 1] + "…"
-    return (" " + text if text.startswith("_") else text).replace("$", r"\$")
