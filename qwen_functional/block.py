@@ -19,7 +19,7 @@ from .ops.attention import attention, attention_vjp
 from .ops.linear import PackedWeight
 from .ops.rmsnorm import rmsnorm_engine, rmsnorm_vjp
 from .ops.rope import rope_engine, rope_vjp
-from .ops.swiglu import swiglu_engine, swiglu_vjp_
+from .ops.swiglu import swiglu_engine_, swiglu_partials_, swiglu_vjp_
 from .packing import AttentionTile
 from .parallel import TensorParallel
 from .stacking import DOWN, GATE, KV, QKV, UP, Gradients, O, Projection, Q, project
@@ -107,13 +107,14 @@ class Block:
         return x if self.parallel is None else self.parallel.sum_(x)
 
 
-@dataclass(frozen=True)
+@dataclass
 class KeptMlp:
-    gate: Tensor  # (G, S, I)
-    up: Tensor
+    a: Tensor  # (G, S, I), what down_proj reads
+    by_gate: Tensor  # ∂a/∂gate
+    by_up: Tensor
     u_gate: Tensor | None
     u_up: Tensor | None
-    u_down: Tensor | None
+    u_down: Tensor | None = None
 
 
 @dataclass
@@ -134,7 +135,7 @@ class Kept:
 def kept_bytes(config: Qwen2Config, n_adapters: int, n_tokens: int, compute: torch.dtype) -> int:
     """Bytes of a block's :class:`Kept`, x_mid and the low-rank parts aside."""
     attended = accumulation_dtype(compute).itemsize * (config.q_size + 2 * config.kv_size)
-    multiplied = compute.itemsize * (config.q_size + 2 * config.intermediate_size)
+    multiplied = compute.itemsize * (config.q_size + 3 * config.intermediate_size)
     return n_adapters * n_tokens * (attended + multiplied)
 
 
@@ -205,17 +206,22 @@ def attention_half_vjp(
     return dx.add_(dx_mid) if row.rows is None else dx.index_add_(1, row.rows, dx_mid)
 
 
-def mlp_half(block: Block, x_mid: Tensor, adapters: slice, *, in_place: bool = False) -> tuple[Tensor, KeptMlp]:
-    """``x_out = x_mid + down(swiglu(gate_up(norm(x_mid))))``, and what the vjp needs of it.
+def mlp_half(
+    block: Block, x_mid: Tensor, adapters: slice, *, keep: bool, in_place: bool = False
+) -> tuple[Tensor, KeptMlp | None]:
+    """``x_out = x_mid + down(swiglu(gate_up(norm(x_mid))))``, and with ``keep`` what the vjp needs of it.
 
     With ``in_place`` ``x_mid`` is written over where it can be.
     """
     x_mid = x_mid.expand(_n_adapters(block, x_mid, adapters), -1, -1)
     h, _ = _normed(block, x_mid)
-    (gate, u_gate), (up, u_up) = block.gate(h, adapters), block.up(h, adapters)
-    y, u_down = block.down(swiglu_engine(gate, up)[0], adapters)
+    kept = _gated(block, h, adapters) if keep else None
+    a = swiglu_engine_(block.gate(h, adapters)[0], block.up(h, adapters)[0]) if kept is None else kept.a
+    y, u_down = block.down(a, adapters)
+    if kept is not None:
+        kept.u_down = u_down
     out = x_mid if in_place and x_mid.stride(0) != 0 else None
-    return torch.add(x_mid, block.summed(y), out=out), KeptMlp(gate, up, u_gate, u_up, u_down)
+    return torch.add(x_mid, block.summed(y), out=out), kept
 
 
 def mlp_half_vjp(
@@ -236,21 +242,23 @@ def mlp_half_vjp(
     x_mid = x_mid.expand(dx_out.shape)
     h, rstd = _normed(block, x_mid)
     if kept is None:
-        (gate, u_gate), (up, u_up) = block.gate(h, adapters), block.up(h, adapters)
-    else:
-        gate, up, u_gate, u_up = kept.gate, kept.up, kept.u_gate, kept.u_up
-    a, silu = swiglu_engine(gate, up, keep_silu=True)
-    u_down = block.down.inner(a, adapters) if kept is None else kept.u_down
-    da = block.down.vjp(dx_out.to(compute), a, u_down, gradients, adapters, need_dx=need_gate_up)
+        kept = _gated(block, h, adapters)
+        kept.u_down = block.down.inner(kept.a, adapters)
+    da = block.down.vjp(dx_out.to(compute), kept.a, kept.u_down, gradients, adapters, need_dx=need_gate_up)
     if da is None:
         return None
-    d_gate, d_up = swiglu_vjp_(da, gate, up, silu, scratch=a)
-    dh = block.gate.vjp(d_gate, h, u_gate, gradients, adapters, need_dx=need_dx)
-    dh = block.up.vjp(d_up, h, u_up, gradients, adapters, need_dx=need_dx, to=dh)
+    d_gate, d_up = swiglu_vjp_(da, kept.by_gate, kept.by_up)
+    dh = block.gate.vjp(d_gate, h, kept.u_gate, gradients, adapters, need_dx=need_dx)
+    dh = block.up.vjp(d_up, h, kept.u_up, gradients, adapters, need_dx=need_dx, to=dh)
     if dh is None:
         return None
     weight = block.post_attention_layernorm
     return dx_out.add_(rmsnorm_vjp(block.summed(dh).to(x_mid.dtype), x_mid, weight, rstd))
+
+
+def _gated(block: Block, h: Tensor, adapters: slice) -> KeptMlp:
+    (gate, u_gate), (up, u_up) = block.gate(h, adapters), block.up(h, adapters)
+    return KeptMlp(*swiglu_partials_(gate, up), u_gate, u_up)
 
 
 def _normed(block: Block, x_mid: Tensor) -> tuple[Tensor, Tensor]:

@@ -227,9 +227,8 @@ class _Run:
 
     def _block(self, block: Block, layer: int, x: Tensor, chunk: slice, keep: bool) -> Tensor:
         kept = attention_half(block, x, self.row_at[layer], chunk)
-        x_out, mlp = mlp_half(block, kept.x_mid, chunk, in_place=layer < self.lowest)
+        x_out, kept.mlp = mlp_half(block, kept.x_mid, chunk, keep=keep, in_place=layer < self.lowest)
         if layer >= self.lowest:
-            kept.mlp = mlp
             self.saved.setdefault(layer, []).append((x, kept.x_mid, kept if keep else None))
         return x_out
 
