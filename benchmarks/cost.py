@@ -11,6 +11,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from qwen_functional import LoraSpec, Qwen2Config
+from qwen_functional.packing import TILE
 from qwen_functional.parallel import splits
 
 FLOAT32 = 4
@@ -155,7 +156,8 @@ class Plan:
         embedding = c.vocab_size * c.hidden_size * self.itemsize
         weights = 2 * self.block_bytes() if self.stream else c.num_hidden_layers * self.block_bytes() + embedding
         stream = 2 * c.hidden_size * FLOAT32  # x and x_mid
-        kept = FLOAT32 * (c.q_size + 2 * c.kv_size) + self.itemsize * (c.q_size + 3 * c.intermediate_size)
+        probs = c.num_attention_heads * TILE  # a tile of a prefix tree sees about as many keys as it has queries
+        kept = self.itemsize * (2 * c.q_size + 2 * c.kv_size + 3 * c.intermediate_size + probs)
         each = stream + (kept // self.tensor_parallel if self.checkpoint == "none" else 0)
         working = 6 * rows * c.intermediate_size // self.tensor_parallel * self.itemsize
         adapters = self.local_adapters * self.adapter_elements() * FLOAT32

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from .config import Qwen2Config
-from .dtypes import accumulation_dtype
 from .lora import Lora
-from .ops.attention import attention, attention_vjp
+from .ops.attention import attention, attention_vjp, kept_keys
 from .ops.linear import PackedWeight
 from .ops.rmsnorm import rmsnorm_engine, rmsnorm_vjp
 from .ops.rope import rope_engine, rope_vjp
@@ -37,7 +36,7 @@ class Row:
     q_rope: tuple[Tensor, Tensor]  # cos, sin (S or R, 1, head_dim/2), times 1/sqrt(head_dim)
     k_rope: tuple[Tensor, Tensor]  # cos, sin (S, head_dim/2)
     tiles: Sequence[AttentionTile]
-    dtype: torch.dtype  # of attention
+    score_dtype: torch.dtype
     rows: Tensor | None = None
 
 
@@ -125,6 +124,7 @@ class Kept:
     q: Tensor  # (G, K, S, group, head_dim), rotated and scaled
     k: Tensor  # (G, K, S, head_dim), rotated
     v: Tensor
+    probs: list[Tensor | None]  # of each tile, where they are kept
     o: Tensor
     u_qkv: Tensor | None
     u_q: Tensor | None
@@ -132,11 +132,13 @@ class Kept:
     mlp: KeptMlp | None = None  # None: to be computed again
 
 
-def kept_bytes(config: Qwen2Config, n_adapters: int, n_tokens: int, compute: torch.dtype) -> int:
-    """Bytes of a block's :class:`Kept`, x_mid and the low-rank parts aside."""
-    attended = accumulation_dtype(compute).itemsize * (config.q_size + 2 * config.kv_size)
-    multiplied = compute.itemsize * (config.q_size + 3 * config.intermediate_size)
-    return n_adapters * n_tokens * (attended + multiplied)
+def kept_bytes(
+    config: Qwen2Config, n_adapters: int, n_tokens: int, tiles: Sequence[AttentionTile], compute: torch.dtype
+) -> int:
+    """Bytes of a block's :class:`Kept`, x_mid and the low-rank parts aside; ``tiles`` are of all tokens."""
+    each = 2 * config.q_size + 2 * config.kv_size + 3 * config.intermediate_size
+    probs = kept_keys(tiles, n_tokens) * config.num_attention_heads
+    return n_adapters * (n_tokens * each + probs) * compute.itemsize
 
 
 def attention_half(block: Block, x: Tensor, row: Row, adapters: slice, x_mid: Tensor | None = None) -> Kept:
@@ -153,16 +155,16 @@ def attention_half(block: Block, x: Tensor, row: Row, adapters: slice, x_mid: Te
         queries, u_q = block.q(h[:, row.rows], adapters)
         kv = qkv
     keys, values = kv.chunk(2, -1)
-    q = _rotated(_query_heads(queries, config), row.q_rope, row.dtype)
-    k = _rotated(_heads(keys, config), row.k_rope, row.dtype)
-    v = _heads(values, config).to(row.dtype, memory_format=torch.contiguous_format)
+    q = _rotated(_query_heads(queries, config), row.q_rope)
+    k = _rotated(_heads(keys, config), row.k_rope)
+    v = _heads(values, config).contiguous()
     n_adapters = max(q.shape[0], k.shape[0])
     q, k, v = (t.expand(n_adapters, *t.shape[1:]) for t in (q, k, v))
-    o = attention(q, k, v, row.tiles).to(compute)
+    o, probs = attention(q, k, v, row.tiles, row.score_dtype)
     if x_mid is not None:
-        return Kept(x_mid, q, k, v, o, u_qkv, u_q, block.o.inner(o, adapters))
+        return Kept(x_mid, q, k, v, probs, o, u_qkv, u_q, block.o.inner(o, adapters))
     y, u_o = block.o(o, adapters)
-    return Kept(_rows(x, row) + block.summed(y), q, k, v, o, u_qkv, u_q, u_o)
+    return Kept(_rows(x, row) + block.summed(y), q, k, v, probs, o, u_qkv, u_q, u_o)
 
 
 def attention_half_vjp(
@@ -182,7 +184,7 @@ def attention_half_vjp(
     do = block.o.vjp(dx_mid.to(compute), kept.o, kept.u_o, gradients, adapters, need_dx=need_attention)
     if do is None:
         return None
-    dq, dk, dv = attention_vjp(do, kept.q, kept.k, kept.v, row.tiles)
+    dq, dk, dv = attention_vjp(do, kept.q, kept.k, kept.v, kept.probs, row.tiles, row.score_dtype)
     h, rstd = rmsnorm_engine(x, block.input_layernorm, config.rms_norm_eps, compute)
     d_queries = do.new_empty(*do.shape[:-1], config.q_size)
     d_kv = do.new_empty(dk.shape[0], dk.shape[2], 2 * config.kv_size)
@@ -286,5 +288,5 @@ def _query_heads(x: Tensor, config: Qwen2Config) -> Tensor:
     return x.unflatten(-1, (config.num_key_value_heads, -1, config.head_dim)).transpose(1, 2)
 
 
-def _rotated(heads: Tensor, tables: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
-    return rope_engine(heads, *tables, out=torch.empty(heads.shape, dtype=dtype, device=heads.device))
+def _rotated(heads: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    return rope_engine(heads, *tables, out=torch.empty(heads.shape, dtype=heads.dtype, device=heads.device))

@@ -33,11 +33,11 @@ def accumulation_dtype(compute: torch.dtype) -> torch.dtype:
     return torch.float64 if compute == torch.float64 else torch.float32
 
 
-def attention_dtype(compute: torch.dtype, device: torch.device) -> torch.dtype:
-    """Queries, keys, values and probabilities.
+def score_dtype(compute: torch.dtype, device: torch.device) -> torch.dtype:
+    """Attention's scores and their softmax; the other products of attention are in the compute dtype.
 
-    float32 (or float64), since Qwen2's scores overflow float16 and are too large for bfloat16's eight bits; the
-    work is a few percent of the whole. On a GPU, where float32 is over ten times slower, bfloat16 stays.
+    float32 (or float64), since Qwen2's scores overflow float16 and are too large for bfloat16's eight bits. On a GPU,
+    where float32 is over ten times slower, bfloat16 stays.
     """
     if compute == torch.bfloat16 and device.type == "cuda":
         return compute

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .block import Block, Kept, Row, attention_half, attention_half_vjp, kept_bytes, mlp_half, mlp_half_vjp
 from .config import Qwen2Config
-from .dtypes import accumulation_dtype, attention_dtype
+from .dtypes import accumulation_dtype, score_dtype
 from .lora import Lora
 from .memory import free_bytes
 from .ops.rmsnorm import rmsnorm, rmsnorm_vjp
@@ -144,7 +144,7 @@ class _Rows:
         scale = self.config.head_dim**-0.5
         k_rope = rope_tables(self.config, self.tokens.positions, dtype, device)
         tiles = [tile.to(device) for tile in tiles]
-        return Row((cos * scale, sin * scale), k_rope, tiles, attention_dtype(compute, device), rows)
+        return Row((cos * scale, sin * scale), k_rope, tiles, score_dtype(compute, device), rows)
 
 
 class _Run:
@@ -189,7 +189,12 @@ class _Run:
         budget = free_bytes(self.weights.device) // 2 if memory_budget is None else memory_budget
         n, compute = self.lora.n_adapters, self.weights.compute_dtype
         inputs = 2 * n_blocks * n * len(self.tokens) * self.config.hidden_size * accumulation_dtype(compute).itemsize
-        return min(n_blocks, max(0, budget - inputs) // kept_bytes(self.config, n, len(self.tokens), compute))
+        return min(n_blocks, max(0, budget - inputs) // self._kept_bytes())
+
+    def _kept_bytes(self) -> int:
+        """Bytes of a block that is kept whole; the highest one, which keeps less, counts as the one below it."""
+        tiles = self.row_at[max(0, self.top - 1)].tiles
+        return kept_bytes(self.config, self.lora.n_adapters, len(self.tokens), tiles, self.weights.compute_dtype)
 
     def block(self, layer: int, then: int | None) -> Block:
         """A layer, ready to multiply; ``then`` is the next one that will be."""

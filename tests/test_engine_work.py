@@ -139,7 +139,7 @@ def test_the_rest_of_a_stack_spoils_a_gradient() -> None:
 
 def test_checkpointing_changes_a_bit() -> None:
     _, _, expected = watched(checkpoint="none")
-    each = kept_bytes(CONFIG, 3, len(TOKENS), torch.float32)
+    each = kept_bytes(CONFIG, 3, len(TOKENS), TOKENS.tiles(), torch.float32)
     budgets: list[dict[str, Any]] = [{"memory_budget": each * n} for n in range(6)]
     for options in ({"checkpoint": "block"}, *budgets, {}):
         for layer in (-1, 2):
@@ -209,7 +209,7 @@ def test_plenty_of_memory_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qwen_functional.engine.free_bytes", lambda device: 0)
     assert run()[1].checkpoint == "block"
     # Half of what is free.
-    each = kept_bytes(CONFIG, 3, len(TOKENS), torch.float32)
+    each = kept_bytes(CONFIG, 3, len(TOKENS), TOKENS.tiles(), torch.float32)
     inputs = 2 * CONFIG.num_hidden_layers * 3 * len(TOKENS) * CONFIG.hidden_size * 4
     monkeypatch.setattr("qwen_functional.engine.free_bytes", lambda device: 2 * (inputs + 2 * each))
     assert run()[1].checkpoint == "2 of 4 blocks kept"

@@ -254,8 +254,9 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
 @pytest.mark.parametrize("window", [None, 1, 3])
 @pytest.mark.parametrize(("kv_heads", "group"), [(2, 1), (1, 7), (2, 2)])
 @pytest.mark.parametrize("tile_size", [3, 16, None], ids=["3", "16", "read-out"])
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "again"])
 def test_attention_or_its_vjp_differs_from_torch(
-    sequences: list[list[int]], window: int | None, kv_heads: int, group: int, tile_size: int | None
+    sequences: list[list[int]], window: int | None, kv_heads: int, group: int, tile_size: int | None, kept: bool
 ) -> None:
     tokens = pack(sequences)
     seen = may_see(tokens, window)
@@ -272,8 +273,12 @@ def test_attention_or_its_vjp_differs_from_torch(
     expected = torch_attention(q, k, v, seen)
 
     grouped = q.detach().unflatten(1, (kv_heads, group)).transpose(2, 3)  # (G, K, S, group, head_dim)
-    assert relative_error(attention(grouped, k.detach(), v.detach(), tiles), expected) < EXACT
-    dq, dk, dv = attention_vjp(do, grouped, k.detach(), v.detach(), tiles)
+    values = grouped, k.detach(), v.detach()
+    o, probs = attention(*values, tiles, torch.float64)
+    assert relative_error(o, expected) < EXACT
+    assert all(p is not None for p in probs)
+    probs = probs if kept else [None] * len(tiles)
+    dq, dk, dv = attention_vjp(do, *values, probs, tiles, torch.float64)
     ours = (dq.transpose(2, 3).flatten(1, 2), dk, dv)
     for gradient, wanted in zip(ours, autograd(expected, do, q, k, v), strict=True):
         # Where each query sees one key only, the gradient of q and k is zero.

@@ -2,7 +2,7 @@
 
 Heads that share a key/value head are folded into the rows of one matrix, query by query: a tile of n queries
 is an (n·group, head_dim) matrix per key/value head, and no key or value is repeated. The scale 1/sqrt(head_dim)
-is in ``q`` already. All of it runs in the dtype of q, k, v.
+is in ``q`` already. Products run in the dtype of q, k, v; the scores alone in one of their own.
 """
 
 from __future__ import annotations
@@ -14,49 +14,77 @@ from torch import Tensor
 
 from ..packing import AttentionTile
 
+# A tile's probabilities are kept for the vjp where it has no more keys: in a prefix tree it seldom has, and then they
+# are few beside the MLP's activations. In one long sequence they would outgrow those.
+MAX_KEPT_KEYS = 256
 
-def attention(q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[AttentionTile]) -> Tensor:
-    """``o = softmax(q kᵀ) v``.
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[AttentionTile], score_dtype: torch.dtype
+) -> tuple[Tensor, list[Tensor | None]]:
+    """``o = p v`` with ``p = softmax(q kᵀ)``.
 
     Args:
         q: (G, K, S, group, head_dim), K key/value heads. k, v: (G, K, S', head_dim).
         tiles: which queries see which keys; together they cover all queries.
+        score_dtype: of q kᵀ and its softmax.
 
     Returns:
-        (G, S, K · group · head_dim): heads side by side, as o_proj reads them.
+        o (G, S, K · group · head_dim), heads side by side, as o_proj reads them; and p of each tile
+        (G·K, n·group, n_keys) in the dtype of q, None for one of more than ``MAX_KEPT_KEYS`` keys.
     """
     n_adapters, kv_heads, n_queries, group, head_dim = q.shape
     out = q.new_empty(n_adapters, n_queries, kv_heads, group, head_dim)
+    kept: list[Tensor | None] = []
     for tile in tiles:
-        probs = _probabilities(_rows(q, tile), _keys(k, tile), tile.blocked)
+        probs = _probabilities(_rows(q, tile), _keys(k, tile), tile.blocked, score_dtype)
         o = torch.bmm(probs, _keys(v, tile)).view(n_adapters, kv_heads, -1, group, head_dim)
         out[:, tile.queries] = o.permute(0, 2, 1, 3, 4)
-    return out.flatten(2)
+        kept.append(probs if probs.shape[-1] <= MAX_KEPT_KEYS else None)
+    return out.flatten(2), kept
 
 
 def attention_vjp(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[AttentionTile]
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    probs: Sequence[Tensor | None],
+    tiles: Sequence[AttentionTile],
+    score_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``dv = pᵀ do``, ``ds = p · (do vᵀ − rowsum(p · do vᵀ))``, ``dq = ds k``, ``dk = dsᵀ q``.
 
     Args:
-        do: (G, S, K · group · head_dim), in any dtype.
+        do: (G, S, K · group · head_dim), in the dtype of q.
+        probs: p of each tile, as :func:`attention` returned it; None is computed again.
 
     Returns:
-        dq, dk, dv, shaped as q, k, v. The probabilities p are computed again rather than kept.
+        dq, as q; dk and dv, shaped as k and v, in ``score_dtype``: they are sums over the tiles.
     """
     n_adapters, kv_heads, n_queries, group, head_dim = q.shape
     do = do.view(n_adapters, n_queries, kv_heads, group, head_dim).permute(0, 2, 1, 3, 4)
-    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for tile in tiles:
-        q_tile, k_tile, v_tile = _rows(q, tile), _keys(k, tile), _keys(v, tile)
-        do_tile = _rows(do, tile).to(q.dtype)
-        probs = _probabilities(q_tile, k_tile, tile.blocked)
-        _add_to_keys(dv, torch.bmm(probs.mT, do_tile), tile)
-        ds = torch.ops.aten._softmax_backward_data(torch.bmm(do_tile, v_tile.mT), probs, -1, q.dtype)
+    dq = torch.empty_like(q)
+    dk, dv = (torch.zeros(k.shape, dtype=score_dtype, device=k.device) for _ in range(2))
+    for tile, p in zip(tiles, probs, strict=True):
+        q_tile, k_tile, v_tile, do_tile = _rows(q, tile), _keys(k, tile), _keys(v, tile), _rows(do, tile)
+        if p is None:
+            p = _probabilities(q_tile, k_tile, tile.blocked, score_dtype)
+        _add_to_keys(dv, torch.bmm(p.mT, do_tile), tile)
+        ds = torch.ops.aten._softmax_backward_data(torch.bmm(do_tile, v_tile.mT), p, -1, p.dtype)
         dq[:, :, tile.queries] = torch.bmm(ds, k_tile).view(n_adapters, kv_heads, -1, group, head_dim)
         _add_to_keys(dk, torch.bmm(ds.mT, q_tile), tile)
     return dq, dk, dv
+
+
+def kept_keys(tiles: Sequence[AttentionTile], n_tokens: int) -> int:
+    """For how many pairs of query and key, all heads alike, the probabilities are kept; of S = ``n_tokens`` queries."""
+    total = 0
+    for tile in tiles:
+        n_queries = len(range(n_tokens)[tile.queries])
+        n_keys = len(range(n_tokens)[tile.keys]) if isinstance(tile.keys, slice) else tile.keys.numel()
+        total += n_queries * n_keys * (n_keys <= MAX_KEPT_KEYS)
+    return total
 
 
 def _rows(q: Tensor, tile: AttentionTile) -> Tensor:
@@ -76,15 +104,15 @@ def _add_to_keys(total: Tensor, part: Tensor, tile: AttentionTile) -> None:
     if isinstance(tile.keys, slice):
         total[:, :, tile.keys] += part
     else:
-        total.index_add_(2, tile.keys, part)
+        total.index_add_(2, tile.keys, part.to(total.dtype))
 
 
-def _probabilities(q: Tensor, k: Tensor, blocked: Tensor | None) -> Tensor:
-    """softmax(q kᵀ), zero where blocked; (G·K, n·group, n_keys)."""
-    scores = torch.bmm(q, k.mT)
+def _probabilities(q: Tensor, k: Tensor, blocked: Tensor | None, score_dtype: torch.dtype) -> Tensor:
+    """softmax(q kᵀ), zero where blocked; (G·K, n·group, n_keys), in the dtype of q."""
+    scores = torch.bmm(q.to(score_dtype), k.to(score_dtype).mT)
     if blocked is not None:
         n_queries, n_keys = blocked.shape
-        bias = torch.zeros_like(blocked, dtype=q.dtype).masked_fill_(blocked, float("-inf"))
+        bias = torch.zeros_like(blocked, dtype=score_dtype).masked_fill_(blocked, float("-inf"))
         # Added, which takes half the time that filling in does: no finite score is changed.
         scores.view(scores.shape[0], n_queries, -1, n_keys).add_(bias[:, None, :])
-    return scores.softmax(-1)
+    return scores.softmax(-1).to(q.dtype)
