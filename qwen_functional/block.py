@@ -108,6 +108,8 @@ class Block:
 
 @dataclass
 class KeptMlp:
+    h: Tensor  # (G, S, H), norm(x_mid), and its rstd
+    rstd: Tensor
     a: Tensor  # (G, S, I), what down_proj reads
     by_gate: Tensor  # ∂a/∂gate
     by_up: Tensor
@@ -121,6 +123,8 @@ class Kept:
     """What the forward leaves for the vjp beside the block's input. All (G, S, …)."""
 
     x_mid: Tensor
+    h: Tensor  # norm(x), and its rstd
+    rstd: Tensor
     q: Tensor  # (G, K, S, group, head_dim), rotated and scaled
     k: Tensor  # (G, K, S, head_dim), rotated
     v: Tensor
@@ -136,7 +140,7 @@ def kept_bytes(
     config: Qwen2Config, n_adapters: int, n_tokens: int, tiles: Sequence[AttentionTile], compute: torch.dtype
 ) -> int:
     """Bytes of a block's :class:`Kept`, x_mid and the low-rank parts aside; ``tiles`` are of all tokens."""
-    each = 2 * config.q_size + 2 * config.kv_size + 3 * config.intermediate_size
+    each = 2 * config.hidden_size + 2 * config.q_size + 2 * config.kv_size + 3 * config.intermediate_size
     probs = kept_keys(tiles, n_tokens) * config.num_attention_heads
     return n_adapters * (n_tokens * each + probs) * compute.itemsize
 
@@ -147,7 +151,7 @@ def attention_half(block: Block, x: Tensor, row: Row, adapters: slice, x_mid: Te
     Where ``x_mid`` is known, o_proj is not multiplied again.
     """
     config, compute = block.config, block.o.weight.dtype
-    h, _ = rmsnorm_engine(x, block.input_layernorm, config.rms_norm_eps, compute)
+    h, rstd = rmsnorm_engine(x, block.input_layernorm, config.rms_norm_eps, compute)
     qkv, u_qkv = block.qkv(h, adapters)
     if block.q is None:
         queries, kv, u_q = qkv[..., : config.q_size], qkv[..., config.q_size :], None
@@ -162,9 +166,9 @@ def attention_half(block: Block, x: Tensor, row: Row, adapters: slice, x_mid: Te
     q, k, v = (t.expand(n_adapters, *t.shape[1:]) for t in (q, k, v))
     o, probs = attention(q, k, v, row.tiles, row.score_dtype)
     if x_mid is not None:
-        return Kept(x_mid, q, k, v, probs, o, u_qkv, u_q, block.o.inner(o, adapters))
+        return Kept(x_mid, h, rstd, q, k, v, probs, o, u_qkv, u_q, block.o.inner(o, adapters))
     y, u_o = block.o(o, adapters)
-    return Kept(_rows(x, row) + block.summed(y), q, k, v, probs, o, u_qkv, u_q, u_o)
+    return Kept(_rows(x, row) + block.summed(y), h, rstd, q, k, v, probs, o, u_qkv, u_q, u_o)
 
 
 def attention_half_vjp(
@@ -185,7 +189,6 @@ def attention_half_vjp(
     if do is None:
         return None
     dq, dk, dv = attention_vjp(do, kept.q, kept.k, kept.v, kept.probs, row.tiles, row.score_dtype)
-    h, rstd = rmsnorm_engine(x, block.input_layernorm, config.rms_norm_eps, compute)
     d_queries = do.new_empty(*do.shape[:-1], config.q_size)
     d_kv = do.new_empty(dk.shape[0], dk.shape[2], 2 * config.kv_size)
     if block.q is None:  # one buffer for q|k|v
@@ -196,15 +199,15 @@ def attention_half_vjp(
     rope_vjp(dk, *row.k_rope, out=_heads(d_keys, config))
     _heads(d_values, config).copy_(dv)
     if block.q is None:
-        dh = block.qkv.vjp(d_qkv, h, kept.u_qkv, gradients, adapters, need_dx=need_dx)
+        dh = block.qkv.vjp(d_qkv, kept.h, kept.u_qkv, gradients, adapters, need_dx=need_dx)
     else:
-        dh = block.qkv.vjp(d_kv, h, kept.u_qkv, gradients, adapters, need_dx=need_dx)
-        dh_rows = block.q.vjp(d_queries, h[:, row.rows], kept.u_q, gradients, adapters, need_dx=need_dx)
+        dh = block.qkv.vjp(d_kv, kept.h, kept.u_qkv, gradients, adapters, need_dx=need_dx)
+        dh_rows = block.q.vjp(d_queries, kept.h[:, row.rows], kept.u_q, gradients, adapters, need_dx=need_dx)
         if dh is not None and dh_rows is not None and row.rows is not None:
             dh.index_add_(1, row.rows, dh_rows)
     if dh is None:
         return None
-    dx = rmsnorm_vjp(block.summed(dh).to(x.dtype), x, block.input_layernorm, rstd)
+    dx = rmsnorm_vjp(block.summed(dh).to(x.dtype), x, block.input_layernorm, kept.rstd)
     return dx.add_(dx_mid) if row.rows is None else dx.index_add_(1, row.rows, dx_mid)
 
 
@@ -216,8 +219,8 @@ def mlp_half(
     With ``in_place`` ``x_mid`` is written over where it can be.
     """
     x_mid = x_mid.expand(_n_adapters(block, x_mid, adapters), -1, -1)
-    h, _ = _normed(block, x_mid)
-    kept = _gated(block, h, adapters) if keep else None
+    h, rstd = _normed(block, x_mid)
+    kept = _gated(block, h, rstd, adapters) if keep else None
     a = swiglu_engine_(block.gate(h, adapters)[0], block.up(h, adapters)[0]) if kept is None else kept.a
     y, u_down = block.down(a, adapters)
     if kept is not None:
@@ -242,25 +245,24 @@ def mlp_half_vjp(
     if not need_gate_up and not gradients.wants_any(layer, DOWN):
         return None
     x_mid = x_mid.expand(dx_out.shape)
-    h, rstd = _normed(block, x_mid)
     if kept is None:
-        kept = _gated(block, h, adapters)
+        kept = _gated(block, *_normed(block, x_mid), adapters)
         kept.u_down = block.down.inner(kept.a, adapters)
     da = block.down.vjp(dx_out.to(compute), kept.a, kept.u_down, gradients, adapters, need_dx=need_gate_up)
     if da is None:
         return None
     d_gate, d_up = swiglu_vjp_(da, kept.by_gate, kept.by_up)
-    dh = block.gate.vjp(d_gate, h, kept.u_gate, gradients, adapters, need_dx=need_dx)
-    dh = block.up.vjp(d_up, h, kept.u_up, gradients, adapters, need_dx=need_dx, to=dh)
+    dh = block.gate.vjp(d_gate, kept.h, kept.u_gate, gradients, adapters, need_dx=need_dx)
+    dh = block.up.vjp(d_up, kept.h, kept.u_up, gradients, adapters, need_dx=need_dx, to=dh)
     if dh is None:
         return None
     weight = block.post_attention_layernorm
-    return dx_out.add_(rmsnorm_vjp(block.summed(dh).to(x_mid.dtype), x_mid, weight, rstd))
+    return dx_out.add_(rmsnorm_vjp(block.summed(dh).to(x_mid.dtype), x_mid, weight, kept.rstd))
 
 
-def _gated(block: Block, h: Tensor, adapters: slice) -> KeptMlp:
+def _gated(block: Block, h: Tensor, rstd: Tensor, adapters: slice) -> KeptMlp:
     (gate, u_gate), (up, u_up) = block.gate(h, adapters), block.up(h, adapters)
-    return KeptMlp(*swiglu_partials_(gate, up), u_gate, u_up)
+    return KeptMlp(h, rstd, *swiglu_partials_(gate, up), u_gate, u_up)
 
 
 def _normed(block: Block, x_mid: Tensor) -> tuple[Tensor, Tensor]:
