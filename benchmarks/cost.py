@@ -157,7 +157,8 @@ class Plan:
         weights = 2 * self.block_bytes() if self.stream else c.num_hidden_layers * self.block_bytes() + embedding
         stream = 2 * c.hidden_size * FLOAT32  # x and x_mid
         probs = c.num_attention_heads * TILE  # a tile of a prefix tree sees about as many keys as it has queries
-        kept = self.itemsize * (2 * c.hidden_size + 2 * c.q_size + 2 * c.kv_size + 3 * c.intermediate_size + probs)
+        others = 2 * c.hidden_size + c.q_size + c.kv_size + 3 * c.intermediate_size + probs
+        kept = FLOAT32 * (c.q_size + c.kv_size) + self.itemsize * others
         each = stream + (kept // self.tensor_parallel if self.checkpoint == "none" else 0)
         working = 6 * rows * c.intermediate_size // self.tensor_parallel * self.itemsize
         adapters = self.local_adapters * self.adapter_elements() * FLOAT32

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .config import Qwen2Config
+from .dtypes import accumulation_dtype
 from .lora import Lora
 from .ops.attention import attention, attention_vjp, kept_keys
 from .ops.linear import PackedWeight
@@ -36,7 +37,7 @@ class Row:
     q_rope: tuple[Tensor, Tensor]  # cos, sin (S or R, 1, head_dim/2), times 1/sqrt(head_dim)
     k_rope: tuple[Tensor, Tensor]  # cos, sin (S, head_dim/2)
     tiles: Sequence[AttentionTile]
-    score_dtype: torch.dtype
+    dtype: torch.dtype  # of attention's forward
     rows: Tensor | None = None
 
 
@@ -125,7 +126,7 @@ class Kept:
     x_mid: Tensor
     h: Tensor  # norm(x), and its rstd
     rstd: Tensor
-    q: Tensor  # (G, K, S, group, head_dim), rotated and scaled
+    q: Tensor  # (G, K, S, group, head_dim), rotated and scaled; in attention's dtype, as k
     k: Tensor  # (G, K, S, head_dim), rotated
     v: Tensor
     probs: list[Tensor | None]  # of each tile, where they are kept
@@ -140,13 +141,16 @@ def kept_bytes(
     config: Qwen2Config, n_adapters: int, n_tokens: int, tiles: Sequence[AttentionTile], compute: torch.dtype
 ) -> int:
     """Bytes of a block's :class:`Kept`, x_mid and the low-rank parts aside; ``tiles`` are of all tokens."""
-    each = 2 * config.hidden_size + 2 * config.q_size + 2 * config.kv_size + 3 * config.intermediate_size
+    rotated = accumulation_dtype(compute).itemsize * (config.q_size + config.kv_size)
+    others = 2 * config.hidden_size + config.q_size + config.kv_size + 3 * config.intermediate_size
     probs = kept_keys(tiles, n_tokens) * config.num_attention_heads
-    return n_adapters * (n_tokens * each + probs) * compute.itemsize
+    return n_adapters * (n_tokens * (rotated + others * compute.itemsize) + probs * compute.itemsize)
 
 
-def attention_half(block: Block, x: Tensor, row: Row, adapters: slice, x_mid: Tensor | None = None) -> Kept:
-    """``x_mid = x + o(attention(qkv(norm(x))))`` of the adapters in the slice, and all that the vjp needs of it.
+def attention_half(
+    block: Block, x: Tensor, row: Row, adapters: slice, x_mid: Tensor | None = None, *, keep: bool
+) -> Kept:
+    """``x_mid = x + o(attention(qkv(norm(x))))`` of the adapters in the slice, and with ``keep`` all that the vjp needs of it.
 
     Where ``x_mid`` is known, o_proj is not multiplied again.
     """
@@ -159,12 +163,12 @@ def attention_half(block: Block, x: Tensor, row: Row, adapters: slice, x_mid: Te
         queries, u_q = block.q(h[:, row.rows], adapters)
         kv = qkv
     keys, values = kv.chunk(2, -1)
-    q = _rotated(_query_heads(queries, config), row.q_rope)
-    k = _rotated(_heads(keys, config), row.k_rope)
+    q = _rotated(_query_heads(queries, config), row.q_rope, row.dtype)
+    k = _rotated(_heads(keys, config), row.k_rope, row.dtype)
     v = _heads(values, config).contiguous()
     n_adapters = max(q.shape[0], k.shape[0])
     q, k, v = (t.expand(n_adapters, *t.shape[1:]) for t in (q, k, v))
-    o, probs = attention(q, k, v, row.tiles, row.score_dtype)
+    o, probs = attention(q, k, v, row.tiles, keep=keep)
     if x_mid is not None:
         return Kept(x_mid, h, rstd, q, k, v, probs, o, u_qkv, u_q, block.o.inner(o, adapters))
     y, u_o = block.o(o, adapters)
@@ -188,7 +192,7 @@ def attention_half_vjp(
     do = block.o.vjp(dx_mid.to(compute), kept.o, kept.u_o, gradients, adapters, need_dx=need_attention)
     if do is None:
         return None
-    dq, dk, dv = attention_vjp(do, kept.q, kept.k, kept.v, kept.probs, row.tiles, row.score_dtype)
+    dq, dk, dv = attention_vjp(do, kept.q, kept.k, kept.v, kept.probs, row.tiles)
     d_queries = do.new_empty(*do.shape[:-1], config.q_size)
     d_kv = do.new_empty(dk.shape[0], dk.shape[2], 2 * config.kv_size)
     if block.q is None:  # one buffer for q|k|v
@@ -290,5 +294,5 @@ def _query_heads(x: Tensor, config: Qwen2Config) -> Tensor:
     return x.unflatten(-1, (config.num_key_value_heads, -1, config.head_dim)).transpose(1, 2)
 
 
-def _rotated(heads: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    return rope_engine(heads, *tables, out=torch.empty(heads.shape, dtype=heads.dtype, device=heads.device))
+def _rotated(heads: Tensor, tables: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+    return rope_engine(heads, *tables, out=torch.empty(heads.shape, dtype=dtype, device=heads.device))

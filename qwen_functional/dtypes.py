@@ -33,8 +33,8 @@ def accumulation_dtype(compute: torch.dtype) -> torch.dtype:
     return torch.float64 if compute == torch.float64 else torch.float32
 
 
-def score_dtype(compute: torch.dtype, device: torch.device) -> torch.dtype:
-    """Attention's scores and their softmax; the other products of attention are in the compute dtype.
+def attention_dtype(compute: torch.dtype, device: torch.device) -> torch.dtype:
+    """Queries, keys, and attention's forward; the products of its vjp are in the compute dtype.
 
     float32 (or float64), since Qwen2's scores overflow float16 and are too large for bfloat16's eight bits. On a GPU,
     where float32 is over ten times slower, bfloat16 stays.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .block import Block, Kept, Row, attention_half, attention_half_vjp, kept_bytes, mlp_half, mlp_half_vjp
 from .config import Qwen2Config
-from .dtypes import accumulation_dtype, score_dtype
+from .dtypes import accumulation_dtype, attention_dtype
 from .lora import Lora
 from .memory import free_bytes
 from .ops.rmsnorm import rmsnorm, rmsnorm_vjp
@@ -144,7 +144,7 @@ class _Rows:
         scale = self.config.head_dim**-0.5
         k_rope = rope_tables(self.config, self.tokens.positions, dtype, device)
         tiles = [tile.to(device) for tile in tiles]
-        return Row((cos * scale, sin * scale), k_rope, tiles, score_dtype(compute, device), rows)
+        return Row((cos * scale, sin * scale), k_rope, tiles, attention_dtype(compute, device), rows)
 
 
 class _Run:
@@ -231,7 +231,7 @@ class _Run:
         return torch.stack([value[:, self.row_of].expand(n, -1, -1) for value in values], dim=1)
 
     def _block(self, block: Block, layer: int, x: Tensor, chunk: slice, keep: bool) -> Tensor:
-        kept = attention_half(block, x, self.row_at[layer], chunk)
+        kept = attention_half(block, x, self.row_at[layer], chunk, keep=keep)
         x_out, kept.mlp = mlp_half(block, kept.x_mid, chunk, keep=keep, in_place=layer < self.lowest)
         if layer >= self.lowest:
             self.saved.setdefault(layer, []).append((x, kept.x_mid, kept if keep else None))
@@ -275,7 +275,7 @@ class _Run:
     ) -> Tensor | None:
         """The cotangent of ``x``; None from the lowest block, whose input's nobody needs."""
         row, gradients = self.row_at[layer], self.gradients
-        kept = attention_half(block, x, row, chunk, x_mid) if kept is None else kept
+        kept = attention_half(block, x, row, chunk, x_mid, keep=True) if kept is None else kept
         need_dx = layer > self.lowest
         need_mid = need_dx or gradients.wants_any(layer, QKV + O)
         dx_mid = mlp_half_vjp(block, x_mid, kept.mlp, dx_out, chunk, gradients, layer, need_mid)

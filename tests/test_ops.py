@@ -18,7 +18,7 @@ from transformers.models.qwen2.modeling_qwen2 import (
 )
 
 from qwen_functional import pack
-from qwen_functional.ops.attention import attention, attention_vjp
+from qwen_functional.ops.attention import MAX_KEPT_KEYS, attention, attention_vjp, kept_keys
 from qwen_functional.ops.linear import (
     LowRank,
     PackedWeight,
@@ -274,15 +274,22 @@ def test_attention_or_its_vjp_differs_from_torch(
 
     grouped = q.detach().unflatten(1, (kv_heads, group)).transpose(2, 3)  # (G, K, S, group, head_dim)
     values = grouped, k.detach(), v.detach()
-    o, probs = attention(*values, tiles, torch.float64)
+    o, probs = attention(*values, tiles, keep=kept)
     assert relative_error(o, expected) < EXACT
-    assert all(p is not None for p in probs)
-    probs = probs if kept else [None] * len(tiles)
-    dq, dk, dv = attention_vjp(do, *values, probs, tiles, torch.float64)
+    assert all((p is not None) == kept for p in probs)
+    dq, dk, dv = attention_vjp(do, *values, probs, tiles)
     ours = (dq.transpose(2, 3).flatten(1, 2), dk, dv)
     for gradient, wanted in zip(ours, autograd(expected, do, q, k, v), strict=True):
         # Where each query sees one key only, the gradient of q and k is zero.
         assert (gradient - wanted).norm() < EXACT * max(1.0, wanted.norm().item())
+
+
+def test_the_probabilities_of_many_keys_are_kept() -> None:
+    tiles = pack([list(range(MAX_KEPT_KEYS + 40))]).tiles()
+    q, k = normal(1, 1, MAX_KEPT_KEYS + 40, 1, 4), normal(1, 1, MAX_KEPT_KEYS + 40, 4, seed=1)
+    _, probs = attention(q, k, k, tiles, keep=True)
+    assert [p is not None for p in probs] == [True] * (len(tiles) - 1) + [False]
+    assert sum(p.numel() for p in probs if p is not None) == kept_keys(tiles, MAX_KEPT_KEYS + 40)
 
 
 def test_a_tile_holds_keys_that_none_of_its_queries_sees() -> None:

@@ -2,7 +2,7 @@
 
 Heads that share a key/value head are folded into the rows of one matrix, query by query: a tile of n queries
 is an (n·group, head_dim) matrix per key/value head, and no key or value is repeated. The scale 1/sqrt(head_dim)
-is in ``q`` already. Products run in the dtype of q, k, v; the scores alone in one of their own.
+is in ``q`` already. The forward runs in the dtype of q and k, the vjp's products in that of v.
 """
 
 from __future__ import annotations
@@ -20,60 +20,54 @@ MAX_KEPT_KEYS = 256
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[AttentionTile], score_dtype: torch.dtype
+    q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[AttentionTile], *, keep: bool
 ) -> tuple[Tensor, list[Tensor | None]]:
     """``o = p v`` with ``p = softmax(q kᵀ)``.
 
     Args:
         q: (G, K, S, group, head_dim), K key/value heads. k, v: (G, K, S', head_dim).
         tiles: which queries see which keys; together they cover all queries.
-        score_dtype: of q kᵀ and its softmax.
+        keep: whether a vjp will follow.
 
     Returns:
-        o (G, S, K · group · head_dim), heads side by side, as o_proj reads them; and p of each tile
-        (G·K, n·group, n_keys) in the dtype of q, None for one of more than ``MAX_KEPT_KEYS`` keys.
+        o (G, S, K · group · head_dim), heads side by side, as o_proj reads them, and p of each tile
+        (G·K, n·group, n_keys), both in the dtype of v; None for a p of more than ``MAX_KEPT_KEYS`` keys, and for all
+        without ``keep``.
     """
     n_adapters, kv_heads, n_queries, group, head_dim = q.shape
-    out = q.new_empty(n_adapters, n_queries, kv_heads, group, head_dim)
+    out = v.new_empty(n_adapters, n_queries, kv_heads, group, head_dim)
     kept: list[Tensor | None] = []
     for tile in tiles:
-        probs = _probabilities(_rows(q, tile), _keys(k, tile), tile.blocked, score_dtype)
-        o = torch.bmm(probs, _keys(v, tile)).view(n_adapters, kv_heads, -1, group, head_dim)
+        probs = _probabilities(_rows(q, tile), _keys(k, tile), tile.blocked)
+        o = torch.bmm(probs, _keys(v, tile).to(probs.dtype)).view(n_adapters, kv_heads, -1, group, head_dim)
         out[:, tile.queries] = o.permute(0, 2, 1, 3, 4)
-        kept.append(probs if probs.shape[-1] <= MAX_KEPT_KEYS else None)
+        kept.append(probs.to(v.dtype) if keep and probs.shape[-1] <= MAX_KEPT_KEYS else None)
     return out.flatten(2), kept
 
 
 def attention_vjp(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    probs: Sequence[Tensor | None],
-    tiles: Sequence[AttentionTile],
-    score_dtype: torch.dtype,
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, probs: Sequence[Tensor | None], tiles: Sequence[AttentionTile]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``dv = pᵀ do``, ``ds = p · (do vᵀ − rowsum(p · do vᵀ))``, ``dq = ds k``, ``dk = dsᵀ q``.
 
     Args:
-        do: (G, S, K · group · head_dim), in the dtype of q.
+        do: (G, S, K · group · head_dim), in the dtype of v.
         probs: p of each tile, as :func:`attention` returned it; None is computed again.
 
     Returns:
-        dq, as q; dk and dv, shaped as k and v, in ``score_dtype``: they are sums over the tiles.
+        dq, dk, dv, shaped as q, k, v: dq in the dtype of v, dk and dv, which are sums over the tiles, in that of k.
     """
     n_adapters, kv_heads, n_queries, group, head_dim = q.shape
     do = do.view(n_adapters, n_queries, kv_heads, group, head_dim).permute(0, 2, 1, 3, 4)
-    dq = torch.empty_like(q)
-    dk, dv = (torch.zeros(k.shape, dtype=score_dtype, device=k.device) for _ in range(2))
+    dq, dk, dv = torch.empty_like(q, dtype=v.dtype), torch.zeros_like(k), torch.zeros_like(v, dtype=k.dtype)
     for tile, p in zip(tiles, probs, strict=True):
         q_tile, k_tile, v_tile, do_tile = _rows(q, tile), _keys(k, tile), _keys(v, tile), _rows(do, tile)
         if p is None:
-            p = _probabilities(q_tile, k_tile, tile.blocked, score_dtype)
+            p = _probabilities(q_tile, k_tile, tile.blocked).to(v.dtype)
         _add_to_keys(dv, torch.bmm(p.mT, do_tile), tile)
         ds = torch.ops.aten._softmax_backward_data(torch.bmm(do_tile, v_tile.mT), p, -1, p.dtype)
-        dq[:, :, tile.queries] = torch.bmm(ds, k_tile).view(n_adapters, kv_heads, -1, group, head_dim)
-        _add_to_keys(dk, torch.bmm(ds.mT, q_tile), tile)
+        dq[:, :, tile.queries] = torch.bmm(ds, k_tile.to(v.dtype)).view(n_adapters, kv_heads, -1, group, head_dim)
+        _add_to_keys(dk, torch.bmm(ds.mT, q_tile.to(v.dtype)), tile)
     return dq, dk, dv
 
 
@@ -107,12 +101,12 @@ def _add_to_keys(total: Tensor, part: Tensor, tile: AttentionTile) -> None:
         total.index_add_(2, tile.keys, part.to(total.dtype))
 
 
-def _probabilities(q: Tensor, k: Tensor, blocked: Tensor | None, score_dtype: torch.dtype) -> Tensor:
-    """softmax(q kᵀ), zero where blocked; (G·K, n·group, n_keys), in the dtype of q."""
-    scores = torch.bmm(q.to(score_dtype), k.to(score_dtype).mT)
+def _probabilities(q: Tensor, k: Tensor, blocked: Tensor | None) -> Tensor:
+    """softmax(q kᵀ), zero where blocked; (G·K, n·group, n_keys)."""
+    scores = torch.bmm(q, k.mT)
     if blocked is not None:
         n_queries, n_keys = blocked.shape
-        bias = torch.zeros_like(blocked, dtype=score_dtype).masked_fill_(blocked, float("-inf"))
+        bias = torch.zeros_like(blocked, dtype=q.dtype).masked_fill_(blocked, float("-inf"))
         # Added, which takes half the time that filling in does: no finite score is changed.
         scores.view(scores.shape[0], n_queries, -1, n_keys).add_(bias[:, None, :])
-    return scores.softmax(-1).to(q.dtype)
+    return scores.softmax(-1)
