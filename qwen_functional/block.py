@@ -150,9 +150,10 @@ def kept_bytes(
 def attention_half(
     block: Block, x: Tensor, row: Row, adapters: slice, x_mid: Tensor | None = None, *, keep: bool
 ) -> Kept:
-    """``x_mid = x + o(attention(qkv(norm(x))))`` of the adapters in the slice, and with ``keep`` all that the vjp needs of it.
+    """``x_mid = x + o(attention(qkv(norm(x))))`` of the adapters in the slice, and all that the vjp needs of it.
 
-    Where ``x_mid`` is known, o_proj is not multiplied again.
+    Without ``keep`` no vjp follows, and the probabilities are dropped. Where ``x_mid`` is known, o_proj is not
+    multiplied again.
     """
     config, compute = block.config, block.o.weight.dtype
     h, rstd = rmsnorm_engine(x, block.input_layernorm, config.rms_norm_eps, compute)
