@@ -10,11 +10,11 @@ import torch
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated on ``device``, those that torch holds in reserve included."""
+    """Bytes that can still be allocated on ``device``, those that torch or the C library holds in reserve included."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return min(_system_bytes(), _cgroup_bytes())
+    return min(_system_bytes(), _cgroup_bytes()) + _heap_bytes()
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
@@ -50,6 +50,26 @@ def give_back_freed_memory() -> bool:
         return bool(ctypes.CDLL(None).malloc_trim(0))
     except (AttributeError, OSError, TypeError):
         return False
+
+
+class _Mallinfo2(ctypes.Structure):
+    """``struct mallinfo2`` of mallinfo(3), glibc 2.33 or later."""
+
+    _names = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    _fields_ = tuple((name, ctypes.c_size_t) for name in _names)
+
+
+def _heap_bytes() -> int:
+    """Freed blocks that glibc has not given back, which the system counts as used; 0 where it does not tell.
+
+    Without them a second step, whose memory the first one has left in the heap, would seem to have less than it had.
+    """
+    try:
+        mallinfo2 = ctypes.CDLL(None).mallinfo2
+    except (AttributeError, OSError, TypeError):
+        return 0
+    mallinfo2.restype = _Mallinfo2
+    return mallinfo2().fordblks
 
 
 def _system_bytes() -> int:

@@ -106,3 +106,24 @@ print(during - before > 200 << 20, resident() - before > 200 << 20)
     if took == "False":
         pytest.skip("the C library is not glibc")
     assert (grew, kept) == ("True", "True")
+
+
+def test_memory_that_this_process_has_freed_is_not_free() -> None:
+    # In a process of its own, as above.
+    program = """
+import torch
+from qwen_functional.memory import free_bytes, keep_freed_memory
+took = keep_freed_memory()
+cpu = torch.device("cpu")
+tensors = [torch.ones(6 << 20) for _ in range(40)]  # 960 MiB
+during = free_bytes(cpu)
+del tensors
+print(took, free_bytes(cpu) - during > 800 << 20)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env={**os.environ}
+    )
+    took, free_again = done.stdout.split()
+    if took == "False":
+        pytest.skip("the C library is not glibc")
+    assert free_again == "True"
