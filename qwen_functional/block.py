@@ -166,7 +166,7 @@ def attention_half(
     keys, values = kv.chunk(2, -1)
     q = _rotated(_query_heads(queries, config), row.q_rope, row.dtype)
     k = _rotated(_heads(keys, config), row.k_rope, row.dtype)
-    v = _heads(values, config).contiguous()
+    v = _heads(values, config).clone(memory_format=torch.contiguous_format)
     n_adapters = max(q.shape[0], k.shape[0])
     q, k, v = (t.expand(n_adapters, *t.shape[1:]) for t in (q, k, v))
     o, probs = attention(q, k, v, row.tiles, keep=keep)
