@@ -22,7 +22,7 @@ from .ops.rope import rope_engine, rope_vjp
 from .ops.swiglu import swiglu_engine_, swiglu_partials_, swiglu_vjp_
 from .packing import AttentionTile
 from .parallel import TensorParallel
-from .stacking import DOWN, GATE, KV, QKV, UP, Gradients, O, Projection, Q, project
+from .stacking import DOWN, GATE, KV, QKV, UP, Gradients, O, Q, Stack, stack
 from .weights import BlockWeights, PackedBlock
 
 
@@ -48,19 +48,18 @@ class Block:
     config: Qwen2Config
     input_layernorm: Tensor
     post_attention_layernorm: Tensor
-    qkv: Projection  # of k|v alone where q is apart
-    q: Projection | None
-    o: Projection
-    gate: Projection
-    up: Projection
-    down: Projection
+    qkv: Stack  # of k|v alone where q is apart
+    q: Stack | None
+    o: Stack
+    gate_up: Stack
+    down: Stack
     parallel: TensorParallel | None
 
     @property
     def adapted(self) -> bool:
         """Whether any of its projections has adapters."""
-        projections = (self.qkv, self.q, self.o, self.gate, self.up, self.down)
-        return any(p is not None and p.low_rank is not None for p in projections)
+        stacks = (self.qkv, self.q, self.o, self.gate_up, self.down)
+        return any(stack is not None and stack.A is not None for stack in stacks)
 
     @classmethod
     def bind(
@@ -84,21 +83,23 @@ class Block:
         def matrix(name: str) -> Tensor | PackedWeight:
             return getattr(weights, name).to(compute) if packed is None else getattr(packed, name)
 
+        def stacked(*bases: tuple[tuple[str, ...], Tensor | PackedWeight, Tensor | None]) -> Stack:
+            return stack(config, lora, layer, *bases)
+
         if q_apart:  # a packed matrix cannot be cut
             w = weights.qkv_proj.to(compute)
-            qkv, q = project(config, lora, layer, KV, w[n:], b[n:]), project(config, lora, layer, Q, w[:n], b[:n])
+            qkv, q = stacked((KV, w[n:], b[n:])), stacked((Q, w[:n], b[:n]))
         else:
-            qkv, q = project(config, lora, layer, QKV, matrix("qkv_proj"), b), None
+            qkv, q = stacked((QKV, matrix("qkv_proj"), b)), None
         return cls(
             config,
             weights.input_layernorm,
             weights.post_attention_layernorm,
             qkv,
             q,
-            project(config, lora, layer, O, matrix("o_proj")),
-            project(config, lora, layer, GATE, matrix("gate_proj")),
-            project(config, lora, layer, UP, matrix("up_proj")),
-            project(config, lora, layer, DOWN, matrix("down_proj")),
+            stacked((O, matrix("o_proj"), None)),
+            stacked((GATE, matrix("gate_proj"), None), (UP, matrix("up_proj"), None)),
+            stacked((DOWN, matrix("down_proj"), None)),
             parallel,
         )
 
@@ -114,8 +115,7 @@ class KeptMlp:
     a: Tensor  # (G, S, I), what down_proj reads
     by_gate: Tensor  # ∂a/∂gate
     by_up: Tensor
-    u_gate: Tensor | None
-    u_up: Tensor | None
+    u_gate_up: Tensor | None
     u_down: Tensor | None = None
 
 
@@ -155,13 +155,13 @@ def attention_half(
     Without ``keep`` no vjp follows, and the probabilities are dropped. Where ``x_mid`` is known, o_proj is not
     multiplied again.
     """
-    config, compute = block.config, block.o.weight.dtype
+    config, compute = block.config, block.o.dtype
     h, rstd = rmsnorm_engine(x, block.input_layernorm, config.rms_norm_eps, compute)
-    qkv, u_qkv = block.qkv(h, adapters)
+    (qkv,), u_qkv = block.qkv(h, adapters)
     if block.q is None:
         queries, kv, u_q = qkv[..., : config.q_size], qkv[..., config.q_size :], None
     else:
-        queries, u_q = block.q(h[:, row.rows], adapters)
+        (queries,), u_q = block.q(h[:, row.rows], adapters)
         kv = qkv
     keys, values = kv.chunk(2, -1)
     q = _rotated(_query_heads(queries, config), row.q_rope, row.dtype)
@@ -172,7 +172,7 @@ def attention_half(
     o, probs = attention(q, k, v, row.tiles, keep=keep)
     if x_mid is not None:
         return Kept(x_mid, h, rstd, q, k, v, probs, o, u_qkv, u_q, block.o.inner(o, adapters))
-    y, u_o = block.o(o, adapters)
+    (y,), u_o = block.o(o, adapters)
     return Kept(_rows(x, row) + block.summed(y), h, rstd, q, k, v, probs, o, u_qkv, u_q, u_o)
 
 
@@ -188,9 +188,9 @@ def attention_half_vjp(
     need_dx: bool,
 ) -> Tensor | None:
     """The cotangent of ``x`` from that of ``x_mid``, (G, S or R, H); None where nothing below needs it."""
-    config, compute = block.config, block.o.weight.dtype
+    config, compute = block.config, block.o.dtype
     need_attention = need_dx or gradients.wants_any(layer, QKV)
-    do = block.o.vjp(dx_mid.to(compute), kept.o, kept.u_o, gradients, adapters, need_dx=need_attention)
+    do = block.o.vjp([dx_mid.to(compute)], kept.o, kept.u_o, gradients, adapters, need_dx=need_attention)
     if do is None:
         return None
     dq, dk, dv = attention_vjp(do, kept.q, kept.k, kept.v, kept.probs, row.tiles)
@@ -204,10 +204,10 @@ def attention_half_vjp(
     rope_vjp(dk, *row.k_rope, out=_heads(d_keys, config))
     _heads(d_values, config).copy_(dv)
     if block.q is None:
-        dh = block.qkv.vjp(d_qkv, kept.h, kept.u_qkv, gradients, adapters, need_dx=need_dx)
+        dh = block.qkv.vjp([d_qkv], kept.h, kept.u_qkv, gradients, adapters, need_dx=need_dx)
     else:
-        dh = block.qkv.vjp(d_kv, kept.h, kept.u_qkv, gradients, adapters, need_dx=need_dx)
-        dh_rows = block.q.vjp(d_queries, kept.h[:, row.rows], kept.u_q, gradients, adapters, need_dx=need_dx)
+        dh = block.qkv.vjp([d_kv], kept.h, kept.u_qkv, gradients, adapters, need_dx=need_dx)
+        dh_rows = block.q.vjp([d_queries], kept.h[:, row.rows], kept.u_q, gradients, adapters, need_dx=need_dx)
         if dh is not None and dh_rows is not None and row.rows is not None:
             dh.index_add_(1, row.rows, dh_rows)
     if dh is None:
@@ -226,8 +226,8 @@ def mlp_half(
     x_mid = x_mid.expand(_n_adapters(block, x_mid, adapters), -1, -1)
     h, rstd = _normed(block, x_mid)
     kept = _gated(block, h, rstd, adapters) if keep else None
-    a = swiglu_engine_(block.gate(h, adapters)[0], block.up(h, adapters)[0]) if kept is None else kept.a
-    y, u_down = block.down(a, adapters)
+    a = swiglu_engine_(*block.gate_up(h, adapters)[0]) if kept is None else kept.a
+    (y,), u_down = block.down(a, adapters)
     if kept is not None:
         kept.u_down = u_down
     out = x_mid if in_place and x_mid.stride(0) != 0 else None
@@ -245,7 +245,7 @@ def mlp_half_vjp(
     need_dx: bool,
 ) -> Tensor | None:
     """The cotangent of ``x_mid`` (G, S, H), written over ``dx_out``; what was not kept is computed again."""
-    compute = block.down.weight.dtype
+    compute = block.down.dtype
     need_gate_up = need_dx or gradients.wants_any(layer, GATE + UP)
     if not need_gate_up and not gradients.wants_any(layer, DOWN):
         return None
@@ -253,12 +253,11 @@ def mlp_half_vjp(
     if kept is None:
         kept = _gated(block, *_normed(block, x_mid), adapters)
         kept.u_down = block.down.inner(kept.a, adapters)
-    da = block.down.vjp(dx_out.to(compute), kept.a, kept.u_down, gradients, adapters, need_dx=need_gate_up)
+    da = block.down.vjp([dx_out.to(compute)], kept.a, kept.u_down, gradients, adapters, need_dx=need_gate_up)
     if da is None:
         return None
-    d_gate, d_up = swiglu_vjp_(da, kept.by_gate, kept.by_up)
-    dh = block.gate.vjp(d_gate, kept.h, kept.u_gate, gradients, adapters, need_dx=need_dx)
-    dh = block.up.vjp(d_up, kept.h, kept.u_up, gradients, adapters, need_dx=need_dx, to=dh)
+    d_gate_up = swiglu_vjp_(da, kept.by_gate, kept.by_up)
+    dh = block.gate_up.vjp(d_gate_up, kept.h, kept.u_gate_up, gradients, adapters, need_dx=need_dx)
     if dh is None:
         return None
     weight = block.post_attention_layernorm
@@ -266,19 +265,19 @@ def mlp_half_vjp(
 
 
 def _gated(block: Block, h: Tensor, rstd: Tensor, adapters: slice) -> KeptMlp:
-    (gate, u_gate), (up, u_up) = block.gate(h, adapters), block.up(h, adapters)
-    return KeptMlp(h, rstd, *swiglu_partials_(gate, up), u_gate, u_up)
+    (gate, up), u_gate_up = block.gate_up(h, adapters)
+    return KeptMlp(h, rstd, *swiglu_partials_(gate, up), u_gate_up)
 
 
 def _normed(block: Block, x_mid: Tensor) -> tuple[Tensor, Tensor]:
     """norm(x_mid) in the compute dtype, and its rstd."""
     weight, eps = block.post_attention_layernorm, block.config.rms_norm_eps
-    return rmsnorm_engine(x_mid, weight, eps, block.gate.weight.dtype)
+    return rmsnorm_engine(x_mid, weight, eps, block.gate_up.dtype)
 
 
 def _n_adapters(block: Block, x: Tensor, adapters: slice) -> int:
-    stacks = (block.gate.low_rank, block.up.low_rank, block.down.low_rank)
-    return max([x.shape[0], *(stack.A[adapters].shape[0] for stack in stacks if stack is not None)])
+    stacks = (block.gate_up.A, block.down.A)
+    return max([x.shape[0], *(A[adapters].shape[0] for A in stacks if A is not None)])
 
 
 def _rows(x: Tensor, row: Row) -> Tensor:

@@ -151,7 +151,8 @@ class _Run:
     """One pass forwards and back, in each block one chunk of adapters after the other.
 
     The residual stream is a list of one tensor (g, S, H) a chunk, or of one alone (1, S, H) below the first adapted
-    block. ``saved`` maps a layer to what enters its halves and, where kept, the rest, by chunk.
+    block. ``saved`` maps a layer to what enters its halves and, where kept, the rest, by chunk; ``bound`` maps one that
+    is kept to its block, where the weights stay in memory.
     """
 
     def __init__(
@@ -180,6 +181,7 @@ class _Run:
         self.value_shape = (lora.n_adapters, len(layers), len(tokens.last), config.hidden_size)
         self.chunks = _chunks(config, weights, len(tokens), lora.n_adapters)
         self.saved: dict[int, list[tuple[Tensor, Tensor, Kept | None]]] = {}
+        self.bound: dict[int, Block] = {}
         self.read: dict[int, Tensor] = {}
 
     def n_blocks_to_keep(self, checkpoint: str, memory_budget: int | None) -> int:
@@ -225,6 +227,8 @@ class _Run:
             if layer in self.layers or layer == self.top:
                 read = xs if layer == self.top else [x[:, self.rows] for x in xs]
                 self.read[layer] = torch.cat(read) if len(read) > 1 else read[0]
+            if keep and layer >= self.lowest and not self.weights.streamed:
+                self.bound[layer] = block
             del block  # streamed weights make room for the next ones
         values = [self._normed(self.read[self.top]) if layer == -1 else self.read[layer] for layer in self.layers]
         n = self.value_shape[0]
@@ -261,7 +265,7 @@ class _Run:
                 for index in (i for i, read in enumerate(self.layers) if read == layer):
                     for dx, chunk in zip(dxs, self.chunks, strict=True):
                         dx.index_add_(1, self.rows, d_read[chunk, index])
-            block = self.block(layer, layer - 1 if layer > self.lowest else 0)
+            block = self.bound.pop(layer, None) or self.block(layer, layer - 1 if layer > self.lowest else 0)
             saved = self.saved.pop(layer)
             for index, chunk in enumerate(self.chunks):
                 new_dx = self._block_vjp(block, layer, *saved.pop(0), dxs[index], chunk)

@@ -1,11 +1,11 @@
-"""LoRA tensors as the engine multiplies them: projections that read the same input stacked into one adapter.
+"""LoRA tensors as the engine multiplies them: the A of all projections that read the same input as one matrix.
 
 And back: the gradients of a stack, taken apart into one tensor per LoRA tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,6 @@ from .config import Qwen2Config
 from .dtypes import accumulation_dtype
 from .lora import Lora, parse_name, peft_name, projection_shape
 from .ops.linear import (
-    LowRank,
     PackedWeight,
     Part,
     linear,
@@ -32,87 +31,133 @@ GATE, UP, DOWN = ("gate_proj",), ("up_proj",), ("down_proj",)
 
 
 @dataclass(frozen=True)
-class Projection:
-    """A base weight (out, in), perhaps stacked, with its bias and its adapters; ``low_rank`` None: it has none."""
+class Target:
+    """One LoRA of a stack: whose gradients are put where, and ``scaling``, by which A was multiplied."""
+
+    key: tuple[int, str]  # (layer, projection)
+    scaling: float
+    part: Part
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base weight (out, in), perhaps of several projections stacked, with its bias and its adapters."""
 
     weight: Tensor | PackedWeight
     bias: Tensor | None
-    low_rank: LowRank | None
-    keys: tuple[tuple[int, str], ...]  # (layer, projection) of each part of low_rank
+    targets: tuple[Target, ...]
 
-    def __call__(self, x: Tensor, adapters: slice) -> tuple[Tensor, Tensor | None]:
-        """y and u of :func:`ops.linear.linear`, for x of the adapters in the slice."""
-        return linear(x, self.weight, self.bias, self.low_rank[adapters] if self.low_rank else None)
+    def parts(self, adapters: slice) -> list[Part]:
+        return [target.part[adapters] for target in self.targets]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The projections that read one input, by one base weight or several.
+
+    ``A`` (G, R, in), in the compute dtype, has the A of all their adapters one below the other, each times its
+    scaling; None: they have none.
+    """
+
+    bases: tuple[Base, ...]
+    A: Tensor | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the products."""
+        return self.bases[0].weight.dtype
+
+    def __call__(self, x: Tensor, adapters: slice) -> tuple[list[Tensor], Tensor | None]:
+        """y (G, S, out) by each base weight, and u (G, S, R) for the vjp, for x of the adapters in the slice."""
+        u = self.inner(x, adapters)
+        return [linear(x, base.weight, base.bias, u, base.parts(adapters)) for base in self.bases], u
 
     def inner(self, x: Tensor, adapters: slice) -> Tensor | None:
         """u alone."""
-        return linear_inner(x, self.low_rank[adapters]) if self.low_rank else None
+        return None if self.A is None else linear_inner(x, self.A[adapters])
 
     def vjp(
         self,
-        dy: Tensor,
+        dys: Sequence[Tensor],
         x: Tensor,
         u: Tensor | None,
         gradients: Gradients,
         adapters: slice,
         *,
         need_dx: bool,
-        to: Tensor | None = None,
     ) -> Tensor | None:
         """Puts the gradients of the adapters in the slice in their place; returns dx where it is needed.
 
-        dy (G, S, out), x (G, S, in) or (1, S, in), u (G, S, R) as :meth:`__call__` returned it. Returns
-        ``to + dx`` where ``to`` (G, S, in) is given, which may be written over.
+        dys: (G, S, out) of each base weight; x (G, S, in) or (1, S, in), u (G, S, R) as :meth:`__call__` returned it.
         """
-        low_rank = self.low_rank[adapters] if self.low_rank else None
+        t = self._adapters_vjp(dys, x, u, gradients, adapters, need_t=need_dx)
+        if not need_dx:
+            return None
+        dx = None
+        for dy, base in zip(dys, self.bases, strict=True):
+            dx = linear_vjp_input(dy, base.weight, dx)
+        if dx is not None and t is not None and self.A is not None:
+            dx.baddbmm_(t, self.A[adapters])
+        return dx
+
+    def _adapters_vjp(
+        self,
+        dys: Sequence[Tensor],
+        x: Tensor,
+        u: Tensor | None,
+        gradients: Gradients,
+        adapters: slice,
+        *,
+        need_t: bool,
+    ) -> Tensor | None:
+        """t (G, S, R), the cotangent of u, where it is needed; and the gradients."""
+        if self.A is None or u is None:
+            return None
+        targets = [target for base in self.bases for target in base.targets]
+        wanted = [target for target in targets if gradients.wants(target.key, "A")]
         t = None
-        if low_rank is not None and u is not None:
-            parts = list(zip(self.keys, low_rank.parts, strict=True))
-            wanted_A = [(key, part.ranks) for key, part in parts if gradients.wants(key, "A")]
-            if need_dx or wanted_A:
-                t = linear_vjp_inner(dy, low_rank)
-            if t is not None and len(wanted_A) == len(parts):
-                dA = linear_vjp_A(t, x)
-                for key, ranks in wanted_A:
-                    gradients.put(key, "A", adapters, dA[:, ranks])
-            elif t is not None:
-                for key, ranks in wanted_A:
-                    gradients.put(key, "A", adapters, linear_vjp_A(t[..., ranks], x))
-            for key, part in parts:
-                if gradients.wants(key, "B"):
-                    dB = linear_vjp_B(dy[..., part.outputs], u[..., part.ranks])
-                    gradients.put(key, "B", adapters, dB)
-        return linear_vjp_input(dy, self.weight, low_rank, t, to) if need_dx else None
+        if need_t or wanted:
+            t = torch.empty_like(u)
+            for dy, base in zip(dys, self.bases, strict=True):
+                linear_vjp_inner(dy, base.parts(adapters), out=t)
+            whole = linear_vjp_A(t, x) if len(wanted) == len(targets) else None
+            for target in wanted:
+                ranks = target.part.ranks
+                dA = linear_vjp_A(t[..., ranks], x) if whole is None else whole[:, ranks]
+                gradients.put(target.key, "A", adapters, dA, target.scaling)
+        for dy, base in zip(dys, self.bases, strict=True):
+            for target in base.targets:
+                if gradients.wants(target.key, "B"):
+                    dB = linear_vjp_B(dy[..., target.part.outputs], u[..., target.part.ranks])
+                    gradients.put(target.key, "B", adapters, dB)
+        return t
 
 
-def project(
+def stack(
     config: Qwen2Config,
     lora: Lora,
     layer: int,
-    names: tuple[str, ...],
-    weight: Tensor | PackedWeight,
-    bias: Tensor | None = None,
-) -> Projection:
-    """The stacked projection of ``names`` in a layer; ``weight`` and ``bias`` are stacked already."""
-    dtype = weight.dtype
-    keys, pairs, parts = [], [], []
-    rank = out = 0
-    for name in names:
-        rows, _ = projection_shape(config, name)
-        pair = lora.pairs.get((layer, name))
-        if pair is not None:
-            r = pair.A.shape[1]
-            keys.append((layer, name))
-            pairs.append(pair)
-            parts.append(Part(pair.B.to(dtype), slice(out, out + rows), slice(rank, rank + r)))
-            rank += r
-        out += rows
-    if not parts:
-        return Projection(weight, bias, None, ())
-    by_column = [pair.scaling for pair in pairs for _ in range(pair.A.shape[1])]
-    scaling = torch.tensor(by_column, dtype=accumulation_dtype(dtype), device=weight.device)
-    A = pairs[0].A.to(dtype) if len(pairs) == 1 else torch.cat([pair.A.to(dtype) for pair in pairs], 1)
-    return Projection(weight, bias, LowRank(A, tuple(parts), scaling), tuple(keys))
+    *bases: tuple[tuple[str, ...], Tensor | PackedWeight, Tensor | None],
+) -> Stack:
+    """The projections of a layer that read one input: of each base weight their names, itself, and its bias."""
+    dtype = bases[0][1].dtype
+    found, scaled = [], []
+    rank = 0
+    for names, weight, bias in bases:
+        targets, out = [], 0
+        for name in names:
+            rows, _ = projection_shape(config, name)
+            pair = lora.pairs.get((layer, name))
+            if pair is not None:
+                r = pair.A.shape[1]
+                part = Part(pair.B.to(dtype), slice(out, out + rows), slice(rank, rank + r))
+                targets.append(Target((layer, name), pair.scaling, part))
+                scaled.append((pair.A if pair.scaling == 1 else pair.A * pair.scaling).to(dtype))
+                rank += r
+            out += rows
+        found.append(Base(weight, bias, tuple(targets)))
+    A = None if not scaled else scaled[0] if len(scaled) == 1 else torch.cat(scaled, 1)
+    return Stack(tuple(found), A)
 
 
 class Gradients:
@@ -133,16 +178,20 @@ class Gradients:
     def wants_any(self, layer: int, names: tuple[str, ...]) -> bool:
         return any(self.wants((layer, name), side) for name in names for side in "AB")
 
-    def put(self, key: tuple[int, str], side: str, adapters: slice, gradient: Tensor) -> None:
-        """``gradient`` (g, rows, cols) of the adapters in the slice."""
+    def put(self, key: tuple[int, str], side: str, adapters: slice, gradient: Tensor, scaling: float = 1.0) -> None:
+        """``scaling`` times ``gradient`` (g, rows, cols) of the adapters in the slice."""
         name = peft_name(*key, side)
         if self._parallel is not None:
-            self._sum_later(name, key, side)[adapters] = gradient
-            return
-        if name not in self._filled:
-            tensor = getattr(self._lora.pairs[key], side)
-            self._filled[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-        self._filled[name][adapters] = gradient
+            whole = self._sum_later(name, key, side)
+        else:
+            if name not in self._filled:
+                tensor = getattr(self._lora.pairs[key], side)
+                self._filled[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+            whole = self._filled[name]
+        if scaling == 1:
+            whole[adapters] = gradient
+        else:
+            torch.mul(gradient, scaling, out=whole[adapters])
 
     def _sum_later(self, name: str, key: tuple[int, str], side: str) -> Tensor:
         """This rank's part of a gradient that is whole after one sum over all ranks and all tensors.

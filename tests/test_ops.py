@@ -20,7 +20,6 @@ from transformers.models.qwen2.modeling_qwen2 import (
 from qwen_functional import pack
 from qwen_functional.ops.attention import MAX_KEPT_KEYS, attention, attention_vjp, kept_keys
 from qwen_functional.ops.linear import (
-    LowRank,
     PackedWeight,
     Part,
     can_pack,
@@ -148,13 +147,13 @@ def test_swiglu_or_its_vjp_differs_from_transformers_activation() -> None:
 # linear
 
 
-def stacked(A: torch.Tensor, Bs: list[torch.Tensor], scaling: torch.Tensor) -> LowRank:
-    """An adapter whose parts lie one below the other, in outputs and in ranks."""
+def stacked(Bs: list[torch.Tensor]) -> list[Part]:
+    """Parts that lie one below the other, in outputs and in ranks."""
     parts, out, rank = [], 0, 0
     for B in Bs:
         parts.append(Part(B, slice(out, out + B.shape[1]), slice(rank, rank + B.shape[2])))
         out, rank = out + B.shape[1], rank + B.shape[2]
-    return LowRank(A, tuple(parts), scaling)
+    return parts
 
 
 @pytest.mark.parametrize("shared_input", [False, True])
@@ -168,23 +167,22 @@ def test_a_projection_or_its_vjp_differs_from_merged_weights(
     weight, bias = normal(out, n_in, seed=1), normal(out, seed=2) if with_bias else None
     A = normal(n_adapters, rank, n_in, seed=3).requires_grad_()
     Bs = [normal(n_adapters, rows, r, seed=10 + i).requires_grad_() for i, (rows, r) in enumerate(parts)]
-    scaling, dy = normal(rank, seed=5), normal(n_adapters, n_tokens, out, seed=6)
+    dy = normal(n_adapters, n_tokens, out, seed=6)
     B = torch.stack([torch.block_diag(*(B[g] for B in Bs)) for g in range(n_adapters)])
-    merged = weight + B * scaling @ A  # (G, out, in)
+    merged = weight + B @ A  # (G, out, in)
     inputs = x.expand(n_adapters, -1, -1)
     expected = torch.stack([F.linear(inputs[g], merged[g], bias) for g in range(n_adapters)])
     expected_dx, expected_dA, *expected_dBs = autograd(expected, dy, x, A, *Bs)
 
-    low_rank, kept_dy = stacked(A.detach(), [B.detach() for B in Bs], scaling), dy.clone()
-    y, u = linear(x.detach(), weight, bias, low_rank)
-    assert u is not None
-    assert relative_error(y, expected) < EXACT
-    assert torch.equal(u, linear_inner(x.detach(), low_rank))
-    t = linear_vjp_inner(dy, low_rank)
-    dx = linear_vjp_input(dy, weight, low_rank, t)
+    low_ranks, kept_dy = stacked([B.detach() for B in Bs]), dy.clone()
+    u = linear_inner(x.detach(), A.detach())
+    assert relative_error(linear(x.detach(), weight, bias, u, low_ranks), expected) < EXACT
+    t = torch.empty_like(u)
+    linear_vjp_inner(dy, low_ranks, out=t)
+    dx = linear_vjp_input(dy, weight).baddbmm_(t, A.detach())
     assert relative_error(dx.sum(0, keepdim=True) if shared_input else dx, expected_dx) < EXACT
     assert relative_error(linear_vjp_A(t, x.detach()), expected_dA) < EXACT
-    for part, expected_dB in zip(low_rank.parts, expected_dBs, strict=True):
+    for part, expected_dB in zip(low_ranks, expected_dBs, strict=True):
         dB = linear_vjp_B(dy[..., part.outputs], u[..., part.ranks])
         assert relative_error(dB, expected_dB) < EXACT
     assert torch.equal(dy, kept_dy), "the vjp wrote over its cotangent"
@@ -195,30 +193,31 @@ def test_a_packed_weight_multiplies_otherwise_than_the_weight(dtype: torch.dtype
     if not can_pack(dtype, torch.device("cpu")):
         pytest.skip(f"oneDNN does not pack {dtype} on this processor")
     weight, bias, x, dy = (normal(*shape).to(dtype) for shape in ((48, 80), (48,), (2, 5, 80), (2, 5, 48)))
-    low_rank = stacked(normal(2, 3, 80).to(dtype), [normal(2, 48, 3).to(dtype)], torch.ones(3))
+    low_rank = linear_inner(x, normal(2, 3, 80).to(dtype)), stacked([normal(2, 48, 3).to(dtype)])
     packed = PackedWeight(weight)
     eps = torch.finfo(dtype).eps
-    assert relative_error(linear(x, packed, bias, low_rank)[0], linear(x, weight, bias, low_rank)[0]) < eps
-    assert relative_error(linear(x, packed)[0], linear(x, weight)[0]) < eps
-    dx = linear_vjp_input(dy, packed, None, None)
+    assert relative_error(linear(x, packed, bias, *low_rank), linear(x, weight, bias, *low_rank)) < eps
+    assert relative_error(linear(x, packed), linear(x, weight)) < eps
+    dx = linear_vjp_input(dy, packed)
     assert dx.shape == x.shape
-    assert relative_error(dx, linear_vjp_input(dy, weight, None, None)) < eps
+    assert relative_error(dx, linear_vjp_input(dy, weight)) < eps
+    total = linear_vjp_input(dy, packed, x.clone())
+    assert relative_error(total, linear_vjp_input(dy, weight, x.clone())) < 2 * eps
 
 
 def test_a_bare_projection_differs_from_torch() -> None:
     x, weight, bias = normal(2, 5, 6), normal(7, 6, seed=1), normal(7, seed=2)
-    y, u = linear(x, weight, bias)
-    assert u is None
+    y = linear(x, weight, bias)
     assert relative_error(y, F.linear(x, weight, bias)) < EXACT
-    assert relative_error(linear_vjp_input(y, weight, None, None), y @ weight) < EXACT
+    assert relative_error(linear_vjp_input(y, weight), y @ weight) < EXACT
+    assert relative_error(linear_vjp_input(y, weight, x.clone()), x + y @ weight) < EXACT
 
 
 def test_some_adapters_of_a_stack_are_not_those_of_the_slice() -> None:
-    low_rank = stacked(normal(3, 2, 6), [normal(3, 7, 2, seed=1)], normal(2, seed=2))
+    part, u = stacked([normal(3, 7, 2, seed=1)])[0], normal(3, 5, 2)
     x, weight = normal(3, 5, 6, seed=3), normal(7, 6, seed=4)
-    y, _ = linear(x, weight, None, low_rank)
-    part, _ = linear(x[1:], weight, None, low_rank[1:])
-    assert relative_error(part, y[1:]) < EXACT
+    y = linear(x, weight, None, u, [part])
+    assert relative_error(linear(x[1:], weight, None, u[1:], [part[slice(1, None)]]), y[1:]) < EXACT
 
 
 # attention

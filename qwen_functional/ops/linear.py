@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,64 +57,51 @@ def packing_pays(dtype: torch.dtype, device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class Part:
-    """One projection of a stack: its B, and where it lies among the stack's outputs and ranks."""
+    """The adapters of one projection: its B, where it lies among the outputs of its base weight, and which of the R
+    ranks are its own.
+    """
 
     B: Tensor  # (G, out of the part, r)
     outputs: slice
     ranks: slice
 
-
-@dataclass(frozen=True)
-class LowRank:
-    """The adapters of one stacked projection, such as q|k|v, in the compute dtype.
-
-    Projections that read the same input are stacked: ``A`` has their rows one below the other, R in all.
-    ``scaling`` is per column of ``x Aᵀ``.
-    """
-
-    A: Tensor  # (G, R, in)
-    parts: tuple[Part, ...]
-    scaling: Tensor  # (R,), in the accumulation dtype
-
-    def __getitem__(self, adapters: slice) -> LowRank:
-        parts = tuple(Part(part.B[adapters], part.outputs, part.ranks) for part in self.parts)
-        return LowRank(self.A[adapters], parts, self.scaling)
+    def __getitem__(self, adapters: slice) -> Part:
+        return Part(self.B[adapters], self.outputs, self.ranks)
 
 
 def linear(
-    x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None, low_rank: LowRank | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """``y = x Wᵀ + b``, and ``y += u Bᵀ`` with ``u = s · x Aᵀ`` for each part of the stack.
+    x: Tensor,
+    weight: Tensor | PackedWeight,
+    bias: Tensor | None = None,
+    u: Tensor | None = None,
+    parts: Sequence[Part] = (),
+) -> Tensor:
+    """``y = x Wᵀ + b``, and ``y += u Bᵀ`` in the outputs of each part; (G, S, out).
 
     Args:
         x: (G, S, in); or (1, S, in) where all adapters still have the same input, which is then multiplied once.
         weight: (out, in); bias: (out,).
-
-    Returns:
-        y (G, S, out) and u (G, S, R), which the vjp needs; u is None without adapters.
+        u: (G, S, R) of :func:`linear_inner`; needed where there are parts.
     """
     rows = x.reshape(-1, x.shape[-1])
     y = weight.linear(rows, bias) if isinstance(weight, PackedWeight) else F.linear(rows, weight, bias)
     y = y.view(*x.shape[:-1], -1)
-    if low_rank is None:
-        return y, None
-    u = linear_inner(x, low_rank)
+    if u is None or not parts:
+        return y
     if y.shape[0] != u.shape[0]:
         y = y.repeat(u.shape[0], 1, 1)
-    for part in low_rank.parts:
+    for part in parts:
         y[..., part.outputs].baddbmm_(u[..., part.ranks], part.B.mT)
-    return y, u
+    return y
 
 
-def linear_inner(x: Tensor, low_rank: LowRank) -> Tensor:
-    """``u = s · x Aᵀ``; (G, S, R)."""
-    return torch.bmm(x.expand(low_rank.A.shape[0], -1, -1), low_rank.A.mT).mul_(low_rank.scaling)
+def linear_inner(x: Tensor, A: Tensor) -> Tensor:
+    """``u = x Aᵀ`` (G, S, R); x (G, S, in) or (1, S, in), A (G, R, in)."""
+    return torch.bmm(x.expand(A.shape[0], -1, -1), A.mT)
 
 
-def linear_vjp_input(
-    dy: Tensor, weight: Tensor | PackedWeight, low_rank: LowRank | None, t: Tensor | None, to: Tensor | None = None
-) -> Tensor:
-    """``dx = dy W + t A``; dy (G, S, out), t of :func:`linear_vjp_inner`; returns (G, S, in).
+def linear_vjp_input(dy: Tensor, weight: Tensor | PackedWeight, to: Tensor | None = None) -> Tensor:
+    """``dx = dy W`` (G, S, in), of the base weight alone; dy (G, S, out).
 
     ``to`` (G, S, in) is what another projection of the same input sent back; the sum may be written over it.
     """
@@ -123,20 +111,17 @@ def linear_vjp_input(
         dx = weight.vjp_input(rows, total)
     else:
         dx = torch.mm(rows, weight) if total is None else total.addmm_(rows, weight)
-    dx = dx.view(*dy.shape[:-1], -1)
-    return dx if low_rank is None or t is None else dx.baddbmm_(t, low_rank.A)
+    return dx.view(*dy.shape[:-1], -1)
 
 
-def linear_vjp_inner(dy: Tensor, low_rank: LowRank) -> Tensor:
-    """``t = s · dy B``, the cotangent of ``x Aᵀ``; (G, S, R)."""
-    t = dy.new_empty(*dy.shape[:-1], low_rank.A.shape[1])
-    for part in low_rank.parts:
-        torch.bmm(dy[..., part.outputs], part.B, out=t[..., part.ranks])
-    return t.mul_(low_rank.scaling)
+def linear_vjp_inner(dy: Tensor, parts: Sequence[Part], out: Tensor) -> None:
+    """``t = dy B`` of each part, the cotangent of ``x Aᵀ``, written to its ranks of ``out`` (G, S, R)."""
+    for part in parts:
+        torch.bmm(dy[..., part.outputs], part.B, out=out[..., part.ranks])
 
 
 def linear_vjp_A(t: Tensor, x: Tensor) -> Tensor:
-    """``dA = tᵀ x``; x (G, S, in) or (1, S, in); returns (G, R, in)."""
+    """``dA = tᵀ x``; t (G, S, r), x (G, S, in) or (1, S, in); returns (G, r, in)."""
     return torch.bmm(t.mT, x.expand(t.shape[0], -1, -1))
 
 
