@@ -4,11 +4,15 @@ Per block, forwards q|k|v, o, gate|up and down, and backwards the product that g
 no attention, no norms, no embedding. Every product is over all G·S tokens of the prefix tree, in every block,
 so the floor counts ``4 · parameters · tokens`` FLOP. An engine may do a little less: the first block needs no
 dx of q, k and v, and the last needs q, o and the MLP at the read-out tokens only.
+
+:class:`AdapterProducts` are those of the adapters alone, which the floor leaves out, though no way of multiplying
+base weights once for all adapters can do without them.
 """
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,10 +24,12 @@ from torch import Tensor
 from workload import Workload
 
 from qwen_functional import Qwen2Config
+from qwen_functional.lora import projection_shape
 
 ROWS_PER_CHUNK = 256
 BYTES_OF_WEIGHTS = 512 * 2**20  # per shape, distinct: far more than any cache holds
 CALIBRATION_WEIGHTS, CALIBRATION_ROUNDS = 4, 2
+BYTES_OF_ACTIVATIONS = 64 * 2**20  # per projection, of inputs and of outputs: more than a cache holds
 
 
 @dataclass(frozen=True)
@@ -125,6 +131,111 @@ class Floor:
             "layouts": self.layouts,
             "gflops_per_product": self.gflops,
         }
+
+
+@dataclass
+class Projection:
+    """The tensors of one projection with its adapters, and each one's transpose as memory of its own."""
+
+    x: Tensor  # (G, S, in)
+    y: Tensor  # (G, S, out); its cotangent is multiplied in the same place
+    A: Tensor  # (G, r, in)
+    B: Tensor  # (G, out, r)
+    u: Tensor  # (G, S, r)
+    A_t: Tensor
+    B_t: Tensor
+    u_t: Tensor
+
+
+ADAPTER_LAYOUTS: dict[str, dict[str, Callable[[Projection], Tensor]]] = {
+    "u = x Aᵀ": {
+        "A": lambda p: torch.bmm(p.x, p.A.mT),
+        "A transposed": lambda p: torch.bmm(p.x, p.A_t),
+    },
+    "y += u Bᵀ": {
+        "B": lambda p: p.y.baddbmm_(p.u, p.B.mT),
+        "B transposed": lambda p: p.y.baddbmm_(p.u, p.B_t),
+    },
+    "t = dy B": {
+        "B": lambda p: torch.bmm(p.y, p.B),
+        "B transposed": lambda p: torch.bmm(p.y, p.B_t.mT),
+        "t transposed": lambda p: torch.bmm(p.B_t, p.y.mT),
+    },
+    "dx += t A": {
+        "A": lambda p: p.x.baddbmm_(p.u, p.A),
+        "A transposed": lambda p: p.x.baddbmm_(p.u, p.A_t.mT),
+    },
+    "dA = tᵀ x": {
+        "t": lambda p: torch.bmm(p.u.mT, p.x),
+        "t transposed": lambda p: torch.bmm(p.u_t, p.x),
+        "dA transposed": lambda p: torch.bmm(p.x.mT, p.u),
+    },
+    "dB = dyᵀ u": {
+        "dB": lambda p: torch.bmm(p.y.mT, p.u),
+        "dB transposed": lambda p: torch.bmm(p.u.mT, p.y),
+        "dB transposed, u transposed": lambda p: torch.bmm(p.u_t, p.y),
+    },
+}
+
+
+class AdapterProducts:
+    """The six products of every adapter of a workload, each in the fastest layout that torch offers, as something to
+    time; the first step picks the layouts.
+    """
+
+    def __init__(self, workload: Workload) -> None:
+        config, spec = workload.config(), workload.spec
+        self.n, self.rank, self.rows = workload.adapters, workload.rank, workload.tree_tokens // workload.adapters
+        self.dtype, self.device = workload.compute_dtype, workload.device
+        modules = [projection_shape(config, projection) for _, projection in spec.modules(config)]
+        self.counts = Counter(modules)  # {(out, in): how many}
+        # Three products with A and three with B.
+        self.flop = 3 * 2 * workload.tree_tokens * self.rank * sum(rows + columns for rows, columns in modules)
+        self.layouts: dict[str, str] = {}
+        self._work: list[tuple[int, Callable[[Projection], Tensor], list[Projection]]] = []
+
+    def _projection(self, outputs: int, inputs: int) -> Projection:
+        def tensor(*shape: int) -> Tensor:
+            return (0.01 * torch.randn(self.n, *shape)).to(self.device, self.dtype)
+
+        x, y = tensor(self.rows, inputs), tensor(self.rows, outputs)
+        A, B, u = tensor(self.rank, inputs), tensor(outputs, self.rank), tensor(self.rows, self.rank)
+        return Projection(x, y, A, B, u, *(t.mT.contiguous() for t in (A, B, u)))
+
+    def _calibrate(self) -> None:
+        for (outputs, inputs), count in self.counts.items():
+            one = self._projection(outputs, inputs)
+            copies = max(1, BYTES_OF_ACTIVATIONS // min(one.x.nbytes, one.y.nbytes))
+            several = [one, *(self._projection(outputs, inputs) for _ in range(1, min(count, copies)))]
+            for product, layouts in ADAPTER_LAYOUTS.items():
+                seconds = {name: _adapter_seconds(multiply, several) for name, multiply in layouts.items()}
+                best = min(seconds, key=lambda name: seconds[name])
+                self.layouts[f"{product}, {outputs} x {inputs}"] = best
+                self._work.append((count, layouts[best], several))
+
+    def step(self) -> None:
+        """All products of one step, in no order that a model would have them in: each waits for no other."""
+        with torch.inference_mode():
+            if not self._work:
+                self._calibrate()
+            for count, multiply, several in self._work:
+                for index in range(count):
+                    multiply(several[index % len(several)])
+
+    def facts(self) -> dict[str, Any]:
+        return {"dtype": str(self.dtype).removeprefix("torch."), "flop": self.flop, "layouts": self.layouts}
+
+
+def _adapter_seconds(multiply: Callable[[Projection], Tensor], several: list[Projection]) -> float:
+    seconds = []
+    for _ in range(CALIBRATION_ROUNDS + 1):  # the first one maps memory
+        synchronize()
+        start = time.perf_counter()
+        for projection in several:
+            multiply(projection)
+        synchronize()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def _seconds(layout: Layout, x: Tensor, weights: list[Tensor], y: Tensor) -> float:

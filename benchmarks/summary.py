@@ -112,12 +112,20 @@ def table(run: Mapping[str, Any]) -> str:
         for way, entry in run["ways"].items()
         if not entry["timed_beside_anchor"]
     ]
-    others = max((o for entry in (*run["ways"].values(), floor) for o in entry["seconds"]["others"]), default=0.0)
+    floors = (floor, run["adapter_products"])
+    others = max((o for entry in (*run["ways"].values(), *floors) for o in entry["seconds"]["others"]), default=0.0)
     if others > 0.1:
         lines.append(f"Disturbed: during one of the steps other processes kept {others:.1f} CPUs busy.")
     lines.append(
         f"Floor: {floor['flop'] / 1e12:.3g} TFLOP in {floor['dtype']} at {floor['gflops']:.0f} GFLOP/s "
         f"({floor['counts']}; {floor['tokens']} tokens)."
+    )
+    products = run["adapter_products"]
+    both = floor["seconds"]["median"] + products["seconds"]["median"]
+    lines.append(
+        f"The adapters' own products alone, {products['flop'] / 1e12:.3g} TFLOP at {products['gflops']:.0f} GFLOP/s: "
+        f"{_seconds(products['seconds'])} s. With nothing beside them a step reaches "
+        f"{floor['seconds']['median'] / both:.2f} of the floor."
     )
     rates = {way: floor["flop"] / entry["seconds"]["median"] / 1e12 for way, entry in run["ways"].items()}
     peak = run["peak_tflops"]

@@ -22,7 +22,7 @@ from probe_sets import PROBE_KINDS, probe_ids, tree_tokens
 from schedule import groups_that_fit, time_groups
 from sizes import SIZES
 from summary import floor_entry, headline, table, way_entry
-from ways import DEFAULT_WAYS, FLOOR, WAYS
+from ways import ADAPTERS, DEFAULT_WAYS, FLOOR, FLOORS, WAYS
 from workers import Footprint, Job, Pool, WorkerError, set_threads, use_device
 from workload import DTYPES, Workload, config_of, local_folder
 
@@ -117,12 +117,12 @@ def checked(
                 noise = compare(path, reference_path)
                 report(f"hooks-one in bfloat16: {noise}")
                 tolerance = tolerance.beside(noise)
-        for way in (*ways, FLOOR):
+        for way in (*ways, *FLOORS):
             path = str(Path(scratch) / f"{way}.safetensors")
             report(f"checking {way}")
             footprints[way] = check(way, pool, path, adapters[way])
             report(f"  peak {footprints[way].peak / 1e9:.2f} GB, idle {footprints[way].idle / 1e9:.2f} GB")
-            if way != FLOOR and path != reference_path:
+            if way not in FLOORS and path != reference_path:
                 agreements[way] = compare(path, reference_path)
                 report(f"  {agreements[way]}")
                 require(way, agreements[way], tolerance)
@@ -149,8 +149,8 @@ def measured(options: argparse.Namespace, workload: Workload) -> dict[str, Any]:
         ways = [way for way in ways if way not in skipped]
         for way, why in skipped.items():
             report(f"{way} is left out: {why}")
-    adapters = dict.fromkeys((*ways, FLOOR), workload.adapters)
-    rounds = dict.fromkeys((*ways, FLOOR), options.rounds)
+    adapters = dict.fromkeys((*ways, *FLOORS), workload.adapters)
+    rounds = dict.fromkeys((*ways, *FLOORS), options.rounds)
     if "seed" in ways:
         adapters["seed"], rounds["seed"] = options.seed_adapters, options.seed_rounds
     anchor = ways[0] if ways else FLOOR
@@ -170,6 +170,7 @@ def measured(options: argparse.Namespace, workload: Workload) -> dict[str, Any]:
         "anchor": anchor,
         "timed_together": groups,
         "floor": floor_entry(samples[FLOOR]),
+        "adapter_products": floor_entry(samples[ADAPTERS]),
         "peak_tflops": options.peak,
         "ways": {
             way: way_entry(

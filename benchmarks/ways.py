@@ -64,7 +64,8 @@ WAYS = {
     "hooks-batch": "hooks on the backbone, all adapters in one batch",
 }
 DEFAULT_WAYS = ("engine", "engine-block", "seed", "hooks-one", "hooks-batch")
-FLOOR = "floor"
+# Not ways, but what is timed beside them: base products alone, and the adapters' products alone.
+FLOOR, ADAPTERS = FLOORS = "floor", "adapters"
 
 
 def make_way(name: str, workload: Workload) -> Way:

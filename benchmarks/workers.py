@@ -13,17 +13,18 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from floor import Floor
+from floor import AdapterProducts, Floor
 from measure import Timing, idle_bytes, peak_bytes, reset_peak, resident_bytes, settle, timed
 from safetensors.torch import save_file
 from torch import Tensor
-from ways import FLOOR, Engine, make_way
-from workload import Pass, Workload
+from ways import ADAPTERS, FLOOR, Engine, make_way
+from workload import Pass, Way, Workload
 
 from qwen_functional.memory import keep_freed_memory
 
 # Fresh interpreters: a forked one would begin with the parent's memory.
 _CONTEXT = multiprocessing.get_context("spawn")
+_FLOORS = (Floor, AdapterProducts)
 
 
 class WorkerError(RuntimeError):
@@ -170,8 +171,14 @@ def _serve(connection: Connection, job: Job) -> None:
 
 class _Server:
     def __init__(self, job: Job) -> None:
-        self.way = Floor(job.workload) if job.way == FLOOR else make_way(job.way, job.workload)
-        self.weights = settle([] if isinstance(self.way, Floor) else self.way.weights())
+        self.way: Way | Floor | AdapterProducts
+        if job.way == FLOOR:
+            self.way = Floor(job.workload)
+        elif job.way == ADAPTERS:
+            self.way = AdapterProducts(job.workload)
+        else:
+            self.way = make_way(job.way, job.workload)
+        self.weights = settle([] if isinstance(self.way, _FLOORS) else self.way.weights())
         reset_peak()
 
     def check(self, path: str | None, adapters: int) -> Footprint:
@@ -194,10 +201,10 @@ class _Server:
         return resident
 
     def facts(self) -> dict[str, Any]:
-        return self.way.facts() if isinstance(self.way, (Engine, Floor)) else {}
+        return self.way.facts() if isinstance(self.way, (Engine, *_FLOORS)) else {}
 
     def _step(self, adapters: int) -> list[Pass] | None:
-        if isinstance(self.way, Floor):
+        if isinstance(self.way, _FLOORS):
             self.way.step()
             return None
         return self.way.step(adapters)

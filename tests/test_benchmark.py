@@ -66,6 +66,9 @@ def test_all_ways_agree_and_are_reported(
         assert entry["tokens_per_second"] == pytest.approx(2 * 158 / entry["seconds"]["median"])
         assert entry["peak_bytes"] >= entry["weights_bytes"] > 0
     assert run["floor"]["flop"] == 4 * 2 * 155 * 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 192)
+    # Three products with each A and three with each B; 2 adapters, 155 tokens, 3 blocks.
+    sizes = (64 + 64) + 2 * (64 + 32) + (64 + 64) + 3 * (64 + 192)
+    assert run["adapter_products"]["flop"] == 6 * 2 * 155 * record["rank"] * 3 * sizes
     assert [path] == list(path.parent.iterdir()), "a temporary file was left behind"
 
 
