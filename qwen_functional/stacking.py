@@ -152,7 +152,8 @@ def stack(
                 r = pair.A.shape[1]
                 part = Part(pair.B.to(dtype), slice(out, out + rows), slice(rank, rank + r))
                 targets.append(Target((layer, name), pair.scaling, part))
-                scaled.append((pair.A if pair.scaling == 1 else pair.A * pair.scaling).to(dtype))
+                own = pair.A.to(dtype)
+                scaled.append(own if pair.scaling == 1 else own * pair.scaling)
                 rank += r
             out += rows
         found.append(Base(weight, bias, tuple(targets)))
