@@ -11,6 +11,7 @@ base weights once for all adapters can do without them.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from qwen_functional.lora import projection_shape
 ROWS_PER_CHUNK = 256
 BYTES_OF_WEIGHTS = 512 * 2**20  # per shape, distinct: far more than any cache holds
 CALIBRATION_WEIGHTS, CALIBRATION_ROUNDS = 4, 2
+NOT_OFFERED = (RuntimeError, AttributeError)  # what torch raises for a layout that it lacks here
 BYTES_OF_ACTIVATIONS = 64 * 2**20  # per projection, of inputs and of outputs: more than a cache holds
 
 
@@ -97,8 +99,8 @@ class Floor:
             try:
                 weights = [layout.prepare(weight) for weight in plain]
                 layout.multiply(x, weights[0], y)
-            except (RuntimeError, AttributeError):
-                continue  # torch does not offer this layout here
+            except NOT_OFFERED:
+                continue
             rounds = [_seconds(layout, x, weights, y) for _ in range(CALIBRATION_ROUNDS)]
             seconds[layout_name] = min(rounds) / len(weights)
         best = min(seconds, key=lambda layout_name: seconds[layout_name])
@@ -147,10 +149,20 @@ class Projection:
     u_t: Tensor
 
 
+def _one_by_one(left: Tensor, right: Tensor) -> Tensor:
+    """``left right`` by oneDNN, one adapter after the other."""
+    products = [
+        torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+        for x, w in zip(left.unbind(), right.mT.unbind(), strict=True)
+    ]
+    return products[-1]
+
+
 ADAPTER_LAYOUTS: dict[str, dict[str, Callable[[Projection], Tensor]]] = {
     "u = x Aᵀ": {
         "A": lambda p: torch.bmm(p.x, p.A.mT),
         "A transposed": lambda p: torch.bmm(p.x, p.A_t),
+        "one by one": lambda p: _one_by_one(p.x, p.A.mT),
     },
     "y += u Bᵀ": {
         "B": lambda p: p.y.baddbmm_(p.u, p.B.mT),
@@ -160,6 +172,7 @@ ADAPTER_LAYOUTS: dict[str, dict[str, Callable[[Projection], Tensor]]] = {
         "B": lambda p: torch.bmm(p.y, p.B),
         "B transposed": lambda p: torch.bmm(p.y, p.B_t.mT),
         "t transposed": lambda p: torch.bmm(p.B_t, p.y.mT),
+        "one by one": lambda p: _one_by_one(p.y, p.B),
     },
     "dx += t A": {
         "A": lambda p: p.x.baddbmm_(p.u, p.A),
@@ -169,11 +182,13 @@ ADAPTER_LAYOUTS: dict[str, dict[str, Callable[[Projection], Tensor]]] = {
         "t": lambda p: torch.bmm(p.u.mT, p.x),
         "t transposed": lambda p: torch.bmm(p.u_t, p.x),
         "dA transposed": lambda p: torch.bmm(p.x.mT, p.u),
+        "one by one": lambda p: _one_by_one(p.u.mT, p.x),
     },
     "dB = dyᵀ u": {
         "dB": lambda p: torch.bmm(p.y.mT, p.u),
         "dB transposed": lambda p: torch.bmm(p.u.mT, p.y),
         "dB transposed, u transposed": lambda p: torch.bmm(p.u_t, p.y),
+        "one by one": lambda p: _one_by_one(p.u.mT, p.y),
     },
 }
 
@@ -208,7 +223,10 @@ class AdapterProducts:
             copies = max(1, BYTES_OF_ACTIVATIONS // min(one.x.nbytes, one.y.nbytes))
             several = [one, *(self._projection(outputs, inputs) for _ in range(1, min(count, copies)))]
             for product, layouts in ADAPTER_LAYOUTS.items():
-                seconds = {name: _adapter_seconds(multiply, several) for name, multiply in layouts.items()}
+                seconds = {}
+                for name, multiply in layouts.items():
+                    with contextlib.suppress(*NOT_OFFERED):
+                        seconds[name] = _adapter_seconds(multiply, several)
                 best = min(seconds, key=lambda name: seconds[name])
                 self.layouts[f"{product}, {outputs} x {inputs}"] = best
                 self._work.append((count, layouts[best], several))

@@ -18,6 +18,7 @@ from transformers.models.qwen2.modeling_qwen2 import (
 )
 
 from qwen_functional import pack
+from qwen_functional.ops import linear as ops_linear
 from qwen_functional.ops.attention import MAX_KEPT_KEYS, attention, attention_vjp, kept_keys
 from qwen_functional.ops.linear import (
     PackedWeight,
@@ -203,6 +204,26 @@ def test_a_packed_weight_multiplies_otherwise_than_the_weight(dtype: torch.dtype
     assert relative_error(dx, linear_vjp_input(dy, weight)) < eps
     total = linear_vjp_input(dy, packed, x.clone())
     assert relative_error(total, linear_vjp_input(dy, weight, x.clone())) < 2 * eps
+
+
+@pytest.mark.parametrize("threshold", [0, 1 << 40], ids=["one by one", "all at once"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 6, 7), (31, 64, 3), (155, 16, 40)], ids=str)
+def test_adapters_products_in_float32_differ_from_those_in_float64(
+    shape: tuple[int, int, int], threshold: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of matrices as they are, transposed, cut out of wider ones, and shared by all adapters."""
+    monkeypatch.setattr(ops_linear, "ONE_BY_ONE", threshold)
+    n, k, m = shape
+    lefts = normal(3, n, k), normal(3, k, n).mT, normal(3, n, k + 3)[..., 1 : k + 1], normal(1, n, k).expand(3, n, k)
+    rights = normal(3, k, m), normal(3, m, k).mT, normal(3, k, m + 3)[..., 1 : m + 1]
+    for left in lefts:
+        for right in rights:
+            narrow = left.float(), right.float()
+            assert relative_error(ops_linear._product(*narrow), left @ right) < 1e-5
+            out = torch.zeros(3, n, m + 4)
+            ops_linear._product(*narrow, out=out[..., 2 : m + 2])
+            assert relative_error(out[..., 2 : m + 2], left @ right) < 1e-5
+            assert not out[..., [0, 1, -2, -1]].any(), "wrote beside its place"
 
 
 def test_a_bare_projection_differs_from_torch() -> None:
