@@ -114,13 +114,17 @@ class Plan:
         return sum(rows * columns for rows, columns in self.spec.shapes(self.config).values())
 
     def low_rank_flop(self) -> float:
-        """Two products forwards and four back; of q, k, v, gate and up A is whole on every rank, of o and down B."""
-        t, elements = self.tensor_parallel, 0.0
+        """Two products forwards and four back."""
+        return 6 * (self._local_elements("A") + self._local_elements("B")) * self.local_adapters * self.tokens
+
+    def _local_elements(self, side: str) -> float:
+        """Of one adapter, on a rank: of q, k, v, gate and up A is whole on every one, of o and down B."""
+        elements = 0.0
         for name, (rows, columns) in self.spec.shapes(self.config).items():
-            by_rows = not any(part in name for part in ("o_proj", "down_proj"))
-            is_split = (".lora_B." in name) is by_rows
-            elements += rows * columns / (t if is_split else 1)
-        return 6 * elements * self.local_adapters * self.tokens
+            if f".lora_{side}." in name:
+                by_rows = not any(part in name for part in ("o_proj", "down_proj"))
+                elements += rows * columns / (self.tensor_parallel if (side == "B") is by_rows else 1)
+        return elements
 
     def memory_bytes(self) -> float:
         """Read and written by what is computed element by element."""
@@ -160,11 +164,13 @@ class Plan:
         others = 2 * c.hidden_size + c.q_size + c.kv_size + 3 * c.intermediate_size + probs
         kept = FLOAT32 * (c.q_size + c.kv_size) + self.itemsize * others
         each = stream + (kept // self.tensor_parallel if self.checkpoint == "none" else 0)
+        # Blocks that are kept hold A once more, stacked and scaled, unless their weights are streamed.
+        bound = n * self._local_elements("A") * self.itemsize if self.checkpoint == "none" and not self.stream else 0.0
         working = 6 * rows * c.intermediate_size // self.tensor_parallel * self.itemsize
         adapters = self.local_adapters * self.adapter_elements() * FLOAT32
         return {
             "weights": float(weights),
-            "kept": float(each * c.num_hidden_layers * rows),
+            "kept": float(each * c.num_hidden_layers * rows) + bound,
             "working": float(working),
             "adapters": 2.0 * adapters,  # and their gradients
         }

@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,8 @@ CALIBRATION_WEIGHTS, CALIBRATION_ROUNDS = 4, 2
 NOT_OFFERED = (RuntimeError, AttributeError)  # what torch raises for a layout that it lacks here
 BYTES_OF_ACTIVATIONS = 64 * 2**20  # per projection, of inputs and of outputs: more than a cache holds
 
+Operand = TypeVar("Operand")
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -40,6 +42,10 @@ class Layout:
 
     prepare: Callable[[Tensor], Tensor]
     multiply: Callable[[Tensor, Tensor, Tensor], Any]  # x, prepared weight, a buffer for y
+
+    def by(self, x: Tensor, y: Tensor) -> Callable[[Tensor], Any]:
+        """The product of ``x`` by a prepared weight."""
+        return lambda weight: self.multiply(x, weight, y)
 
 
 def _packed(x: Tensor, weight: Tensor) -> Tensor:
@@ -101,7 +107,7 @@ class Floor:
                 layout.multiply(x, weights[0], y)
             except NOT_OFFERED:
                 continue
-            rounds = [_seconds(layout, x, weights, y) for _ in range(CALIBRATION_ROUNDS)]
+            rounds = [_seconds(layout.by(x, y), weights) for _ in range(CALIBRATION_ROUNDS)]
             seconds[layout_name] = min(rounds) / len(weights)
         best = min(seconds, key=lambda layout_name: seconds[layout_name])
         self.layouts[name] = best
@@ -150,12 +156,8 @@ class Projection:
 
 
 def _one_by_one(left: Tensor, right: Tensor) -> Tensor:
-    """``left right`` by oneDNN, one adapter after the other."""
-    products = [
-        torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
-        for x, w in zip(left.unbind(), right.mT.unbind(), strict=True)
-    ]
-    return products[-1]
+    """``left right`` by oneDNN, one adapter after the other; returns the last one's."""
+    return [_packed(x, w) for x, w in zip(left, right.mT, strict=True)][-1]
 
 
 ADAPTER_LAYOUTS: dict[str, dict[str, Callable[[Projection], Tensor]]] = {
@@ -219,14 +221,15 @@ class AdapterProducts:
 
     def _calibrate(self) -> None:
         for (outputs, inputs), count in self.counts.items():
-            one = self._projection(outputs, inputs)
-            copies = max(1, BYTES_OF_ACTIVATIONS // min(one.x.nbytes, one.y.nbytes))
-            several = [one, *(self._projection(outputs, inputs) for _ in range(1, min(count, copies)))]
+            size = self.n * self.rows * min(outputs, inputs) * self.dtype.itemsize
+            copies = min(count, max(1, BYTES_OF_ACTIVATIONS // size))
+            several = [self._projection(outputs, inputs) for _ in range(copies)]
             for product, layouts in ADAPTER_LAYOUTS.items():
                 seconds = {}
                 for name, multiply in layouts.items():
                     with contextlib.suppress(*NOT_OFFERED):
-                        seconds[name] = _adapter_seconds(multiply, several)
+                        rounds = [_seconds(multiply, several) for _ in range(CALIBRATION_ROUNDS + 1)]
+                        seconds[name] = min(rounds)  # the first one maps memory
                 best = min(seconds, key=lambda name: seconds[name])
                 self.layouts[f"{product}, {outputs} x {inputs}"] = best
                 self._work.append((count, layouts[best], several))
@@ -244,22 +247,10 @@ class AdapterProducts:
         return {"dtype": str(self.dtype).removeprefix("torch."), "flop": self.flop, "layouts": self.layouts}
 
 
-def _adapter_seconds(multiply: Callable[[Projection], Tensor], several: list[Projection]) -> float:
-    seconds = []
-    for _ in range(CALIBRATION_ROUNDS + 1):  # the first one maps memory
-        synchronize()
-        start = time.perf_counter()
-        for projection in several:
-            multiply(projection)
-        synchronize()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
-
-
-def _seconds(layout: Layout, x: Tensor, weights: list[Tensor], y: Tensor) -> float:
+def _seconds(multiply: Callable[[Operand], Any], operands: list[Operand]) -> float:
     synchronize()
     start = time.perf_counter()
-    for weight in weights:
-        layout.multiply(x, weight, y)
+    for operand in operands:
+        multiply(operand)
     synchronize()
     return time.perf_counter() - start

@@ -98,7 +98,7 @@ def table(run: Mapping[str, Any]) -> str:
                 f"{agreement['gradient']:.1e} ({agreement['worst']:.1e})" if agreement else "",
             )
         )
-    floor = run["floor"]
+    floor, products = run["floor"], run["adapter_products"]
     rows.append(("floor", _seconds(floor["seconds"]), *[""] * 5, "1.00", "", ""))
     lines = ["", *("| " + " | ".join(row) + " |" for row in rows), ""]
     lines += [
@@ -112,15 +112,14 @@ def table(run: Mapping[str, Any]) -> str:
         for way, entry in run["ways"].items()
         if not entry["timed_beside_anchor"]
     ]
-    floors = (floor, run["adapter_products"])
-    others = max((o for entry in (*run["ways"].values(), *floors) for o in entry["seconds"]["others"]), default=0.0)
+    timed = (*run["ways"].values(), floor, products)
+    others = max((o for entry in timed for o in entry["seconds"]["others"]), default=0.0)
     if others > 0.1:
         lines.append(f"Disturbed: during one of the steps other processes kept {others:.1f} CPUs busy.")
     lines.append(
         f"Floor: {floor['flop'] / 1e12:.3g} TFLOP in {floor['dtype']} at {floor['gflops']:.0f} GFLOP/s "
         f"({floor['counts']}; {floor['tokens']} tokens)."
     )
-    products = run["adapter_products"]
     both = floor["seconds"]["median"] + products["seconds"]["median"]
     lines.append(
         f"The adapters' own products alone, {products['flop'] / 1e12:.3g} TFLOP at {products['gflops']:.0f} GFLOP/s: "

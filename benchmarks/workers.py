@@ -18,13 +18,13 @@ from measure import Timing, idle_bytes, peak_bytes, reset_peak, resident_bytes, 
 from safetensors.torch import save_file
 from torch import Tensor
 from ways import ADAPTERS, FLOOR, Engine, make_way
-from workload import Pass, Way, Workload
+from workload import Pass, Workload
 
 from qwen_functional.memory import keep_freed_memory
 
 # Fresh interpreters: a forked one would begin with the parent's memory.
 _CONTEXT = multiprocessing.get_context("spawn")
-_FLOORS = (Floor, AdapterProducts)
+_FLOORS: dict[str, type[Floor] | type[AdapterProducts]] = {FLOOR: Floor, ADAPTERS: AdapterProducts}
 
 
 class WorkerError(RuntimeError):
@@ -171,14 +171,9 @@ def _serve(connection: Connection, job: Job) -> None:
 
 class _Server:
     def __init__(self, job: Job) -> None:
-        self.way: Way | Floor | AdapterProducts
-        if job.way == FLOOR:
-            self.way = Floor(job.workload)
-        elif job.way == ADAPTERS:
-            self.way = AdapterProducts(job.workload)
-        else:
-            self.way = make_way(job.way, job.workload)
-        self.weights = settle([] if isinstance(self.way, _FLOORS) else self.way.weights())
+        floor = _FLOORS.get(job.way)
+        self.way = make_way(job.way, job.workload) if floor is None else floor(job.workload)
+        self.weights = settle([] if isinstance(self.way, (Floor, AdapterProducts)) else self.way.weights())
         reset_peak()
 
     def check(self, path: str | None, adapters: int) -> Footprint:
@@ -201,10 +196,10 @@ class _Server:
         return resident
 
     def facts(self) -> dict[str, Any]:
-        return self.way.facts() if isinstance(self.way, (Engine, *_FLOORS)) else {}
+        return self.way.facts() if isinstance(self.way, (Engine, Floor, AdapterProducts)) else {}
 
     def _step(self, adapters: int) -> list[Pass] | None:
-        if isinstance(self.way, _FLOORS):
+        if isinstance(self.way, (Floor, AdapterProducts)):
             self.way.step()
             return None
         return self.way.step(adapters)

@@ -227,7 +227,7 @@ class _Run:
             if layer in self.layers or layer == self.top:
                 read = xs if layer == self.top else [x[:, self.rows] for x in xs]
                 self.read[layer] = torch.cat(read) if len(read) > 1 else read[0]
-            if keep and layer >= self.lowest and not self.weights.streamed:
+            if keep and not self.weights.streamed:
                 self.bound[layer] = block
             del block  # streamed weights make room for the next ones
         values = [self._normed(self.read[self.top]) if layer == -1 else self.read[layer] for layer in self.layers]

@@ -90,7 +90,26 @@ class Stack:
 
         dys: (G, S, out) of each base weight; x (G, S, in) or (1, S, in), u (G, S, R) as :meth:`__call__` returned it.
         """
-        t = self._adapters_vjp(dys, x, u, gradients, adapters, need_t=need_dx)
+        lora = [
+            (target, dy[..., target.part.outputs])
+            for dy, base in zip(dys, self.bases, strict=True)
+            for target in base.targets
+        ]
+        wanted_A = [target for target, _ in lora if gradients.wants(target.key, "A")]
+        t = None  # the cotangent of u
+        if u is not None and (need_dx or wanted_A):
+            t = torch.empty_like(u)
+            for target, dy in lora:
+                if need_dx or gradients.wants(target.key, "A"):
+                    linear_vjp_inner(dy, target.part.B[adapters], out=t[..., target.part.ranks])
+            whole = linear_vjp_A(t, x) if len(wanted_A) == len(lora) else None
+            for target in wanted_A:
+                ranks = target.part.ranks
+                dA = linear_vjp_A(t[..., ranks], x) if whole is None else whole[:, ranks]
+                gradients.put(target.key, "A", adapters, dA, target.scaling)
+        for target, dy in lora:
+            if u is not None and gradients.wants(target.key, "B"):
+                gradients.put(target.key, "B", adapters, linear_vjp_B(dy, u[..., target.part.ranks]))
         if not need_dx:
             return None
         dx = None
@@ -99,38 +118,6 @@ class Stack:
         if dx is not None and t is not None and self.A is not None:
             dx.baddbmm_(t, self.A[adapters])
         return dx
-
-    def _adapters_vjp(
-        self,
-        dys: Sequence[Tensor],
-        x: Tensor,
-        u: Tensor | None,
-        gradients: Gradients,
-        adapters: slice,
-        *,
-        need_t: bool,
-    ) -> Tensor | None:
-        """t (G, S, R), the cotangent of u, where it is needed; and the gradients."""
-        if self.A is None or u is None:
-            return None
-        targets = [target for base in self.bases for target in base.targets]
-        wanted = [target for target in targets if gradients.wants(target.key, "A")]
-        t = None
-        if need_t or wanted:
-            t = torch.empty_like(u)
-            for dy, base in zip(dys, self.bases, strict=True):
-                linear_vjp_inner(dy, base.parts(adapters), out=t)
-            whole = linear_vjp_A(t, x) if len(wanted) == len(targets) else None
-            for target in wanted:
-                ranks = target.part.ranks
-                dA = linear_vjp_A(t[..., ranks], x) if whole is None else whole[:, ranks]
-                gradients.put(target.key, "A", adapters, dA, target.scaling)
-        for dy, base in zip(dys, self.bases, strict=True):
-            for target in base.targets:
-                if gradients.wants(target.key, "B"):
-                    dB = linear_vjp_B(dy[..., target.part.outputs], u[..., target.part.ranks])
-                    gradients.put(target.key, "B", adapters, dB)
-        return t
 
 
 def stack(

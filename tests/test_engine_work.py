@@ -118,6 +118,12 @@ def test_the_other_half_of_an_adapter_costs_something() -> None:
     assert products == [3, 2, 1]  # t, dA and dB
 
 
+def test_the_adapter_beside_the_wanted_one_costs_something() -> None:
+    wanted = (["gate_proj.lora_A"], ["up_proj.lora_A"], ["gate_proj.lora_B"], ["gate_proj.lora_A", "up_proj.lora_A"])
+    products = [watched(wrt=names(*(f"layers.3.mlp.{part}" for part in parts)))[1].batched for parts in wanted]
+    assert products == [4, 4, 3, 5]  # two for down_proj's dx; then t and dA, dB alone, or two t and one dA for both
+
+
 @pytest.mark.parametrize("nothing", [{"wrt": ()}, {"n_adapters": None, "wrt": []}], ids=["batch", "one"])
 def test_no_gradients_cost_something(nothing: dict[str, Any]) -> None:
     value, vjp = run(checkpoint="none", **nothing)

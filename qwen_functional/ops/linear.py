@@ -27,13 +27,18 @@ class PackedWeight:
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``x Wᵀ + b``; x (n, in)."""
-        return torch.ops.mkldnn._linear_pointwise(x, self._weight, bias, "none", [], "")
+        return _onednn(x, self._weight, bias)
 
     def vjp_input(self, dy: Tensor, to: Tensor | None = None) -> Tensor:
         """``dy W``, or ``to + dy W``, which may be written over ``to``; dy (n, out), to (n, in)."""
         if to is None:
-            return torch.ops.mkldnn._linear_pointwise(dy, self._transposed, None, "none", [], "")
+            return _onednn(dy, self._transposed)
         return torch.ops.mkldnn._linear_pointwise.binary(dy, to, self._transposed, None, "add")
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x Wᵀ + b`` by oneDNN; W packed, or of any strides."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
@@ -115,10 +120,9 @@ def linear_vjp_input(dy: Tensor, weight: Tensor | PackedWeight, to: Tensor | Non
     return dx.view(*dy.shape[:-1], -1)
 
 
-def linear_vjp_inner(dy: Tensor, parts: Sequence[Part], out: Tensor) -> None:
-    """``t = dy B`` of each part, the cotangent of ``x Aᵀ``, written to its ranks of ``out`` (G, S, R)."""
-    for part in parts:
-        _product(dy[..., part.outputs], part.B, out=out[..., part.ranks])
+def linear_vjp_inner(dy: Tensor, B: Tensor, out: Tensor) -> Tensor:
+    """``t = dy B`` of one part, the cotangent of ``x Aᵀ``, written to ``out`` (G, S, r); dy (G, S, out of the part)."""
+    return _product(dy, B, out=out)
 
 
 def linear_vjp_A(t: Tensor, x: Tensor) -> Tensor:
@@ -137,7 +141,7 @@ def _product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
         return torch.bmm(left, right) if out is None else torch.bmm(left, right, out=out)
     out = left.new_empty(left.shape[0], left.shape[1], right.shape[2]) if out is None else out
     for index in range(left.shape[0]):
-        out[index] = torch.ops.mkldnn._linear_pointwise(left[index], right[index].T, None, "none", [], "")
+        out[index] = _onednn(left[index], right[index].T)
     return out
 
 
