@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -138,7 +139,11 @@ def process_group(device: torch.device | str | None = None) -> Iterator[Ranks]:
         with suppress(RuntimeError):  # one that is gone is not waited for
             ranks.gather(None)  # torchrun ends all when one ends with another status than 0: not before all are done
     finally:
-        dist.destroy_process_group()  # or gloo's threads abort the process
+        # A gloo thread drops a collective's tensors after the collective has returned, and needs the interpreter for
+        # that: where it has ended, the thread aborts the process. Destroying a group waits for its threads only if
+        # nothing else holds it, and DTensor's caches hold those of a mesh. While this one sleeps they have their turn.
+        time.sleep(0.1)
+        dist.destroy_process_group()
 
 
 def _own_device(device: torch.device | str | None, local_rank: int | None) -> torch.device:
