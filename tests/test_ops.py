@@ -30,6 +30,7 @@ from qwen_functional.ops.linear import (
     linear_vjp_B,
     linear_vjp_inner,
     linear_vjp_input,
+    packing_pays,
 )
 from qwen_functional.ops.rmsnorm import rmsnorm, rmsnorm_engine, rmsnorm_vjp
 from qwen_functional.ops.rope import rope, rope_engine, rope_frequencies, rope_tables, rope_vjp
@@ -205,6 +206,17 @@ def test_a_packed_weight_multiplies_otherwise_than_the_weight(dtype: torch.dtype
     assert relative_error(dx, linear_vjp_input(dy, weight)) < eps
     total = linear_vjp_input(dy, packed, x.clone())
     assert relative_error(total, linear_vjp_input(dy, weight, x.clone())) < 2 * eps
+
+
+@pytest.mark.parametrize("name", ["Intel Xeon", "AMD EPYC"])
+def test_weights_are_packed_where_the_processor_is_as_fast_without(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr("torch.backends.mkl.is_available", lambda: True)
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"cpu_name": name}, raising=False)
+    monkeypatch.setattr(ops_linear, "_made_by_intel", ops_linear._made_by_intel.__wrapped__)
+    cpu = torch.device("cpu")
+    assert packing_pays(torch.float32, cpu) == (can_pack(torch.float32, cpu) and name == "AMD EPYC")
+    assert packing_pays(torch.bfloat16, cpu) == can_pack(torch.bfloat16, cpu)
 
 
 @pytest.mark.parametrize("threshold", [0, 1 << 40], ids=["one by one", "all at once"])
