@@ -253,14 +253,16 @@ def reference_value_and_grads(
     return (value[:, 0] if isinstance(layer, int) else value), grads
 
 
-def assert_gradients(gradients: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float = 1e-9) -> None:
+def assert_gradients(
+    gradients: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float = 1e-9, negligible: float = 1e-5
+) -> None:
     """Every tensor's relative error is within ``tolerance``, with the same names in the same order.
 
     A gradient that is zero but for rounding, as that of q in a text of one token, or of one token again and again, is
-    measured against the largest, or against one, the size of a cotangent's entries.
+    measured against ``negligible`` times the largest, or times one, the size of a cotangent's entries.
     """
     assert list(gradients) == list(expected)
-    floor = 1e-3 * max(1.0, *(gradient.norm().item() for gradient in expected.values()))
+    floor = negligible * max(1.0, *(gradient.norm().item() for gradient in expected.values()))
     for name, gradient in gradients.items():
         assert gradient.shape == expected[name].shape, name
         difference = (gradient.double() - expected[name].double()).norm().item()

@@ -47,6 +47,7 @@ def assert_parity(
     layer: int | Sequence[int] = -1,
     wrt: Sequence[str] | None = None,
     fields: dict[str, Any] | None = None,
+    negligible: float = 1e-5,
     **options: Any,
 ) -> None:
     """Values and gradients are those of PEFT, one sequence and one adapter at a time."""
@@ -61,7 +62,7 @@ def assert_parity(
     assert relative_error(value, expected) < TOLERANCE
     wanted = [name for name in tensors if wrt is None or name in wrt]
     if wanted:
-        assert_gradients(gradients, {name: expected_grads[name] for name in wanted}, TOLERANCE)
+        assert_gradients(gradients, {name: expected_grads[name] for name in wanted}, TOLERANCE, negligible)
     else:
         assert gradients == {}
 
@@ -239,4 +240,5 @@ def test_something_random_differs_from_peft(data: st.DataObject, sequences: list
         wrt=data.draw(st.none() | st.lists(st.sampled_from(list(tensors)), unique=True), "wrt"),
         checkpoint=data.draw(st.sampled_from(["none", "block", "auto"]), "checkpoint"),
         memory_budget=data.draw(st.none() | st.integers(0, 100_000), "memory_budget"),
+        negligible=1e-3,  # gradients of such texts and sizes may cancel altogether, and what is left be 5e-14
     )
