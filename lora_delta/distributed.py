@@ -140,8 +140,9 @@ def process_group(device: torch.device | str | None = None) -> Iterator[Ranks]:
             ranks.gather(None)  # torchrun ends all when one ends with another status than 0: not before all are done
     finally:
         # A gloo thread drops a collective's tensors after the collective has returned, and needs the interpreter for
-        # that: where it has ended, the thread aborts the process. Destroying a group waits for its threads only if
-        # nothing else holds it, and DTensor's caches hold those of a mesh. While this one sleeps they have their turn.
+        # that: where it has ended, the thread aborts the process (pytorch/pytorch#190489). Destroying a group waits for
+        # its threads only if nothing else holds it, and torch does: DistributedDataParallel its group, even when it is
+        # gone, and DTensor's cached plans their mesh. While this thread sleeps those have their turn.
         time.sleep(0.1)
         dist.destroy_process_group()
 

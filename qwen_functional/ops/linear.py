@@ -66,7 +66,6 @@ def packing_pays(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype != torch.float32 or not (torch.backends.mkl.is_available() and _made_by_intel())
 
 
-@functools.cache
 def _made_by_intel() -> bool:
     tell = getattr(torch.cpu, "get_capabilities", None)  # an older torch does not
     return tell is not None and str(tell().get("cpu_name")).startswith("Intel")
