@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from cost import Constants, Plan
+from cost import Constants, MeshStep
 from floor import Floor
 from measure import synchronize
 from probe_sets import synthetic_probes, tree_tokens
@@ -42,10 +42,10 @@ def workload_of(size: str, adapters: int, dtype: torch.dtype, threads: int, devi
     return Workload(None, size, probes, adapters, 16, dtype, threads, device=device)
 
 
-def plan_of(workload: Workload, **changes: Any) -> Plan:
+def mesh_step_of(workload: Workload, **changes: Any) -> MeshStep:
     """The workload as the cost model sees it, on one device."""
     tokens = pack(workload.probes)
-    return Plan(
+    return MeshStep(
         workload.config(),
         workload.spec,
         workload.adapters,
@@ -130,7 +130,7 @@ def _measure(size: str, dtype: torch.dtype, threads: int, device: str) -> Consta
     torch.set_num_threads(threads)
     keep_freed_memory()
     workload = workload_of(size, ADAPTERS, dtype, threads, device)
-    plan, floor = plan_of(workload), Floor(workload)
+    counted, floor = mesh_step_of(workload), Floor(workload)
     floor.step()
     gemm = floor.flop / _median(floor.step)
     del floor
@@ -138,8 +138,8 @@ def _measure(size: str, dtype: torch.dtype, threads: int, device: str) -> Consta
     step = Step(workload, 1, 1, "none")
     step()
     seconds = _median(step)
-    rest = seconds - plan.gemm_flop() / gemm - plan.low_rank_flop() / low_rank
-    memory = plan.memory_bytes() / max(rest, 0.01 * seconds)
+    rest = seconds - counted.gemm_flop() / gemm - counted.low_rank_flop() / low_rank
+    memory = counted.memory_bytes() / max(rest, 0.01 * seconds)
     del step
     small, large = (torch.ones(n, dtype=torch.float32, device=device) for n in (1, SUM_ELEMENTS))
     latency, whole = _median(lambda: dist.all_reduce(small), 50), _median(lambda: dist.all_reduce(large), 20)

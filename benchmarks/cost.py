@@ -1,8 +1,8 @@
 """What a step of the engine costs on a mesh: a model with few constants, which ``constants.py`` measures.
 
-The work is counted from the engine's code: products with base weights, low-rank products, passes over memory by what is
-computed element by element, sums over ranks, reading of streamed blocks. A constant turns each into seconds. They add
-up, but for the reading, which goes on meanwhile.
+What a rank multiplies and keeps is counted by :class:`qwen_functional.cost.Cost`, as the engine itself does; here come
+passes over memory by what is computed element by element, sums over ranks, and reading of streamed blocks. A constant
+turns each into seconds. They add up, but for the reading, which goes on meanwhile.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ import dataclasses
 from dataclasses import dataclass
 
 from qwen_functional import LoraSpec, Qwen2Config
+from qwen_functional.backends.plain import Plain
+from qwen_functional.cost import Cost
+from qwen_functional.lora import parse_name
 from qwen_functional.packing import TILE
 from qwen_functional.parallel import splits
 
@@ -41,7 +44,7 @@ class Constants:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MeshStep:
     """A step: G adapters on a mesh, whose ``"dp"`` dimension splits the adapters and ``"tp"`` the model.
 
     Attributes:
@@ -75,56 +78,51 @@ class Plan:
     @property
     def passes(self) -> list[int]:
         """Adapters of each pass of a rank."""
-        n, step = self.local_adapters, self.per_pass or self.local_adapters
-        return [min(step, n - start) for start in range(0, n, step)]
+        n, most = self.local_adapters, self.per_pass or self.local_adapters
+        return [min(most, n - start) for start in range(0, n, most)]
 
-    def matrices(self) -> dict[str, int]:
-        """Elements of a rank's base weights in a block."""
+    def cost(self, adapters: int) -> Cost:
+        """Of so many adapters in one pass on a rank."""
         c, t = self.config, self.tensor_parallel
-        h = c.hidden_size
-        return {
-            "q": h * c.q_size // t,
-            "kv": 2 * h * c.kv_size // t,
-            "o": h * c.q_size // t,
-            "gate_up": 2 * h * c.intermediate_size // t,
-            "down": h * c.intermediate_size // t,
-        }
+        local = dataclasses.replace(
+            c,
+            num_attention_heads=c.num_attention_heads // t,
+            num_key_value_heads=c.num_key_value_heads // t,
+            head_dim=c.head_dim,
+            intermediate_size=c.intermediate_size // t,
+        )
+        ranks = self._ranks()
+        accumulated, computed = Plain().kept_numbers(local, (), self.tokens)
+        # A tile of a prefix tree sees about as many keys as it has queries.
+        computed += self.tokens * TILE * local.num_attention_heads
+        halves = "A" if self.itemsize == FLOAT32 else "AB"  # LoRA tensors are float32
+        return Cost(
+            local, adapters, self.tokens, self.read, self.itemsize, ranks, top=c.num_hidden_layers - 1,
+            lowest=min(layer for layer, _ in ranks), kept_numbers=(accumulated, computed),
+            bound="" if self.stream else halves,
+        )  # fmt: skip
+
+    def _ranks(self) -> dict[tuple[int, str], int]:
+        """Of each adapted (layer, projection)."""
+        shapes = ((parse_name(name), shape) for name, shape in self.spec.shapes(self.config).items())
+        return {name[:2]: shape[0] for name, shape in shapes if name is not None and name[2] == "A"}
+
+    @property
+    def n_keep(self) -> int | None:
+        """How many blocks are kept whole; None for all."""
+        return 0 if self.checkpoint == "block" else None
 
     def gemm_flop(self) -> float:
-        """Of products with base weights on a rank; the engine saves some in the first block and in the last."""
-        m, layers = self.matrices(), self.config.num_hidden_layers
-        block, qkv = sum(m.values()), m["q"] + m["kv"]
-        rest = block - qkv
-        total = 0.0
-        for n in self.passes:
-            row, all_rows, read = self.tokens, n * self.tokens, n * self.read
-            last = all_rows * m["kv"] + read * (block - m["kv"])
-            forwards = row * qkv + all_rows * rest + (layers - 2) * all_rows * block + last
-            backwards = all_rows * rest + (layers - 2) * all_rows * block + last
-            again = 0.0
-            if self.checkpoint == "block":  # neither o nor down are multiplied again
-                again = row * qkv + all_rows * m["gate_up"]
-                again += (layers - 2) * all_rows * (qkv + m["gate_up"])
-                again += all_rows * m["kv"] + read * (m["q"] + m["gate_up"])
-            total += 2 * (forwards + backwards + again)
-        return total
+        """Of products with base weights on a rank."""
+        return float(sum(self.cost(n).base_flop(self.n_keep) for n in self.passes))
 
     def adapter_elements(self) -> int:
         """Of one adapter, whole."""
-        return sum(rows * columns for rows, columns in self.spec.shapes(self.config).values())
+        return dataclasses.replace(self, tensor_parallel=1).cost(1).adapter_elements()
 
     def low_rank_flop(self) -> float:
-        """Two products forwards and four back."""
-        return 6 * (self._local_elements("A") + self._local_elements("B")) * self.local_adapters * self.tokens
-
-    def _local_elements(self, side: str) -> float:
-        """Of one adapter, on a rank: of q, k, v, gate and up A is whole on every one, of o and down B."""
-        elements = 0.0
-        for name, (rows, columns) in self.spec.shapes(self.config).items():
-            if f".lora_{side}." in name:
-                by_rows = not any(part in name for part in ("o_proj", "down_proj"))
-                elements += rows * columns / (self.tensor_parallel if (side == "B") is by_rows else 1)
-        return elements
+        """Of the adapters' own products on a rank."""
+        return float(self.cost(self.local_adapters).low_rank_flop())
 
     def memory_bytes(self) -> float:
         """Read and written by what is computed element by element."""
@@ -147,7 +145,8 @@ class Plan:
         return [float(size) for size in found]
 
     def block_bytes(self) -> int:
-        return sum(self.matrices().values()) * self.itemsize
+        """Of a rank's base weights in a block."""
+        return self.cost(1).base_elements() * self.itemsize
 
     def disk_bytes(self) -> float:
         """Every block up, and down again but for the last one."""
@@ -159,18 +158,11 @@ class Plan:
         rows = n * self.tokens
         embedding = c.vocab_size * c.hidden_size * self.itemsize
         weights = 2 * self.block_bytes() if self.stream else c.num_hidden_layers * self.block_bytes() + embedding
-        stream = 2 * c.hidden_size * FLOAT32  # x and x_mid
-        probs = c.num_attention_heads * TILE  # a tile of a prefix tree sees about as many keys as it has queries
-        others = 2 * c.hidden_size + c.q_size + c.kv_size + 3 * c.intermediate_size + probs
-        kept = FLOAT32 * (c.q_size + c.kv_size) + self.itemsize * others
-        each = stream + (kept // self.tensor_parallel if self.checkpoint == "none" else 0)
-        # Blocks that are kept hold A once more, stacked and scaled, unless their weights are streamed.
-        bound = n * self._local_elements("A") * self.itemsize if self.checkpoint == "none" and not self.stream else 0.0
         working = 6 * rows * c.intermediate_size // self.tensor_parallel * self.itemsize
         adapters = self.local_adapters * self.adapter_elements() * FLOAT32
         return {
             "weights": float(weights),
-            "kept": float(each * c.num_hidden_layers * rows) + bound,
+            "kept": float(self.cost(n).kept_bytes(self.n_keep)),
             "working": float(working),
             "adapters": 2.0 * adapters,  # and their gradients
         }
@@ -203,7 +195,7 @@ class Plan:
         return sum(self.sums()) * 2 * (size - 1) / size
 
 
-def meshes(plan: Plan, devices: int) -> list[Plan]:
+def meshes(step: MeshStep, devices: int) -> list[MeshStep]:
     """The same step on every mesh of so many devices that the model allows."""
-    sizes = [size for size in splits(plan.config) if devices % size == 0]
-    return [dataclasses.replace(plan, tensor_parallel=t, data_parallel=devices // t) for t in sizes]
+    sizes = [size for size in splits(step.config) if devices % size == 0]
+    return [dataclasses.replace(step, tensor_parallel=t, data_parallel=devices // t) for t in sizes]

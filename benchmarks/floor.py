@@ -5,6 +5,8 @@ no attention, no norms, no embedding. Every product is over all G·S tokens of t
 so the floor counts ``4 · parameters · tokens`` FLOP. An engine may do a little less: the first block needs no
 dx of q, k and v, and the last needs q, o and the MLP at the read-out tokens only.
 
+On a GPU all of them are one CUDA graph: there the host, which starts one after the other, would be the slower.
+
 :class:`AdapterProducts` are those of the adapters alone, which the floor leaves out, though no way of multiplying
 base weights once for all adapters can do without them.
 """
@@ -25,7 +27,7 @@ from torch import Tensor
 from workload import Workload
 
 from qwen_functional import Qwen2Config
-from qwen_functional.lora import projection_shape
+from qwen_functional.architecture import projection_shape
 
 ROWS_PER_CHUNK = 256
 BYTES_OF_WEIGHTS = 512 * 2**20  # per shape, distinct: far more than any cache holds
@@ -92,14 +94,15 @@ class Floor:
         self.layouts: dict[str, str] = {}
         self.gflops: dict[str, float] = {}
         self._products: dict[str, tuple[Layout, Tensor, list[Tensor], Tensor]] = {}
+        self._run: Callable[[], object] | None = None
 
     def _calibrate(self, name: str, outputs: int, inputs: int) -> None:
-        x = torch.randn(self.rows, inputs).to(self.device, self.dtype)
+        x = torch.randn(self.rows, inputs, device=self.device).to(self.dtype)
         y = torch.empty(self.rows, outputs, dtype=self.dtype, device=self.device)
         size = outputs * inputs * self.dtype.itemsize
         copies = min(self.layers, max(CALIBRATION_WEIGHTS, BYTES_OF_WEIGHTS // size))
         distinct = range(min(copies, CALIBRATION_WEIGHTS))
-        plain = [torch.randn(outputs, inputs).to(self.device, self.dtype) for _ in distinct]
+        plain = [torch.randn(outputs, inputs, device=self.device).to(self.dtype) for _ in distinct]
         seconds = {}
         for layout_name, layout in LAYOUTS.items():
             try:
@@ -107,8 +110,8 @@ class Floor:
                 layout.multiply(x, weights[0], y)
             except NOT_OFFERED:
                 continue
-            rounds = [_seconds(layout.by(x, y), weights) for _ in range(CALIBRATION_ROUNDS)]
-            seconds[layout_name] = min(rounds) / len(weights)
+            products = captured(_each(layout.by(x, y), weights), self.device)
+            seconds[layout_name] = min(_seconds(products) for _ in range(CALIBRATION_ROUNDS)) / len(weights)
         best = min(seconds, key=lambda layout_name: seconds[layout_name])
         self.layouts[name] = best
         self.gflops[name] = 2 * self.rows * outputs * inputs / seconds[best] / 1e9
@@ -119,16 +122,19 @@ class Floor:
     def step(self) -> None:
         """All products of one step, in the order of the model's blocks and then back."""
         with torch.inference_mode():
-            for name, shape in self.shapes.items():
-                if name not in self._products:
+            if self._run is None:
+                for name, shape in self.shapes.items():
                     self._calibrate(name, *shape)
+                self._run = captured(self._multiply, self.device)
+            self._run()
+
+    def _multiply(self) -> None:
         forward = [product for name, product in self._products.items() if not name.endswith("_dx")]
         backward = [product for name, product in self._products.items() if name.endswith("_dx")]
-        with torch.inference_mode():
-            for products, layers in ((forward, range(self.layers)), (backward, reversed(range(self.layers)))):
-                for layer in layers:
-                    for layout, x, weights, y in products:
-                        layout.multiply(x, weights[layer % len(weights)], y)
+        for products, layers in ((forward, range(self.layers)), (backward, reversed(range(self.layers)))):
+            for layer in layers:
+                for layout, x, weights, y in products:
+                    layout.multiply(x, weights[layer % len(weights)], y)
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -210,10 +216,11 @@ class AdapterProducts:
         self.flop = 3 * 2 * workload.tree_tokens * self.rank * sum(rows + columns for rows, columns in modules)
         self.layouts: dict[str, str] = {}
         self._work: list[tuple[int, Callable[[Projection], Tensor], list[Projection]]] = []
+        self._run: Callable[[], object] | None = None
 
     def _projection(self, outputs: int, inputs: int) -> Projection:
         def tensor(*shape: int) -> Tensor:
-            return (0.01 * torch.randn(self.n, *shape)).to(self.device, self.dtype)
+            return (0.01 * torch.randn(self.n, *shape, device=self.device)).to(self.dtype)
 
         x, y = tensor(self.rows, inputs), tensor(self.rows, outputs)
         A, B, u = tensor(self.rank, inputs), tensor(outputs, self.rank), tensor(self.rows, self.rank)
@@ -228,7 +235,8 @@ class AdapterProducts:
                 seconds = {}
                 for name, multiply in layouts.items():
                     with contextlib.suppress(*NOT_OFFERED):
-                        rounds = [_seconds(multiply, several) for _ in range(CALIBRATION_ROUNDS + 1)]
+                        products = captured(_each(multiply, several), self.device)
+                        rounds = [_seconds(products) for _ in range(CALIBRATION_ROUNDS + 1)]
                         seconds[name] = min(rounds)  # the first one maps memory
                 best = min(seconds, key=lambda name: seconds[name])
                 self.layouts[f"{product}, {outputs} x {inputs}"] = best
@@ -237,20 +245,43 @@ class AdapterProducts:
     def step(self) -> None:
         """All products of one step, in no order that a model would have them in: each waits for no other."""
         with torch.inference_mode():
-            if not self._work:
+            if self._run is None:
                 self._calibrate()
-            for count, multiply, several in self._work:
-                for index in range(count):
-                    multiply(several[index % len(several)])
+                self._run = captured(self._multiply, self.device)
+            self._run()
+
+    def _multiply(self) -> None:
+        for count, multiply, several in self._work:
+            for index in range(count):
+                multiply(several[index % len(several)])
 
     def facts(self) -> dict[str, Any]:
         return {"dtype": str(self.dtype).removeprefix("torch."), "flop": self.flop, "layouts": self.layouts}
 
 
-def _seconds(multiply: Callable[[Operand], Any], operands: list[Operand]) -> float:
+def captured(call: Callable[[], object], device: str) -> Callable[[], object]:
+    """On a GPU a CUDA graph of what the call does, so that no product waits for the host; elsewhere the call itself."""
+    if torch.device(device).type != "cuda":
+        return call
+    call()  # libraries ask for memory in their first call, which a graph cannot hold
+    synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def _each(multiply: Callable[[Operand], Any], operands: list[Operand]) -> Callable[[], None]:
+    def products() -> None:
+        for operand in operands:
+            multiply(operand)
+
+    return products
+
+
+def _seconds(call: Callable[[], object]) -> float:
     synchronize()
     start = time.perf_counter()
-    for operand in operands:
-        multiply(operand)
+    call()
     synchronize()
     return time.perf_counter() - start

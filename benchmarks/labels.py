@@ -35,9 +35,10 @@ from workers import set_threads
 from workload import DTYPES, Workload, config_of, local_folder
 
 from lora_delta import DifferentiableDeltaCompute
-from lora_delta.adapters import save_peft_adapter
-from lora_delta.label_table import DeltaLabels
-from lora_delta.labels import compute_labels, model_fingerprint
+from lora_delta.labelling.labels import compute_labels
+from lora_delta.labelling.settings import model_fingerprint
+from lora_delta.labelling.table import DeltaLabels
+from lora_delta.peft.adapters import save_peft_adapter
 from qwen_functional.memory import keep_freed_memory
 
 LABELS, PEFT, FLOOR = "compute_labels", "PEFT", "floor"

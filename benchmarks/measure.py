@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import platform
+import re
 import resource
 import sys
 import time
@@ -39,10 +40,12 @@ def resident_bytes() -> int:
 def peak_bytes() -> int:
     """Largest resident memory of this process, since :func:`reset_peak` where that is supported.
 
-    VmHWM and not ``ru_maxrss``: the latter survives an exec, and so would count the parent process.
+    VmHWM and not ``ru_maxrss``: the latter survives an exec, and so would count the parent process. On a GPU what torch
+    cannot give back counts too, since a CUDA graph's own memory is not among what is allocated.
     """
     if torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated()
+        torch.cuda.empty_cache()
+        return max(torch.cuda.max_memory_allocated(), torch.cuda.memory_reserved())
     peak = _status_bytes("VmHWM")
     if peak is not None:
         return peak
@@ -53,6 +56,7 @@ def peak_bytes() -> int:
 def reset_peak() -> bool:
     """Start counting the peak anew, so that loading does not hide a small step; False if not supported."""
     if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         return True
     try:
@@ -116,6 +120,9 @@ def memory_limit(gib: float | None) -> int | None:
     return None if free is None else int(0.9 * free)
 
 
+IN_A_ROW = 4  # calls that are timed together on a GPU
+
+
 @dataclass(frozen=True)
 class Timing:
     """One timed call.
@@ -130,16 +137,22 @@ class Timing:
 
 
 def timed(call: Callable[[], object]) -> Timing:
-    """Time a call. Garbage is collected before it, and what it returns is dropped after the clock has stopped."""
+    """Time a call. Garbage is collected before it, and what it returns is dropped after the clock has stopped.
+
+    On a GPU it is the mean of several in a row: as in training, none waits until the GPU has done the one before.
+    """
     gc.collect()
     synchronize()
+    calls = IN_A_ROW if torch.cuda.is_initialized() else 1
     busy, own, start = _busy_seconds(), _own_seconds(), time.perf_counter()
+    for _ in range(calls - 1):
+        call()
     result = call()
     synchronize()
-    seconds = time.perf_counter() - start
+    seconds = (time.perf_counter() - start) / calls
     busy_after, own_after = _busy_seconds(), _own_seconds()
     del result
-    if busy is None or busy_after is None:
+    if busy is None or busy_after is None or torch.cuda.is_initialized():  # a GPU's steps are too short to tell
         return Timing(seconds, None)
     # The machine's clock ticks a hundred times a second: short steps give nonsense outside of the possible.
     others = ((busy_after - busy) - (own_after - own)) / seconds
@@ -150,6 +163,55 @@ def synchronize() -> None:
     """Wait until a GPU that this process uses has nothing left to do."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
+
+
+@dataclass(frozen=True)
+class Activity:
+    """What a call makes a GPU do.
+
+    Attributes:
+        kernels: how many kernels, copies and fills ran.
+        launches: by how many calls of the host; a CUDA graph is one, whatever is in it.
+        busy: seconds in which one of them ran, or several.
+    """
+
+    kernels: int
+    launches: int
+    busy: float
+
+    @classmethod
+    def of(cls, events: Iterable[Any]) -> Activity:
+        """From what torch's profiler recorded."""
+        spans, launches, busy, end = [], 0, 0, 0
+        for event in events:
+            if event.device_type() == torch.autograd.DeviceType.CUDA:
+                if not event.is_user_annotation():
+                    spans.append((event.start_ns(), event.start_ns() + event.duration_ns()))
+            elif _LAUNCH.match(event.name()):
+                launches += 1
+        for start, stop in sorted(spans):
+            busy += max(0, stop - max(start, end))
+            end = max(end, stop)
+        return cls(len(spans), launches, busy / 1e9)
+
+
+_LAUNCH = re.compile("cu(da)?(Launch|GraphLaunch|Memcpy|Memset)")
+
+
+def activity(call: Callable[[], object]) -> Activity | None:
+    """What a call makes the GPU do; None in a process that uses none.
+
+    The profiler leaves something behind that slows down later launches: time first.
+    """
+    if not torch.cuda.is_initialized():
+        return None
+    gc.collect()
+    synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        call()
+        synchronize()
+    results: Any = profiler.profiler
+    return Activity.of(results.kineto_results.events())
 
 
 def _own_seconds() -> float:

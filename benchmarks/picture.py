@@ -1,6 +1,6 @@
 """Pictures of what throughput.py and scaling.py measured, made out of what goes into their JSON files.
 
-matplotlib is only needed to draw, and in the style of ``lora_delta.figures``.
+matplotlib is only needed to draw, and in the style of ``lora_delta.plots.figures``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from measure import machine_line
 
-from lora_delta.figures import (
+from lora_delta.plots.figures import (
     COLOURS,
     check_png,
     decimals,

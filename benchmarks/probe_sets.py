@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from lora_delta.chat import load_chat_template
-from lora_delta.probes import create_generic_probes, create_mixed_probes
-from lora_delta.tokenization import load_tokenizer, tokenize_probes
+from lora_delta.probes.chat import load_chat_template
+from lora_delta.probes.texts import create_generic_probes, create_mixed_probes
+from lora_delta.probes.tokenization import load_tokenizer, tokenize_probes
 
 PROBE_KINDS = ("generic", "mixed", "chat")  # chat: the mixed ones in the checkpoint's chat template
 MAX_LENGTH = 256  # the seed pads and cuts to this
 
-# Tokens per probe under Qwen's tokenizer, in the order of lora_delta.probes.
+# Tokens per probe under Qwen's tokenizer, in the order of lora_delta.probes.texts.
 GENERIC_LENGTHS = (32, 31, 31, 33, 31)
 MIXED_LENGTHS = (*GENERIC_LENGTHS, 23, 19, 10, 13, 26, 35, 24, 12, 16, 21)
 # The chat template puts these many tokens before and behind each probe.

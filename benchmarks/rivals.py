@@ -1,4 +1,4 @@
-"""Three usual ways to get a value and its gradients to all LoRA tensors out of transformers.
+"""Usual ways to get a value and its gradients to all LoRA tensors out of transformers.
 
 Only LoRA tensors require gradients, so autograd computes no more than each way needs. The two that go adapter
 by adapter go backwards after each, so that they hold one adapter's tape at a time.
@@ -99,12 +99,16 @@ class Seed(_OneByOne):
         return last_hidden(outputs.hidden_states[-1], mask)
 
 
+def projections(model: nn.Module) -> list[tuple[str, nn.Linear, str, str]]:
+    """Every projection's name, itself, and the PEFT names of its A and B."""
+    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return [(name, module, *(f"{PREFIX}{name}.lora_{side}.weight" for side in "AB")) for name, module in linears]
+
+
 def hook_projections(model: nn.Module, make_hook: Callable[[str, str], Any]) -> None:
     """A forward hook on every projection; ``make_hook`` gets the PEFT names of its A and B."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            a, b = (f"{PREFIX}{name}.lora_{side}.weight" for side in "AB")
-            module.register_forward_hook(make_hook(a, b))
+    for _, module, a, b in projections(model):
+        module.register_forward_hook(make_hook(a, b))
 
 
 class HooksOne(_OneByOne):
@@ -131,6 +135,12 @@ class HooksOne(_OneByOne):
         return last_hidden(outputs.last_hidden_state, mask)
 
 
+def _adapted(x: Tensor, output: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """A projection's output with all adapters' updates: A is (G, r, in), B (G, out, r)."""
+    u = torch.bmm(x.reshape(A.shape[0], -1, A.shape[2]), A.mT) * scaling  # (G, P·T, r)
+    return torch.baddbmm(output.reshape(B.shape[0], -1, B.shape[1]), u, B.mT).view_as(output)
+
+
 class HooksBatch:
     """Hooks, all adapters in one batch of G·P rows: the strongest rival.
 
@@ -147,6 +157,9 @@ class HooksBatch:
         self.model = workload.hf_model(with_lm_head=False)
         self.leaves: dict[str, Tensor] = {}
         self.scaling = workload.spec.alpha / workload.rank
+        self._adapt()
+
+    def _adapt(self) -> None:
         hook_projections(self.model, self._hook)
 
     def weights(self) -> Iterable[Tensor]:
@@ -154,10 +167,7 @@ class HooksBatch:
 
     def _hook(self, a: str, b: str) -> Callable[[nn.Module, tuple[Tensor], Tensor], Tensor]:
         def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-            A, B = self.leaves[a], self.leaves[b]  # (G, r, in), (G, out, r)
-            x = inputs[0].reshape(A.shape[0], -1, A.shape[2])  # (G, P·T, in)
-            u = torch.bmm(x, A.mT) * self.scaling
-            return torch.baddbmm(output.reshape(B.shape[0], -1, B.shape[1]), u, B.mT).view_as(output)
+            return _adapted(inputs[0], output, self.leaves[a], self.leaves[b], self.scaling)
 
         return hook
 
@@ -170,3 +180,54 @@ class HooksBatch:
         value = last_hidden(outputs.last_hidden_state, mask).unflatten(0, (adapters, -1))  # (G, P, H)
         gradients = torch.autograd.grad(value, list(self.leaves.values()), self.cotangent[:adapters])
         return [(value.detach(), dict(zip(self.leaves, gradients, strict=True)))]
+
+
+class NotCompiledError(RuntimeError):
+    """``torch.compile`` could not make something of a way, or what it made does not run."""
+
+
+class _AdaptedLinear(nn.Module):
+    """What the hook does, as a module that holds its adapters: Dynamo traces it without a break."""
+
+    def __init__(self, linear: nn.Linear, A: Tensor, B: Tensor, scaling: float) -> None:
+        super().__init__()
+        self.linear, self.A, self.B, self.scaling = linear, nn.Parameter(A), nn.Parameter(B), scaling
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _adapted(x, self.linear(x), self.A, self.B, self.scaling)
+
+
+class HooksBatchCompiled(HooksBatch):
+    """The same under ``torch.compile``, which on a GPU makes CUDA graphs of the forward and of the backward.
+
+    The adapters stay where they are, as no training could have it, so that no step copies them to the graphs.
+    """
+
+    def _adapt(self) -> None:
+        for name, linear, a, b in projections(self.model):
+            module = _AdaptedLinear(linear, self.lora[a], self.lora[b], self.scaling)
+            self.model.set_submodule(name, module)
+            self.leaves |= {a: module.A, b: module.B}
+        count = len(self.cotangent)
+        self.inputs = self.input_ids.repeat(count, 1), self.mask.repeat(count, 1)
+        self.values = torch.compile(self._values, mode="reduce-overhead", dynamic=False)
+
+    def _values(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        outputs = self.model(input_ids=input_ids, attention_mask=mask, use_cache=False)
+        return last_hidden(outputs.last_hidden_state, mask)
+
+    def step(self, adapters: int) -> list[Pass]:
+        if adapters != len(self.cotangent):
+            raise ValueError(f"adapters is {adapters}, expected the {len(self.cotangent)} that were compiled for")
+        try:
+            torch.compiler.cudagraph_mark_step_begin()
+            value = self.values(*self.inputs)
+            gradients = torch.autograd.grad(value, list(self.leaves.values()), self.cotangent.flatten(0, 1))
+            # Copies, all in a few launches: the next step writes to the graphs' own memory again.
+            copies = torch._foreach_mul(gradients, 1.0)
+            value = value.detach().clone().unflatten(0, (adapters, -1))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise NotCompiledError(f"{type(error).__name__}: {error}".strip().splitlines()[0]) from error
+        return [(value, dict(zip(self.leaves, copies, strict=True)))]

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from constants import measured, plan_of, step_seconds, workload_of
-from cost import Constants, Plan, meshes
+from constants import measured, mesh_step_of, step_seconds, workload_of
+from cost import Constants, MeshStep, meshes
 from measure import machine_facts, machine_line
 from probe_sets import PROBE_KINDS, synthetic_probes, tree_tokens
 from sizes import SIZES, named_config
@@ -68,7 +68,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--processes", type=int, nargs="+", default=[1, 2], help="at once, while measuring (default: 1 2)")
     add("--measure-size", choices=SIZES, default="0.5b", help="to measure on (default: %(default)s)")
     add("--threads", type=int, default=1, help="of each process (default: %(default)s)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    add("--device", help="default: cuda if there is a GPU for each process at once, else cpu")
     add("--json", type=Path, metavar="FILE", help="write the plan, or the comparison")
     for name in RATES:
         add(f"--{name.replace('_', '-')}", type=float, help="instead of the measured one")
@@ -77,6 +77,13 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for path in (options.validate, options.constants):
         if path is not None and not path.is_file():
             parser.error(f"{path} is no file, expected one that --measure has written")
+    processes = max(dp * tp for _, _, dp, tp, _ in VALIDATED) if options.validate else max(options.processes)
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if options.device is None:
+        options.device = "cuda" if gpus >= processes else "cpu"
+    elif torch.device(options.device).type == "cuda" and gpus < processes and options.constants is None:
+        fewer = f", or --processes {gpus}" if options.measure and gpus else ""
+        parser.error(f"{processes} processes need a GPU each, found {gpus}: expected --device cpu{fewer}")
     return options
 
 
@@ -122,11 +129,11 @@ def validate(options: argparse.Namespace) -> int:
     for size, adapters, data_parallel, tensor_parallel, checkpoint in VALIDATED:
         report(f"G = {adapters}, dp {data_parallel}, tp {tensor_parallel}, {checkpoint}")
         workload = workload_of(size, adapters, DTYPES[record["dtype"]], options.threads, options.device)
-        plan = plan_of(
+        step = mesh_step_of(
             workload, data_parallel=data_parallel, tensor_parallel=tensor_parallel, checkpoint=checkpoint
         )
         constants = constants_for(record, data_parallel * tensor_parallel, options)
-        predicted = plan.seconds(constants)
+        predicted = step.seconds(constants)
         seconds = step_seconds(workload, data_parallel, tensor_parallel, checkpoint, options.threads)
         ratio = predicted["total"] / seconds
         all_within &= abs(ratio - 1) <= WITHIN
@@ -146,7 +153,7 @@ def show_plan(options: argparse.Namespace) -> int:
     record = json.loads(options.constants.read_text())
     config = named_config(options.size)
     probes = synthetic_probes(options.probes, config.vocab_size)
-    plan = Plan(
+    step = MeshStep(
         config,
         LoraSpec(rank=options.rank, alpha=2 * options.rank),
         options.adapters,
@@ -160,13 +167,13 @@ def show_plan(options: argparse.Namespace) -> int:
     constants = constants_for(record, options.devices, options)
     given = [name.replace("_", "-") for name in RATES if getattr(options, name) is not None]
     print(
-        f"Qwen2.5-{options.size.upper()}, {options.adapters} adapters of rank {options.rank}, {plan.tokens} tokens "
+        f"Qwen2.5-{options.size.upper()}, {options.adapters} adapters of rank {options.rank}, {step.tokens} tokens "
         f"each, {options.dtype}, checkpoint {options.checkpoint}{', streamed' if options.stream else ''}"
     )
     print(f"Constants of: {machine_line(record['machine'])}" + (f"; given: {', '.join(given)}" if given else ""))
     print(shown(constants, alone=options.devices == 1) + "\n")
-    plans = meshes(plan, options.devices)
-    print(plan_table(plans, constants))
+    steps = meshes(step, options.devices)
+    print(plan_table(steps, constants))
     if options.json:
         entries = [
             {
@@ -177,30 +184,30 @@ def show_plan(options: argparse.Namespace) -> int:
                 "traffic_bytes": one.traffic(),
                 "bound": one.bound(constants),
             }
-            for one in plans
+            for one in steps
         ]
         write_json(options.json, {"constants": dataclasses.asdict(constants), "plans": entries})
     return 0
 
 
-def plan_table(plans: Sequence[Plan], constants: Constants) -> str:
+def plan_table(steps: Sequence[MeshStep], constants: Constants) -> str:
     """A Markdown table, a line for each mesh."""
     parts = ("products", "low-rank", "elementwise", "sums", "reading")
     header = ("dp", "tp", "s per step", *(f"{part} s" for part in parts), "GB a device", "of which weights GB",
               "GB sent a device", "bound")  # fmt: skip
     rows: list[Sequence[str]] = [header, [*["---:"] * (len(header) - 1), "---"]]
-    for plan in plans:
-        seconds, memory = plan.seconds(constants), plan.memory()
+    for step in steps:
+        seconds, memory = step.seconds(constants), step.memory()
         rows.append(
             (
-                f"{plan.data_parallel}",
-                f"{plan.tensor_parallel}",
+                f"{step.data_parallel}",
+                f"{step.tensor_parallel}",
                 f"{seconds['total']:.3g}",
                 *(f"{seconds[part]:.3g}" for part in parts),
                 f"{sum(memory.values()) / 1e9:.1f}",
                 f"{memory['weights'] / 1e9:.1f}",
-                f"{plan.traffic() / 1e9:.2f}",
-                plan.bound(constants),
+                f"{step.traffic() / 1e9:.2f}",
+                step.bound(constants),
             )
         )
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)

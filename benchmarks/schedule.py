@@ -93,7 +93,7 @@ def time_groups(
                         timing = workers[way].step(adapters[way])
                         own[way].append(timing.seconds * pool.jobs[way].workload.adapters / adapters[way])
                         samples[way].others += [] if timing.others is None else [timing.others]
-                        report(f"round {turn + 1} of {longest}: {way} {own[way][-1]:.3f} s")
+                        report(f"round {turn + 1} of {longest}: {way} {own[way][-1]:.4g} s")
         for way in group:
             samples[way].seconds += own[way]
             samples[way].anchor_seconds += own.get(anchor, [])

@@ -13,6 +13,8 @@ from ways import FLOOR, WAYS
 from workers import Footprint
 from workload import Workload
 
+ACTIVITY = ("GPU busy ms", "GPU idle", "kernels and copies", "launches")  # columns, on a GPU
+
 
 def seconds_entry(samples: Samples) -> dict[str, Any]:
     return {
@@ -76,10 +78,12 @@ def headline(record: Mapping[str, Any]) -> str:
 
 def table(run: Mapping[str, Any]) -> str:
     """One dtype's results as a Markdown table, with what a reader must know below it."""
-    anchor = run["anchor"]
+    anchor, on_gpu = run["anchor"], run["on_gpu"]
+    unit = "ms" if on_gpu else "s"
     header = (
-        run["dtype"], "s per step (min to max)", "tokens/s", "adapters/s", "peak GB", "over weights GB",
-        f"time / {anchor}", "share of floor", "error of value", "error of gradients (worst tensor)",
+        run["dtype"], f"{unit} per step (min to max)", "tokens/s", "adapters/s", "peak GB", "over weights GB",
+        f"time / {anchor}", "share of floor", *(ACTIVITY if on_gpu else ()),
+        "error of value", "error of gradients (worst tensor)",
     )  # fmt: skip
     rows = [header, ("---", *["---:"] * (len(header) - 1))]
     for way, entry in run["ways"].items():
@@ -87,19 +91,22 @@ def table(run: Mapping[str, Any]) -> str:
         rows.append(
             (
                 way + ("*" if entry["adapters_timed"] < run["adapters"] else ""),
-                _seconds(entry["seconds"]),
+                _time(entry["seconds"], unit),
                 f"{entry['tokens_per_second']:.0f}",
                 f"{entry['adapters_per_second']:.3g}",
                 f"{entry['peak_bytes'] / 1e9:.2f}",
                 f"{entry['step_bytes'] / 1e9:.2f}",
                 f"{entry['times_anchor']:.2f}",
                 f"{entry['share_of_floor']:.2f}",
+                *(_activity(entry) if on_gpu else ()),
                 f"{agreement['value']:.1e}" if agreement else "",
                 f"{agreement['gradient']:.1e} ({agreement['worst']:.1e})" if agreement else "",
             )
         )
     floor, products = run["floor"], run["adapter_products"]
-    rows.append(("floor", _seconds(floor["seconds"]), *[""] * 5, "1.00", "", ""))
+    rows += [(way, reason, *[""] * (len(header) - 2)) for way, reason in run["cannot_run"].items()]
+    activity = _activity(floor) if on_gpu else ()
+    rows.append(("floor", _time(floor["seconds"], unit), *[""] * 5, "1.00", *activity, "", ""))
     lines = ["", *("| " + " | ".join(row) + " |" for row in rows), ""]
     lines += [
         f"\\* timed on {entry['adapters_timed']} adapters in {len(entry['seconds']['samples'])} rounds, "
@@ -110,7 +117,7 @@ def table(run: Mapping[str, Any]) -> str:
     lines += [
         f"{way} does not fit into memory beside {anchor}: it was timed on its own."
         for way, entry in run["ways"].items()
-        if not entry["timed_beside_anchor"]
+        if not entry["timed_beside_anchor"] and not run["one_process"]
     ]
     timed = (*run["ways"].values(), floor, products)
     others = max((o for entry in timed for o in entry["seconds"]["others"]), default=0.0)
@@ -123,7 +130,7 @@ def table(run: Mapping[str, Any]) -> str:
     both = floor["seconds"]["median"] + products["seconds"]["median"]
     lines.append(
         f"The adapters' own products alone, {products['flop'] / 1e12:.3g} TFLOP at {products['gflops']:.0f} GFLOP/s: "
-        f"{_seconds(products['seconds'])} s. With nothing beside them a step reaches "
+        f"{_time(products['seconds'], unit)} {unit}. With nothing beside them a step reaches "
         f"{floor['seconds']['median'] / both:.2f} of the floor."
     )
     rates = {way: floor["flop"] / entry["seconds"]["median"] / 1e12 for way, entry in run["ways"].items()}
@@ -142,5 +149,15 @@ def table(run: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _seconds(entry: Mapping[str, Any]) -> str:
-    return f"{entry['median']:.3g} ({entry['min']:.3g} to {entry['max']:.3g})"
+def _time(entry: Mapping[str, Any], unit: str) -> str:
+    median, least, most = ((1e3 if unit == "ms" else 1) * entry[key] for key in ("median", "min", "max"))
+    return f"{median:.3g} ({least:.3g} to {most:.3g})"
+
+
+def _activity(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    """The columns of :data:`ACTIVITY`."""
+    activity = entry.get("activity")
+    if activity is None:
+        return ("",) * len(ACTIVITY)
+    idle = max(0.0, 1 - activity["busy"] / entry["seconds"]["median"])
+    return f"{1e3 * activity['busy']:.3g}", f"{idle:.0%}", f"{activity['kernels']}", f"{activity['launches']}"

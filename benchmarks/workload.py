@@ -12,8 +12,9 @@ from probe_sets import tree_tokens
 from sizes import named_config
 from torch import Tensor
 
-from qwen_functional import LoraSpec, Qwen2Config, Qwen2Weights, init_weights, load_pretrained
+from qwen_functional import LoraSpec, Qwen2Config, Qwen2Weights, load_pretrained, read_config
 from qwen_functional.dtypes import default_compute_dtype
+from qwen_functional.weights import empty_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -78,6 +79,10 @@ class Workload:
         return self.adapters * tree_tokens(self.probes)
 
     @property
+    def on_gpu(self) -> bool:
+        return torch.device(self.device).type == "cuda"
+
+    @property
     def is_small(self) -> bool:
         """Whether the weights take less memory than the interpreter that holds them."""
         config = self.config()
@@ -89,19 +94,20 @@ class Workload:
 
     def lora(self, config: Qwen2Config) -> dict[str, Tensor]:
         """{PEFT name: (G, r, in) or (G, out, r)}, random: A as PEFT starts it, B small but not zero."""
-        generator = torch.Generator().manual_seed(1)
-        tensors = {}
+        tensors, generator = {}, self._generator(1)
         for name, (rows, columns) in self.spec.shapes(config).items():
             scale = columns**-0.5 if ".lora_A." in name else 0.005
-            tensor = torch.randn(self.adapters, rows, columns, generator=generator) * scale
-            tensors[name] = tensor.to(self.rounded_to or self.dtype).to(self.device, self.dtype)
+            tensor = torch.randn(self.adapters, rows, columns, generator=generator, device=self.device) * scale
+            tensors[name] = tensor.to(self.rounded_to or self.dtype).to(self.dtype)
         return tensors
 
     def cotangent(self, config: Qwen2Config) -> Tensor:
         """(G, P, H) float32."""
-        generator = torch.Generator().manual_seed(2)
-        cotangent = torch.randn(self.adapters, len(self.probes), config.hidden_size, generator=generator)
-        return cotangent.to(self.device)
+        shape = self.adapters, len(self.probes), config.hidden_size
+        return torch.randn(shape, generator=self._generator(2), device=self.device)
+
+    def _generator(self, seed: int) -> torch.Generator:
+        return torch.Generator(self.device).manual_seed(seed)
 
     def engine_weights(self, stream: bool = False) -> tuple[Qwen2Config, Qwen2Weights]:
         if self.folder is not None:
@@ -109,7 +115,19 @@ class Workload:
         if stream:
             raise ValueError("random weights are not on disk, expected a checkpoint to stream them from")
         config = self.config()
-        return config, init_weights(config, seed=0, dtype=self.dtype, device=self.device)
+        return config, self._random_weights(config)
+
+    def _random_weights(self, config: Qwen2Config) -> Qwen2Weights:
+        """Those of ``init_weights``, but drawn on the device: on a GPU other numbers, in no time."""
+        generator, weights = self._generator(0), empty_weights(config, self.dtype, self.device)
+        for name, view in weights.named_views(config).items():
+            values = torch.randn(view.shape, generator=generator, device=self.device)
+            if name.endswith("norm.weight"):
+                values.mul_(0.1).add_(1.0)
+            else:
+                values.mul_(0.1 if name.endswith(".bias") else config.initializer_range)
+            view.copy_(values)
+        return weights
 
     def hf_model(self, with_lm_head: bool) -> Any:
         """transformers' Qwen2ForCausalLM or Qwen2Model with the same weights, frozen, in evaluation mode."""
@@ -122,12 +140,16 @@ class Workload:
             model = kind.from_pretrained(self.folder, dtype=self.dtype)
         else:
             config = self.config()
-            model = kind.from_pretrained(
-                None,
-                config=transformers.Qwen2Config.from_dict(config.to_dict()),
-                state_dict=init_weights(config, seed=0, dtype=self.dtype).named_views(config),
-                dtype=self.dtype,
-            )
+            views = self._random_weights(config).named_views(config)
+            hf_config = transformers.Qwen2Config.from_dict(config.to_dict())
+            with torch.device("meta"):
+                model = kind._from_config(hf_config, dtype=self.dtype)
+            # The views themselves become the parameters. A tied lm_head is not among them, nor are rope's frequencies.
+            prefix = "" if with_lm_head else "model."
+            named = {name.removeprefix(prefix): view for name, view in views.items()}
+            model.load_state_dict(named, assign=True, strict=False)
+            model.tie_weights()
+            model.base_model.rotary_emb = type(model.base_model.rotary_emb)(hf_config)
         if self.rounded_to is not None:
             for parameter in model.parameters():
                 parameter.data.copy_(parameter.data.to(self.rounded_to))
@@ -137,7 +159,7 @@ class Workload:
 def config_of(folder: str | None, size: str | None) -> Qwen2Config:
     """The config of a checkpoint's folder or, without one, of a named size."""
     if folder is not None:
-        return Qwen2Config.from_json_file(Path(folder) / "config.json")
+        return read_config(folder)
     return named_config(size or "0.5b")
 
 

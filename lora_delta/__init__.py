@@ -1,19 +1,26 @@
 """The delta of a LoRA, and what is around it. Autograd meets the engine here."""
 
-from .adapters import load_peft_adapter, save_peft_adapter
 from .delta import DifferentiableDeltaCompute
-from .label_table import DeltaLabels
-from .probes import create_domain_probes, create_generic_probes, create_mixed_probes
-from .tokens import DifferentiableDetokenizer, TokenFormat
+from .generate.tokens import DifferentiableDetokenizer, TokenFormat
+from .labelling.table import DeltaLabels
+from .lm_loss import DifferentiableLMLoss
+from .peft.adapters import load_peft_adapter, save_peft_adapter
+from .probes.texts import create_domain_probes, create_generic_probes, create_mixed_probes
+from .teachers import States, TopK, load_top_k, save_top_k
 
 __all__ = [
     "DeltaLabels",
     "DifferentiableDeltaCompute",
     "DifferentiableDetokenizer",
+    "DifferentiableLMLoss",
+    "States",
     "TokenFormat",
+    "TopK",
     "create_domain_probes",
     "create_generic_probes",
     "create_mixed_probes",
     "load_peft_adapter",
+    "load_top_k",
     "save_peft_adapter",
+    "save_top_k",
 ]

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qwen_functional import LoraSpec
-from qwen_functional.lora import PROJECTIONS, parse_name
+from qwen_functional.architecture import PROJECTIONS
+from qwen_functional.lora import parse_name
 from qwen_functional.memory import give_back_freed_memory
 
 from .delta import DifferentiableDeltaCompute
@@ -23,6 +24,7 @@ from .embedded import embedded_checkpoint
 
 # A half-precision delta is a small difference of rounded numbers; these are far below what a mistake gives.
 HALF_DELTA_COSINE, HALF_GRADIENT_COSINE = 0.98, 0.95
+_FIRST_STEPS = 3  # may make what later ones use again, such as plans and a GPU's workspaces
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def run_check(
         "autocast changes nothing": partial(_autocast, delta),
     }
     if against_peft:
-        from .against_peft import compare_with_peft
+        from .peft.against_peft import compare_with_peft
 
         # Rounding errors are random: in half precision one adapter alone says little about who errs more.
         seeds = range(1 if dtype in (torch.float32, torch.float64) else 4)
@@ -171,7 +173,7 @@ def _gradient_flow(delta: DifferentiableDeltaCompute) -> tuple[bool, str]:
 def _generator_flow(delta: DifferentiableDeltaCompute) -> tuple[bool, str]:
     torch.manual_seed(0)
     generator = SmallGenerator(delta.lora_shapes).to(delta.weights.device)
-    condition = torch.randn(32, device=delta.weights.device)
+    condition = torch.randn(32).to(delta.weights.device)  # drawn on the CPU: the same on all devices
     F.mse_loss(delta(generator(condition)), _cotangent(delta)).backward()
     norms = [0.0 if p.grad is None else float(p.grad.norm()) for p in generator.parameters()]
     reached = [norm for norm in norms if math.isfinite(norm) and norm > 0]
@@ -195,12 +197,13 @@ def _sensitivity(delta: DifferentiableDeltaCompute) -> tuple[bool, str]:
 
 
 def _flat_memory(delta: DifferentiableDeltaCompute, steps: int) -> tuple[bool, str]:
-    resident = []
+    quarter, resident = steps // 4, []
+    for _ in range(max(0, _FIRST_STEPS - quarter)):
+        _value_and_gradient(delta)
     for _ in range(steps):
         _value_and_gradient(delta)
         resident.append(_memory(delta.weights.device))
     # What is made once is made in the first steps; then the mean of the last quarter is held against the second's.
-    quarter = steps // 4
     early, late = sum(resident[quarter : 2 * quarter]) / quarter, sum(resident[-quarter:]) / quarter
     growth = late / early - 1
     detail = f"{steps} steps: {early / 2**20:.0f} MiB early, {late / 2**20:.0f} MiB late ({growth:+.2%})"
@@ -210,6 +213,7 @@ def _flat_memory(delta: DifferentiableDeltaCompute, steps: int) -> tuple[bool, s
 def _memory(device: torch.device) -> int:
     """Bytes in use: allocated on a GPU, resident on a CPU, without what the allocator holds for the next step."""
     if device.type == "cuda":
+        torch.cuda.synchronize(device)
         return torch.cuda.memory_allocated(device)
     give_back_freed_memory()
     statm = Path("/proc/self/statm")

@@ -25,19 +25,20 @@ from qwen_functional import LoraSpec, Qwen2Config, Qwen2Weights, load_pretrained
 from qwen_functional.forward import forward
 from qwen_functional.lora import Lora
 
-from .adapters import save_peft_adapter
-from .conditions import Condition, PromptEncoder
 from .delta import DifferentiableDeltaCompute
+from .distributed import default_device
 from .embedded import embedded_checkpoint
 from .embedded.tasks import TASKS, Task, example, padded, word
 from .files import write_json
-from .generator import LoRAGenerator
-from .label_table import DeltaLabels
-from .labels import compute_labels
-from .losses import Schedule
-from .tokenization import load_tokenizer, tokenize_probes
-from .tokens import TokenFormat
-from .training import TrainingOptions, train
+from .generate.conditions import Condition, PromptEncoder
+from .generate.generator import LoRAGenerator
+from .generate.schedules import Schedule
+from .generate.tokens import TokenFormat
+from .generate.training import TrainingOptions, train
+from .labelling.labels import compute_labels
+from .labelling.table import DeltaLabels
+from .peft.adapters import save_peft_adapter
+from .probes.tokenization import load_tokenizer, tokenize_probes
 
 RANK, CHUNK_WIDTH = 4, 64
 HELD_OUT_TASKS = ("right", "previous", "suffix er", "prefix pre", "wrap []", "join +")
@@ -85,6 +86,9 @@ class Questions:
         examples = [example(task, chance) for task in tasks for _ in range(per_task)]
         return cls(*padded(tokenizer, examples), per_task)
 
+    def to(self, device: torch.device | str) -> Questions:
+        return Questions(self.ids.to(device), self.mask.to(device), self.targets.to(device), self.per_task)
+
 
 def demo_probes(chance: random.Random) -> list[str]:
     """Questions, half of them with an answer begun: an adapter shows in what comes first and in what follows."""
@@ -100,8 +104,11 @@ def task_losses(
     config: Qwen2Config, weights: Qwen2Weights, lora: Lora | None, questions: Questions
 ) -> tuple[Tensor, Tensor]:
     """Loss (tasks,) per answer token, and accuracy (tasks,), of each task under its own adapter, or under none."""
+    questions = questions.to(weights.device)
     n_tasks = len(questions.ids) // questions.per_task
-    index = torch.arange(n_tasks).repeat_interleave(questions.per_task) if lora is not None else None
+    index = None
+    if lora is not None:
+        index = torch.arange(n_tasks, device=weights.device).repeat_interleave(questions.per_task)
     logits = forward(
         config, weights, questions.ids, questions.mask, lora=lora, adapter_index=index
     ).logits.float()
@@ -129,7 +136,7 @@ def train_teachers(
     for name, (rows, columns) in spec.shapes(config).items():  # as PEFT starts them; the same start for all tasks
         bound = columns**-0.5
         start = (2 * torch.rand(rows, columns, generator=noise) - 1) * bound if ".lora_A." in name else None
-        start = torch.zeros(rows, columns) if start is None else start
+        start = (torch.zeros(rows, columns) if start is None else start).to(weights.device)
         tensors[name] = start.expand(len(tasks), -1, -1).clone().requires_grad_()
     optimizer = torch.optim.AdamW(tensors.values(), lr=1e-2, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps, pct_start=0.1)
@@ -151,6 +158,7 @@ def run_demo(
     teacher_steps: int = 100,
     steps: int = 400,
     seed: int = 0,
+    device: torch.device | str | None = None,
     plots: bool = True,
     progress: bool = True,
     say: Callable[[str], None] = print,
@@ -158,6 +166,7 @@ def run_demo(
     """Run the demo; writes adapters, labels, runs, pictures and ``verdict.json`` to ``out``.
 
     Args:
+        device: by default a GPU where there is one, else the CPU.
         say: is given what there is to tell, line by line.
 
     Returns:
@@ -167,7 +176,7 @@ def run_demo(
     seconds: dict[str, float] = {}
     folder = embedded_checkpoint()
     tokenizer = load_tokenizer(folder)
-    config, weights = load_pretrained(folder, dtype=torch.float32)
+    config, weights = load_pretrained(folder, dtype=torch.float32, device=device or default_device())
     format = TokenFormat.for_config(config, RANK, CHUNK_WIDTH)
     spec = LoraSpec(rank=RANK, alpha=2 * RANK)
     seen = [task for task in TASKS if task.name not in HELD_OUT_TASKS]
@@ -193,7 +202,7 @@ def run_demo(
     )
     compute_labels(delta, [str(source) for source in sources], out / "labels", progress=progress)
     labels = DeltaLabels(out / "labels")
-    targets = torch.stack([labels[str(source)] for source in sources])
+    targets = torch.stack([labels[str(source)] for source in sources]).to(weights.device)
     seconds["labels"] = time.perf_counter() - part
 
     encoder = PromptEncoder(config, weights, tokenizer, layer=CONDITION_LAYER)
@@ -204,7 +213,7 @@ def run_demo(
     for name, losses in LOSSES.items():
         part = time.perf_counter()
         torch.manual_seed(seed)
-        generators[name] = LoRAGenerator(format, config.hidden_size, **GENERATOR)
+        generators[name] = LoRAGenerator(format, config.hidden_size, **GENERATOR).to(weights.device)
         generators[name].fit(tokens[: len(seen)])
         options = TrainingOptions(steps=steps, losses=losses, delta_batch_size=8, learning_rate=3e-3, seed=seed)
         histories[name] = train(
@@ -223,7 +232,7 @@ def run_demo(
     scores = []
     for group, members in groups.items():
         scores += judge.references(group, sorted({index for index, _ in members}))
-        condition = Condition.collate(encoder([prompt for _, prompt in members]))
+        condition = Condition.collate(encoder([prompt for _, prompt in members])).to(weights.device)
         for name, generator in generators.items():
             with torch.no_grad():
                 tensors = format.detokenize(generator(condition.states, condition.mask))
@@ -312,7 +321,7 @@ def draw(
     scores: Sequence[Score],
 ) -> list[Path]:
     """The pictures: deltas in two dimensions, loss curves, and the verdict as bars."""
-    from .plots import plot_bars, plot_deltas, plot_loss_curves
+    from .plots.charts import plot_bars, plot_deltas, plot_loss_curves
 
     points = torch.stack([labels[str(source)] for source in sources]).flatten(1)
     curves = {

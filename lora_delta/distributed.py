@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 Told = tuple[str, str]  # an exception's kind and its message
-_SAME_KIND: tuple[type[BaseException], ...] = (KeyboardInterrupt, ValueError, ImportError)
+_SAME_KIND: tuple[type[BaseException], ...] = (KeyboardInterrupt, ValueError, ImportError, OSError)
 
 
 @dataclass(frozen=True)
@@ -122,11 +122,11 @@ def process_group(device: torch.device | str | None = None) -> Iterator[Ranks]:
         device: by default a GPU where there is one, else the CPU. A GPU without a number is that of LOCAL_RANK.
 
     Raises:
-        ValueError: no such GPU.
+        ValueError: not a device, or more processes on this machine than GPUs.
     """
     under_torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     ours = under_torchrun and dist.is_available() and not dist.is_initialized()
-    device = _own_device(device, int(os.environ.get("LOCAL_RANK", 0)) if under_torchrun else None)
+    device = _own_device(device, under_torchrun)
     if not ours:
         yield Ranks.current(device)
         return
@@ -147,12 +147,45 @@ def process_group(device: torch.device | str | None = None) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def _own_device(device: torch.device | str | None, local_rank: int | None) -> torch.device:
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is None and local_rank is not None:
-        if local_rank >= (there := torch.cuda.device_count()):
-            raise ValueError(f"LOCAL_RANK is {local_rank} and there are {there} GPUs, expected one for each process")
-        device = torch.device("cuda", local_rank)
-    return device
+def default_device() -> torch.device:
+    """A GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def usable_device(device: torch.device | str | None = None) -> torch.device:
+    """A device by its name, by default :func:`default_device`.
+
+    Raises:
+        ValueError: neither the CPU nor a GPU that is there.
+    """
+    found = _named_device(device)
+    there = torch.cuda.device_count() if found.type == "cuda" else 1
+    if (found.index or 0) >= there:
+        what = "GPU" if found.type == "cuda" else "CPU"
+        raise ValueError(f"device is {str(device)!r}, and there {'is' if there == 1 else 'are'} {there} {what} here")
+    return found
+
+
+def _named_device(device: torch.device | str | None) -> torch.device:
+    found: torch.device | None = None
+    with suppress(RuntimeError, TypeError):
+        found = default_device() if device is None else torch.device(device)
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {device!r}, expected one such as 'cpu', 'cuda' or 'cuda:1'")
+    return found
+
+
+def _own_device(device: torch.device | str | None, under_torchrun: bool) -> torch.device:
+    found = _named_device(device)
+    if found.type == "cuda" and found.index is None and under_torchrun:
+        rank = int(os.environ.get("LOCAL_RANK", 0))
+        ranks = max(rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 0)))
+        gpus = torch.cuda.device_count()
+        if ranks > gpus:  # all of them say so, or those that have one would wait for the others
+            fewer = f"fewer (torchrun --nproc-per-node {gpus}), or all " if gpus else "them "
+            raise ValueError(
+                f"there are {ranks} processes on this machine and {gpus} GPU{'' if gpus == 1 else 's'}, expected a GPU "
+                f"for each: start {fewer}with --device cpu"
+            )
+        found = torch.device("cuda", rank)
+    return usable_device(found)

@@ -1,44 +1,28 @@
 """One decoder block: ``x_mid = x + o(attention(qkv(norm(x))))``, then ``x_mid + down(swiglu(gate_up(norm(x_mid))))``.
 
-The residual stream is (G, S, H) in the accumulation dtype, of the adapters of one chunk. G is 1 below the first adapted
-block, where all adapters still share one stream. Each half has its vjp right below it: the same lines, upside down.
+The residual stream is (G, S, H) in the accumulation dtype, of the adapters of one chunk; G is 1 below the first adapted
+block, where all adapters still share one stream. What a block adds to it last, the next norm adds: a stream is a pair
+(x, y). Each half has its vjp right below it: the same lines, upside down. A backend does the operations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .architecture import PROJECTIONS, STACKS, projection_shape
+from .backends.plain import Plain
 from .config import Qwen2Config
-from .dtypes import accumulation_dtype
 from .lora import Lora
-from .ops.attention import attention, attention_vjp, kept_keys
-from .ops.linear import PackedWeight
-from .ops.rmsnorm import rmsnorm_engine, rmsnorm_vjp
-from .ops.rope import rope_engine, rope_vjp
-from .ops.swiglu import swiglu_engine_, swiglu_partials_, swiglu_vjp_
-from .packing import AttentionTile
+from .ops.linear import Weight
 from .parallel import TensorParallel
-from .stacking import DOWN, GATE, KV, QKV, UP, Gradients, O, Q, Stack, stack
-from .weights import BlockWeights, PackedBlock
-
-
-@dataclass(frozen=True)
-class Row:
-    """What a block needs to know of the packed row: rope tables, attention, and which rows to go on with.
-
-    ``rows`` None is all S; else the (R,) nodes that are read out, and the block computes queries, o_proj and MLP
-    for them alone. ``tiles`` are of those queries.
-    """
-
-    q_rope: tuple[Tensor, Tensor]  # cos, sin (S or R, 1, head_dim/2), times 1/sqrt(head_dim)
-    k_rope: tuple[Tensor, Tensor]  # cos, sin (S, head_dim/2)
-    tiles: Sequence[AttentionTile]
-    dtype: torch.dtype  # of attention's forward
-    rows: Tensor | None = None
+from .stacking import Cotangent, GradientsOf, Input, Product, Stack
+from .tables import Row
+from .weights import BlockWeights
 
 
 @dataclass(frozen=True)
@@ -46,6 +30,7 @@ class Block:
     """A block's weights and adapters, ready to multiply. ``q`` is None where it is stacked in ``qkv``."""
 
     config: Qwen2Config
+    layer: int
     input_layernorm: Tensor
     post_attention_layernorm: Tensor
     qkv: Stack  # of k|v alone where q is apart
@@ -53,20 +38,26 @@ class Block:
     o: Stack
     gate_up: Stack
     down: Stack
-    parallel: TensorParallel | None
+    q_norm: Tensor | None = None  # (head_dim,), where the family has one, as k_norm
+    k_norm: Tensor | None = None
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        every = (self.qkv, self.q, self.o, self.gate_up, self.down)
+        return tuple(stack for stack in every if stack is not None)
 
     @property
     def adapted(self) -> bool:
         """Whether any of its projections has adapters."""
-        stacks = (self.qkv, self.q, self.o, self.gate_up, self.down)
-        return any(stack is not None and stack.A is not None for stack in stacks)
+        return any(stack.adapted for stack in self.stacks)
 
     @classmethod
     def bind(
         cls,
+        backend: Plain,
         config: Qwen2Config,
         weights: BlockWeights,
-        packed: PackedBlock | None,
+        packed: Mapping[str, tuple[Weight, ...]] | None,
         lora: Lora,
         layer: int,
         compute: torch.dtype,
@@ -78,221 +69,134 @@ class Block:
 
         ``q_apart``: for a block that is read out at a few rows, which needs k and v of all rows but not q.
         """
-        b, n = weights.qkv_bias.to(compute), config.q_size
 
-        def matrix(name: str) -> Tensor | PackedWeight:
-            return getattr(weights, name).to(compute) if packed is None else getattr(packed, name)
+        def stack(name: str) -> Stack:
+            bias = weights.bias(name)
+            bias = None if bias is None else bias.to(compute)
+            bases = backend.bases(weights.stack(name).to(compute), name)
+            if packed is not None:
+                bases = [(names, own) for (names, _), own in zip(bases, packed[name], strict=True)]
+            by_outputs = PROJECTIONS[STACKS[name][0]].split == 0
+            summed = {"summed_back" if by_outputs else "summed": parallel}
+            with_bias = [(names, weight, bias) for names, weight in bases]
+            return backend.stack(config, lora, layer, name, with_bias, **summed)
 
-        def stacked(*bases: tuple[tuple[str, ...], Tensor | PackedWeight, Tensor | None]) -> Stack:
-            return stack(config, lora, layer, *bases)
+        def half(names: tuple[str, ...], rows: slice) -> Stack:
+            weight, bias = weights.stack("qkv").to(compute)[rows], weights.bias("qkv")
+            bias = None if bias is None else bias.to(compute)[rows]
+            return backend.stack(config, lora, layer, "qkv", [(names, weight, bias)], summed_back=parallel)
 
+        q = None
         if q_apart:  # a packed matrix cannot be cut
-            w = weights.qkv_proj.to(compute)
-            qkv, q = stacked((KV, w[n:], b[n:])), stacked((Q, w[:n], b[:n]))
+            first, *others = STACKS["qkv"]
+            n, _ = projection_shape(config, first)
+            q, qkv = half((first,), slice(n)), half(tuple(others), slice(n, None))
         else:
-            qkv, q = stacked((QKV, matrix("qkv_proj"), b)), None
-        return cls(
-            config,
-            weights.input_layernorm,
-            weights.post_attention_layernorm,
-            qkv,
-            q,
-            stacked((O, matrix("o_proj"), None)),
-            stacked((GATE, matrix("gate_proj"), None), (UP, matrix("up_proj"), None)),
-            stacked((DOWN, matrix("down_proj"), None)),
-            parallel,
-        )
+            qkv = stack("qkv")
+        norms = weights.input_layernorm, weights.post_attention_layernorm
+        heads = weights.q_norm, weights.k_norm
+        return cls(config, layer, *norms, qkv, q, stack("o"), stack("gate_up"), stack("down"), *heads)
 
-    def summed(self, x: Tensor) -> Tensor:
-        """What several ranks have computed in parts; one call a half, forwards and back."""
-        return x if self.parallel is None else self.parallel.sum_(x)
+    def __getitem__(self, adapters: slice) -> Block:
+        """The adapters of a slice."""
+        if all(stack[adapters] is stack for stack in self.stacks):
+            return self
+        parts = {name: getattr(self, name)[adapters] for name in ("qkv", "o", "gate_up", "down")}
+        return replace(self, **parts, q=None if self.q is None else self.q[adapters])
+
+
+@dataclass
+class KeptAttention:
+    """What the first half leaves for the vjp."""
+
+    x: Tensor  # (G, S, H), the block's input
+    h: Input  # norm(x), and its rstd
+    rstd: Tensor
+    attended: Any  # a backend's own
+    o: Input
 
 
 @dataclass
 class KeptMlp:
-    h: Tensor  # (G, S, H), norm(x_mid), and its rstd
+    """What the second half leaves for the vjp."""
+
+    x_mid: Tensor  # (G, S or R, H), its input
+    h: Input  # norm(x_mid), and its rstd
     rstd: Tensor
-    a: Tensor  # (G, S, I), what down_proj reads
-    by_gate: Tensor  # ∂a/∂gate
-    by_up: Tensor
-    u_gate_up: Tensor | None
-    u_down: Tensor | None = None
-
-
-@dataclass
-class Kept:
-    """What the forward leaves for the vjp beside the block's input. All (G, S, …)."""
-
-    x_mid: Tensor
-    h: Tensor  # norm(x), and its rstd
-    rstd: Tensor
-    q: Tensor  # (G, K, S, group, head_dim), rotated and scaled; in attention's dtype, as k
-    k: Tensor  # (G, K, S, head_dim), rotated
-    v: Tensor
-    probs: list[Tensor | None]  # of each tile, where they are kept
-    o: Tensor
-    u_qkv: Tensor | None
-    u_q: Tensor | None
-    u_o: Tensor | None
-    mlp: KeptMlp | None = None  # None: to be computed again
-
-
-def kept_bytes(
-    config: Qwen2Config, n_adapters: int, n_tokens: int, tiles: Sequence[AttentionTile], compute: torch.dtype
-) -> int:
-    """Bytes of a block's :class:`Kept`, x_mid and the low-rank parts aside; ``tiles`` are of all tokens."""
-    rotated = accumulation_dtype(compute).itemsize * (config.q_size + config.kv_size)
-    others = 2 * config.hidden_size + config.q_size + config.kv_size + 3 * config.intermediate_size
-    probs = kept_keys(tiles, n_tokens) * config.num_attention_heads
-    return n_adapters * (n_tokens * (rotated + others * compute.itemsize) + probs * compute.itemsize)
+    gated: Any  # a backend's own
+    a: Input
 
 
 def attention_half(
-    block: Block, x: Tensor, row: Row, adapters: slice, x_mid: Tensor | None = None, *, keep: bool
-) -> Kept:
-    """``x_mid = x + o(attention(qkv(norm(x))))`` of the adapters in the slice, and all that the vjp needs of it.
-
-    Without ``keep`` no vjp follows, and the probabilities are dropped. Where ``x_mid`` is known, o_proj is not
-    multiplied again.
-    """
-    config, compute = block.config, block.o.dtype
-    h, rstd = rmsnorm_engine(x, block.input_layernorm, config.rms_norm_eps, compute)
-    (qkv,), u_qkv = block.qkv(h, adapters)
-    if block.q is None:
-        queries, kv, u_q = qkv[..., : config.q_size], qkv[..., config.q_size :], None
-    else:
-        (queries,), u_q = block.q(h[:, row.rows], adapters)
-        kv = qkv
-    keys, values = kv.chunk(2, -1)
-    q = _rotated(_query_heads(queries, config), row.q_rope, row.dtype)
-    k = _rotated(_heads(keys, config), row.k_rope, row.dtype)
-    v = _heads(values, config).clone(memory_format=torch.contiguous_format)
-    n_adapters = max(q.shape[0], k.shape[0])
-    q, k, v = (t.expand(n_adapters, *t.shape[1:]) for t in (q, k, v))
-    o, probs = attention(q, k, v, row.tiles, keep=keep)
-    if x_mid is not None:
-        return Kept(x_mid, h, rstd, q, k, v, probs, o, u_qkv, u_q, block.o.inner(o, adapters))
-    (y,), u_o = block.o(o, adapters)
-    return Kept(_rows(x, row) + block.summed(y), h, rstd, q, k, v, probs, o, u_qkv, u_q, u_o)
+    backend: Plain, block: Block, x: Tensor, y: Product | None, row: Row, *, keep: bool, overwrite: bool = False
+) -> KeptAttention:
+    """From ``x + y`` to what o_proj reads. With ``overwrite`` x may be written over."""
+    norm, eps = block.input_layernorm, block.config.rms_norm_eps
+    x, h, rstd = backend.add_norm(x, y, norm, eps, block.qkv, overwrite=overwrite)
+    o, attended = backend.attend(h, block, row, keep=keep)
+    return KeptAttention(x, h, rstd, attended, o)
 
 
 def attention_half_vjp(
+    backend: Plain,
     block: Block,
-    x: Tensor,
-    kept: Kept,
+    kept: KeptAttention,
     dx_mid: Tensor,
+    dy: Cotangent,
     row: Row,
-    adapters: slice,
-    gradients: Gradients,
-    layer: int,
+    gradients: GradientsOf,
+    below: Stack | None,
+    *,
     need_dx: bool,
-) -> Tensor | None:
-    """The cotangent of ``x`` from that of ``x_mid``, (G, S or R, H); None where nothing below needs it."""
-    config, compute = block.config, block.o.dtype
-    need_attention = need_dx or gradients.wants_any(layer, QKV)
-    do = block.o.vjp([dx_mid.to(compute)], kept.o, kept.u_o, gradients, adapters, need_dx=need_attention)
+) -> tuple[Tensor, Cotangent] | None:
+    """The cotangent of ``x``, also as that of what ``below`` gave; None where nothing needs it.
+
+    ``dx_mid`` (G, S or R, H) is that of ``x_mid``, and written over; ``dy`` the same as o_proj's.
+    """
+    need_attention = need_dx or gradients.every.wants_any(block.layer, "qkv")
+    do = backend.product_vjp(dy, block.o, kept.o, gradients, need_dx=need_attention)
     if do is None:
         return None
-    dq, dk, dv = attention_vjp(do, kept.q, kept.k, kept.v, kept.probs, row.tiles)
-    d_queries = do.new_empty(*do.shape[:-1], config.q_size)
-    d_kv = do.new_empty(dk.shape[0], dk.shape[2], 2 * config.kv_size)
-    if block.q is None:  # one buffer for q|k|v
-        d_qkv = do.new_empty(*do.shape[:-1], config.q_size + 2 * config.kv_size)
-        d_queries, d_kv = d_qkv[..., : config.q_size], d_qkv[..., config.q_size :]
-    rope_vjp(dq, *row.q_rope, out=_query_heads(d_queries, config))
-    d_keys, d_values = d_kv.chunk(2, -1)
-    rope_vjp(dk, *row.k_rope, out=_heads(d_keys, config))
-    _heads(d_values, config).copy_(dv)
-    if block.q is None:
-        dh = block.qkv.vjp([d_qkv], kept.h, kept.u_qkv, gradients, adapters, need_dx=need_dx)
-    else:
-        dh = block.qkv.vjp([d_kv], kept.h, kept.u_qkv, gradients, adapters, need_dx=need_dx)
-        dh_rows = block.q.vjp([d_queries], kept.h[:, row.rows], kept.u_q, gradients, adapters, need_dx=need_dx)
-        if dh is not None and dh_rows is not None and row.rows is not None:
-            dh.index_add_(1, row.rows, dh_rows)
+    dh = backend.attend_vjp(do, kept.h, kept.o, kept.attended, block, row, gradients, need_dx=need_dx)
     if dh is None:
         return None
-    dx = rmsnorm_vjp(block.summed(dh).to(x.dtype), x, block.input_layernorm, kept.rstd)
-    return dx.add_(dx_mid) if row.rows is None else dx.index_add_(1, row.rows, dx_mid)
+    return backend.norm_vjp(dh, kept.x, block.input_layernorm, kept.rstd, dx_mid, below, row.rows)
 
 
 def mlp_half(
-    block: Block, x_mid: Tensor, adapters: slice, *, keep: bool, in_place: bool = False
-) -> tuple[Tensor, KeptMlp | None]:
-    """``x_out = x_mid + down(swiglu(gate_up(norm(x_mid))))``, and with ``keep`` what the vjp needs of it.
+    backend: Plain, block: Block, x: Tensor, o: Input | None, *, keep: bool, again: bool = False
+) -> KeptMlp:
+    """From ``x + o_proj(o)`` to what down_proj reads; without ``o`` from ``x_mid`` itself.
 
-    With ``in_place`` ``x_mid`` is written over where it can be.
+    ``again``: down_proj has read it already, and what it reads is needed as far as the vjp does.
     """
-    x_mid = x_mid.expand(_n_adapters(block, x_mid, adapters), -1, -1)
-    h, rstd = _normed(block, x_mid)
-    kept = _gated(block, h, rstd, adapters) if keep else None
-    a = swiglu_engine_(*block.gate_up(h, adapters)[0]) if kept is None else kept.a
-    (y,), u_down = block.down(a, adapters)
-    if kept is not None:
-        kept.u_down = u_down
-    out = x_mid if in_place and x_mid.stride(0) != 0 else None
-    return torch.add(x_mid, block.summed(y), out=out), kept
+    y = None if o is None else backend.product(o, block.o)
+    norm, eps = block.post_attention_layernorm, block.config.rms_norm_eps
+    x_mid, h, rstd = backend.add_norm(x, y, norm, eps, block.gate_up)
+    a, gated = backend.gate(backend.product(h, block.gate_up), block.down, keep=keep, again=again)
+    return KeptMlp(x_mid, h, rstd, gated, a)
 
 
 def mlp_half_vjp(
+    backend: Plain,
     block: Block,
-    x_mid: Tensor,
-    kept: KeptMlp | None,
-    dx_out: Tensor,
-    adapters: slice,
-    gradients: Gradients,
-    layer: int,
+    kept: KeptMlp,
+    dx: Tensor,
+    dy: Cotangent,
+    gradients: GradientsOf,
+    *,
     need_dx: bool,
-) -> Tensor | None:
-    """The cotangent of ``x_mid`` (G, S, H), written over ``dx_out``; what was not kept is computed again."""
-    compute = block.down.dtype
-    need_gate_up = need_dx or gradients.wants_any(layer, GATE + UP)
-    if not need_gate_up and not gradients.wants_any(layer, DOWN):
-        return None
-    x_mid = x_mid.expand(dx_out.shape)
-    if kept is None:
-        kept = _gated(block, *_normed(block, x_mid), adapters)
-        kept.u_down = block.down.inner(kept.a, adapters)
-    da = block.down.vjp([dx_out.to(compute)], kept.a, kept.u_down, gradients, adapters, need_dx=need_gate_up)
+) -> tuple[Tensor, Cotangent] | None:
+    """The cotangent of ``x_mid``, also as that of what o_proj gave; None where nothing needs it.
+
+    ``dx`` (G, S or R, H) is that of the block's output, and written over; ``dy`` the same as down_proj's.
+    """
+    need_gate_up = need_dx or gradients.every.wants_any(block.layer, "gate_up")
+    da = backend.product_vjp(dy, block.down, kept.a, gradients, need_dx=need_gate_up)
     if da is None:
         return None
-    d_gate_up = swiglu_vjp_(da, kept.by_gate, kept.by_up)
-    dh = block.gate_up.vjp(d_gate_up, kept.h, kept.u_gate_up, gradients, adapters, need_dx=need_dx)
+    d_gate_up = backend.gate_vjp(da, kept.a, kept.h, kept.gated, block, gradients)
+    dh = backend.product_vjp(d_gate_up, block.gate_up, kept.h, gradients, need_dx=need_dx)
     if dh is None:
         return None
-    weight = block.post_attention_layernorm
-    return dx_out.add_(rmsnorm_vjp(block.summed(dh).to(x_mid.dtype), x_mid, weight, kept.rstd))
-
-
-def _gated(block: Block, h: Tensor, rstd: Tensor, adapters: slice) -> KeptMlp:
-    (gate, up), u_gate_up = block.gate_up(h, adapters)
-    return KeptMlp(h, rstd, *swiglu_partials_(gate, up), u_gate_up)
-
-
-def _normed(block: Block, x_mid: Tensor) -> tuple[Tensor, Tensor]:
-    """norm(x_mid) in the compute dtype, and its rstd."""
-    weight, eps = block.post_attention_layernorm, block.config.rms_norm_eps
-    return rmsnorm_engine(x_mid, weight, eps, block.gate_up.dtype)
-
-
-def _n_adapters(block: Block, x: Tensor, adapters: slice) -> int:
-    stacks = (block.gate_up.A, block.down.A)
-    return max([x.shape[0], *(A[adapters].shape[0] for A in stacks if A is not None)])
-
-
-def _rows(x: Tensor, row: Row) -> Tensor:
-    return x if row.rows is None else x[:, row.rows]
-
-
-def _heads(x: Tensor, config: Qwen2Config) -> Tensor:
-    """(G, S, K·head_dim) as (G, K, S, head_dim), a view."""
-    return x.unflatten(-1, (-1, config.head_dim)).transpose(1, 2)
-
-
-def _query_heads(x: Tensor, config: Qwen2Config) -> Tensor:
-    """(G, S, heads·head_dim) as (G, K, S, group, head_dim), a view."""
-    return x.unflatten(-1, (config.num_key_value_heads, -1, config.head_dim)).transpose(1, 2)
-
-
-def _rotated(heads: Tensor, tables: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
-    return rope_engine(heads, *tables, out=torch.empty(heads.shape, dtype=dtype, device=heads.device))
+    return backend.norm_vjp(dh, kept.x_mid, block.post_attention_layernorm, kept.rstd, dx, block.o)

@@ -1,50 +1,44 @@
-"""A hub id or a folder to ``(config, weights)``: every check first, then each tensor to its place."""
+"""A checkpoint to ``(config, weights)``: every check first, then each tensor to its place."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import huggingface_hub
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .config import Qwen2Config
+from .config import Qwen2Config, read_config
 from .dtypes import default_compute_dtype
 from .files import read_json_object
+from .hub import resolve_checkpoint
 from .parallel import TensorParallel
+from .safetensors_format import DISK_DTYPES, SafetensorsFile, StoredTensor
 from .streaming import StreamedBlocks, StreamedRows, blocks_from_host, moved
 from .weights import BlockWeights, Qwen2Weights, block_views, empty_block, empty_weights
 
 STORAGE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-DISK_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-# The only files that are fetched from the hub: data, never code or pickles. Newer checkpoints keep the chat
-# template in a file of its own instead of tokenizer_config.json.
-FETCHED = ("*.json", "*.safetensors", "chat_template.jinja")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-# Pages of a memory-mapped file count as this process's memory until it is unmapped, so a file is read in
-# pieces of this size and mapped anew for each, which takes a third of a millisecond.
-PIECE_BYTES = 8 << 20
+PIECE_BYTES = 1 << 20  # that are read at once: they are still in the cache when they are converted and looked at
+_MOST_INDEX = 1 << 24  # bytes
+_SHARD = re.compile(r"[^/\\\x00-\x1f]{1,200}\.safetensors")
 
 
 class _Entry(NamedTuple):
     """Where a tensor lies, as the header of its file says."""
 
-    file: Path
+    file: SafetensorsFile
     name: str
-    dtype: str
-    shape: tuple[int, ...]
+    stored: StoredTensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape
 
 
 def load_pretrained(
@@ -58,7 +52,7 @@ def load_pretrained(
     mesh: DeviceMesh | None = None,
     stream: bool | str = False,
 ) -> tuple[Qwen2Config, Qwen2Weights]:
-    """Read a Qwen2 checkpoint: ``config.json`` and ``model.safetensors``, or shards with an index.
+    """Read a Qwen2 or Qwen3 checkpoint: ``config.json`` and ``model.safetensors``, or shards with an index.
 
     Names, shapes and dtypes of all tensors are checked before the weights are allocated; then each tensor is
     copied, and converted on the way, to its place in the engine's layout. Peak memory is the loaded weights
@@ -80,7 +74,7 @@ def load_pretrained(
             read. Blocks on disk are checked to be finite when they are first read.
 
     Raises:
-        ValueError: the checkpoint cannot be found, is incomplete, corrupt or not a dense Qwen2; a tensor is
+        ValueError: the checkpoint cannot be found, is incomplete, corrupt or not a dense Qwen2 or Qwen3; a tensor is
             missing, unexpected, of another shape, of no floating-point dtype, or not finite (on disk or once
             in ``dtype``); a tied ``lm_head.weight`` differs from the embedding; ``dtype`` or ``device`` is
             not supported; the model cannot be split over so many ranks.
@@ -92,11 +86,11 @@ def load_pretrained(
     device = _usable_device(device)
     where: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
     # The config alone first: a model of another type is refused before gigabytes are fetched.
-    Qwen2Config.from_json_file(resolve_checkpoint(model, **where, patterns=("config.json",)) / "config.json")
+    read_config(resolve_checkpoint(model, **where, patterns=("config.json",)))
     folder = resolve_checkpoint(model, **where)
-    config = Qwen2Config.from_json_file(folder / "config.json")
+    config = read_config(folder)
 
-    entries = _matched_entries(folder, config)
+    entries = _matched_entries(folder, config, lm_head)
     if dtype is None:
         dtype = _dtype_on_disk(folder, entries["model.embed_tokens.weight"])
     # Under a caller's inference mode the weights would be unusable for autograd for ever after.
@@ -136,7 +130,7 @@ def _streamed(
         entry = entries[name]
 
         def read_rows(part: slice) -> Tensor:
-            found = torch.cat([piece for _, piece in _pieces(entry, (part, slice(0, entry.shape[1])))]).to(dtype)
+            found = entry.file.read_rows(entry.stored, part).to(dtype)
             if not _all_finite(found):
                 where = f"tensor {entry.name} in {entry.file}"
                 raise ValueError(f"{where} is not finite in {dtype}, expected finite values only")
@@ -148,7 +142,7 @@ def _streamed(
     _copy(entries["model.norm.weight"], norm)
     embed_tokens = rows("model.embed_tokens.weight")
     head = embed_tokens if config.tie_word_embeddings else rows("lm_head.weight") if lm_head else None
-    nbytes = sum(getattr(empty_block(local, dtype, "meta"), f.name).nbytes for f in fields(BlockWeights))
+    nbytes = sum(tensor.nbytes for tensor in empty_block(local, dtype, "meta").tensors().values())
     n, compute = config.num_hidden_layers, default_compute_dtype(dtype, device)
     blocks = StreamedBlocks(read, n, n * nbytes, device, compute)
     return Qwen2Weights(embed_tokens, blocks, norm, head, parallel=parallel)
@@ -172,49 +166,6 @@ def _from_host(weights: Qwen2Weights, device: torch.device) -> Qwen2Weights:
     return replace(weights, embed_tokens=streamed, blocks=blocks, norm=norm, lm_head=lm_head)
 
 
-def resolve_checkpoint(
-    model: str | Path,
-    *,
-    revision: str | None = None,
-    local_files_only: bool = False,
-    patterns: Sequence[str] = FETCHED,
-) -> Path:
-    """The local folder of a checkpoint: ``model`` itself, or the hub's snapshot, fetched where need be.
-
-    Only top-level files that fit ``patterns`` are fetched; by default json, safetensors, the chat template.
-
-    Raises:
-        ValueError: a path does not exist or is no folder; a hub id is not found, or not cached while offline.
-    """
-    text = str(model)
-    try:
-        folder = Path(model).expanduser()
-    except RuntimeError:  # ~user for a user who does not exist
-        folder = Path(model)
-    if text and folder.is_dir():
-        return folder
-    if not text or folder.exists():
-        raise ValueError(f"model is {text!r}, which is no folder; expected a checkpoint's folder or a hub id")
-    if isinstance(model, Path) or text[0] in "./~" or text.count("/") > 1 or "\\" in text:
-        raise ValueError(f"model is {text!r}, a folder that does not exist; expected a folder or a hub id")
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                text,
-                revision=revision,
-                local_files_only=local_files_only,
-                allow_patterns=list(patterns),
-                ignore_patterns=["*/*"],
-            )
-        )
-    except Exception as error:  # the hub client's errors differ between its versions and transports
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(
-            f"model {text!r} at revision {revision or 'main'!r} is not to be had from the hub or its local "
-            f"cache, and no folder of that name exists: {reason}"
-        ) from error
-
-
 def _usable_device(device: torch.device | str) -> torch.device:
     try:
         usable = torch.device(device)
@@ -227,16 +178,16 @@ def _usable_device(device: torch.device | str) -> torch.device:
 def _dtype_on_disk(folder: Path, embed_tokens: _Entry) -> torch.dtype:
     fields = read_json_object(folder / "config.json")
     name = fields.get("dtype") or fields.get("torch_dtype")
-    dtype = getattr(torch, str(name).split(".")[-1], name) if name else DISK_DTYPES[embed_tokens.dtype]
+    dtype = getattr(torch, str(name).split(".")[-1], name) if name else DISK_DTYPES[embed_tokens.stored.dtype]
     if dtype not in STORAGE_DTYPES:
-        raise ValueError(f"{folder} is stored in {dtype}, expected a dtype argument, one of {STORAGE_DTYPES}")
+        raise ValueError(f"{folder} is stored in {dtype!s:.100}, expected a dtype argument, one of {STORAGE_DTYPES}")
     return dtype
 
 
-def _matched_entries(folder: Path, config: Qwen2Config) -> dict[str, _Entry]:
-    """Every tensor that the config asks for, under its full name; a tied ``lm_head.weight`` if present."""
+def _matched_entries(folder: Path, config: Qwen2Config, lm_head: bool) -> dict[str, _Entry]:
+    """Every tensor that the config asks for, under its full name; an ``lm_head.weight`` that is not if present."""
     found = _tensors_of(folder)
-    required = empty_weights(config, device="meta").named_views(config)
+    required = empty_weights(config, device="meta", lm_head=lm_head).named_views(config)
     expected = {name: tuple(view.shape) for name, view in required.items()}
     expected.setdefault("lm_head.weight", expected["model.embed_tokens.weight"])
 
@@ -245,11 +196,11 @@ def _matched_entries(folder: Path, config: Qwen2Config) -> dict[str, _Entry]:
         full = name if name in expected or f"model.{name}" in found else f"model.{name}"
         where = f"tensor {name} in {entry.file}"
         if full not in expected:
-            raise ValueError(f"{where} fits nothing, expected only tensors that a Qwen2 of this config has")
+            raise ValueError(f"{where} fits nothing, expected only tensors that a model of this config has")
         if entry.shape != expected[full]:
             raise ValueError(f"{where} has shape {entry.shape}, expected {expected[full]}")
-        if entry.dtype not in DISK_DTYPES:
-            raise ValueError(f"{where} has dtype {entry.dtype}, expected one of {list(DISK_DTYPES)}")
+        if entry.stored.dtype not in DISK_DTYPES:
+            raise ValueError(f"{where} has dtype {entry.stored.dtype:.20}, expected one of {list(DISK_DTYPES)}")
         entries[full] = entry
     missing = [name for name in required if name not in entries]
     if missing:
@@ -273,21 +224,23 @@ def _tensors_of(folder: Path) -> dict[str, _Entry]:
 
 
 def _tensors_of_index(index: Path) -> dict[str, _Entry]:
-    weight_map = read_json_object(index).get("weight_map")
+    weight_map = read_json_object(index, "an index of shards", _MOST_INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} has no weight_map, expected an object of tensor names and shard names")
     for name, shard in weight_map.items():
+        if not name.isprintable():
+            raise ValueError(f"{index} names {name!r:.100}, expected names of tensors")
         # The name decides, not where it leads: a hub snapshot's own files are links to ../../blobs.
-        if not isinstance(shard, str) or "/" in shard or "\\" in shard or not shard.endswith(".safetensors"):
-            raise ValueError(f"{index} puts {name} into {shard!r}, expected a .safetensors file beside it")
+        if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
+            raise ValueError(f"{index} puts {name:.200} into {shard!r:.200}, expected a .safetensors file beside it")
     shards = {shard: index.parent / shard for shard in sorted(set(weight_map.values()))}
     missing = [shard for shard, file in shards.items() if not file.is_file()]
     if missing:
-        raise ValueError(f"{index} names {missing}, which {index.parent} does not have; expected every shard")
+        raise ValueError(f"{index} names {missing[:3]}, which {index.parent} does not have; expected every shard")
     headers = {shard: _read_header(file) for shard, file in shards.items()}
     for name, shard in weight_map.items():
         if name not in headers[shard]:
-            raise ValueError(f"tensor {name} is missing in {shards[shard]}, expected it there by {index}")
+            raise ValueError(f"tensor {name:.200} is missing in {shards[shard]}, expected it there by {index}")
     found: dict[str, _Entry] = {}
     for shard, header in headers.items():
         for name, entry in header.items():
@@ -297,16 +250,9 @@ def _tensors_of_index(index: Path) -> dict[str, _Entry]:
     return found
 
 
-def _read_header(file: Path) -> dict[str, _Entry]:
-    try:
-        with safe_open(file, "pt") as handle:
-            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118  (not a mapping)
-            return {k: _Entry(file, k, s.get_dtype(), tuple(s.get_shape())) for k, s in slices.items()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{file}, of {file.stat().st_size} bytes, is truncated or corrupt, expected a safetensors file: "
-            f"{error}"
-        ) from error
+def _read_header(path: Path) -> dict[str, _Entry]:
+    file = SafetensorsFile(path)
+    return {name: _Entry(file, name, stored) for name, stored in file.tensors.items()}
 
 
 def _no_weights(folder: Path) -> str:
@@ -317,7 +263,7 @@ def _no_weights(folder: Path) -> str:
         return (
             f"{folder} has its weights only in pickles ({', '.join(pickles[:3])}), which are never loaded "
             "because they can run code; expected model.safetensors. If you trust them, convert them: "
-            "transformers' Qwen2ForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+            "transformers' AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
         )
     return (
         f"{folder} has {', '.join(others[:3]) or 'no .safetensors file'}, expected model.safetensors or "
@@ -325,36 +271,37 @@ def _no_weights(folder: Path) -> str:
     )
 
 
-def _pieces(entry: _Entry, part: tuple[slice, ...] | None = None) -> Iterator[tuple[slice, Tensor]]:
-    """The rows of a tensor or of a part of it, piece by piece; the file is mapped no longer than a piece is in use."""
-    rows, *columns = part or tuple(slice(0, size) for size in entry.shape)
-    row_bytes = DISK_DTYPES[entry.dtype].itemsize * torch.Size(entry.shape[1:]).numel()
-    step = max(1, PIECE_BYTES // row_bytes)
-    for start in range(rows.start, rows.stop, step):
-        stop = min(start + step, rows.stop)
-        with safe_open(entry.file, "pt") as handle:
-            piece = handle.get_slice(entry.name)[(slice(start, stop), *columns)]
-            yield slice(start - rows.start, stop - rows.start), piece
-
-
 def _copy(entry: _Entry, view: Tensor, parallel: TensorParallel | None = None, *, check: bool = True) -> None:
-    part = None if parallel is None else parallel.of_weight(entry.name, entry.shape)
-    for rows, piece in _pieces(entry, part):
-        target = view[rows]
-        target.copy_(piece)
+    """A tensor, or this rank's part of it, to its place."""
+    whole = tuple(slice(0, size) for size in entry.shape)
+    rows, *columns = whole if parallel is None else parallel.of_weight(entry.name, entry.shape)
+    straight = view.is_cpu and view.is_contiguous() and view.dtype == DISK_DTYPES[entry.stored.dtype]
+    straight &= view.shape[1:] == entry.shape[1:]
+    for piece in _pieces(entry, rows):
+        target = view[piece.start - rows.start : piece.stop - rows.start]
+        found = entry.file.read_rows(entry.stored, piece, target if straight else None)
+        if not straight:
+            target.copy_(found[(slice(None), *columns)])
         if check and not _all_finite(target):
-            what = f"overflows in {view.dtype}" if _all_finite(piece.double()) else "is not finite"
+            what = f"overflows in {view.dtype}" if _all_finite(found.double()) else "is not finite"
             raise ValueError(f"tensor {entry.name} in {entry.file} {what}, expected finite values only")
 
 
+def _pieces(entry: _Entry, rows: slice) -> Iterator[slice]:
+    row_bytes = DISK_DTYPES[entry.stored.dtype].itemsize * math.prod(entry.shape[1:])
+    step = max(1, PIECE_BYTES // row_bytes)
+    for start in range(rows.start, rows.stop, step):
+        yield slice(start, min(start + step, rows.stop))
+
+
 def _check_tied(entry: _Entry, embed_tokens: _Entry, dtype: torch.dtype) -> None:
-    for rows, piece in _pieces(entry):
-        for own, tied in _pieces(embed_tokens, (rows, slice(0, entry.shape[1]))):
-            if not torch.equal(piece[own].to(dtype), tied.to(dtype)):
-                raise ValueError(
-                    f"tensor {entry.name} in {entry.file} differs from the embedding, expected the same values "
-                    "as config field tie_word_embeddings is true; set it to false to use the separate lm_head"
-                )
+    for rows in _pieces(entry, slice(0, entry.shape[0])):
+        own, tied = (e.file.read_rows(e.stored, rows).to(dtype) for e in (entry, embed_tokens))
+        if not torch.equal(own, tied):
+            raise ValueError(
+                f"tensor {entry.name} in {entry.file} differs from the embedding, expected the same values "
+                "as config field tie_word_embeddings is true; set it to false to use the separate lm_head"
+            )
 
 
 def _all_finite(tensor: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""The configuration of a dense Qwen2 model, under the field names of a checkpoint's ``config.json``."""
+"""The configuration of a dense Qwen2 or Qwen3 model, under the field names of a checkpoint's ``config.json``."""
 
 from __future__ import annotations
 
@@ -6,20 +6,28 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeGuard, TypeVar
 
+from .architecture import FAMILIES, Family
 from .files import read_json_object
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 ROPE_TYPES = ("default", "linear", "yarn")
-SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-)
+# {size: the most that is read}, far above any Qwen2's: more is a mistake, and costs memory before files are compared.
+SIZES = {
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 22,
+    "num_hidden_layers": 1 << 10,
+    "num_attention_heads": 1 << 14,
+    "num_key_value_heads": 1 << 14,
+}
+_MOST_HEAD_DIM = 1 << 16
+_LARGEST = 3.4e38
+_MOST_TOKENS = 1 << 40  # of a context or a window
+_MOST_BYTES = 1 << 24  # of config.json
+
+C = TypeVar("C", bound="Qwen2Config")
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,12 @@ class Qwen2Config:
     Raises:
         ValueError: a field has an unsupported value; the message names the field.
     """
+
+    model_type: ClassVar[str] = "qwen2"
+    # Fields that change what transformers computes, unless they have this value.
+    _fixed: ClassVar[Mapping[str, Any]] = {
+        "quantization_config": None, "per_layer_config": None, "partial_rotary_factor": 1, "is_causal": True,
+    }  # fmt: skip
 
     vocab_size: int = 151936
     hidden_size: int = 4096
@@ -58,13 +72,15 @@ class Qwen2Config:
         resolve = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731  (frozen dataclass)
         if self.num_key_value_heads is None:
             resolve("num_key_value_heads", self.num_attention_heads)
-        for name in (*SIZES, "max_position_embeddings"):
+        for name, most in {**SIZES, "max_position_embeddings": _MOST_TOKENS}.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"config field {name} is {value!r}, expected a positive integer")
+            if not _is_integer(value, 1):
+                raise ValueError(f"config field {name} is {value!r:.100}, expected a positive integer")
+            if value > most:
+                raise ValueError(f"config field {name} is {value!r:.100}, expected at most {most:,}")
         for name in ("tie_word_embeddings", "use_sliding_window"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"config field {name} is {getattr(self, name)!r}, expected true or false")
+                raise ValueError(f"config field {name} is {getattr(self, name)!r:.100}, expected true or false")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"config field num_key_value_heads is {self.num_key_value_heads}, "
@@ -77,22 +93,25 @@ class Qwen2Config:
                     f"num_attention_heads = {self.num_attention_heads} where head_dim is not given"
                 )
             resolve("head_dim", self.hidden_size // self.num_attention_heads)
-        if not isinstance(self.head_dim, int) or self.head_dim < 2 or self.head_dim % 2:
-            raise ValueError(f"config field head_dim is {self.head_dim!r}, expected a positive even integer")
+        if not _is_integer(self.head_dim, 2) or self.head_dim % 2 or self.head_dim > _MOST_HEAD_DIM:
+            raise ValueError(
+                f"config field head_dim is {self.head_dim!r:.100}, expected a positive even integer of at most "
+                f"{_MOST_HEAD_DIM:,}"
+            )
         if self.hidden_act != "silu":
-            raise ValueError(f"config field hidden_act is {self.hidden_act!r}, expected 'silu'")
-        if not isinstance(self.rms_norm_eps, (int, float)) or not self.rms_norm_eps > 0:
-            raise ValueError(f"config field rms_norm_eps is {self.rms_norm_eps!r}, expected a number above 0")
+            raise ValueError(f"config field hidden_act is {self.hidden_act!r:.100}, expected 'silu'")
+        if not _is_number(self.rms_norm_eps) or not self.rms_norm_eps > 0:
+            raise ValueError(f"config field rms_norm_eps is {self.rms_norm_eps!r:.100}, expected a number above 0")
         if not self.use_sliding_window:
             resolve("sliding_window", None)
-        elif not isinstance(self.sliding_window, int) or self.sliding_window < 1:
+        elif not _is_integer(self.sliding_window, 1) or self.sliding_window > _MOST_TOKENS:
             raise ValueError(
-                f"config field sliding_window is {self.sliding_window!r}, expected a positive integer as "
-                "use_sliding_window is true"
+                f"config field sliding_window is {self.sliding_window!r:.100}, expected a positive integer of at most "
+                f"{_MOST_TOKENS:,} as use_sliding_window is true"
             )
-        if not isinstance(self.max_window_layers, int) or self.max_window_layers < 0:
+        if not _is_integer(self.max_window_layers, 0):
             raise ValueError(
-                f"config field max_window_layers is {self.max_window_layers!r}, expected an integer >= 0"
+                f"config field max_window_layers is {self.max_window_layers!r:.100}, expected an integer >= 0"
             )
         resolve("layer_types", self._resolved_layer_types())
         resolve("rope_parameters", _checked_rope(self.rope_parameters, self.max_position_embeddings))
@@ -102,11 +121,11 @@ class Qwen2Config:
             windowed = self.max_window_layers if self.sliding_window is not None else self.num_hidden_layers
             return tuple(LAYER_TYPES[i >= windowed] for i in range(self.num_hidden_layers))
         if not isinstance(self.layer_types, (list, tuple)):
-            raise ValueError(f"config field layer_types is {self.layer_types!r}, expected a list")
+            raise ValueError(f"config field layer_types is {self.layer_types!r:.100}, expected a list")
         types = tuple(self.layer_types)
         for i, kind in enumerate(types):
             if kind not in LAYER_TYPES:
-                raise ValueError(f"config field layer_types[{i}] is {kind!r}, expected one of {LAYER_TYPES}")
+                raise ValueError(f"config field layer_types[{i}] is {kind!r:.100}, expected one of {LAYER_TYPES}")
         if len(types) != self.num_hidden_layers:
             raise ValueError(
                 f"config field layer_types has {len(types)} entries, expected num_hidden_layers = "
@@ -117,6 +136,14 @@ class Qwen2Config:
                 "config field layer_types names sliding_attention, expected use_sliding_window to be true"
             )
         return types
+
+    def __hash__(self) -> int:  # of less than equality compares: rope's parameters are a dict
+        return hash((self.vocab_size, self.hidden_size, self.intermediate_size, self.num_hidden_layers, self.head_dim))
+
+    @property
+    def family(self) -> Family:
+        """Of which family of models it is."""
+        return FAMILIES[self.model_type]
 
     @property
     def q_size(self) -> int:
@@ -133,7 +160,7 @@ class Qwen2Config:
         return self.sliding_window if self.layer_types[layer] == "sliding_attention" else None
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> Qwen2Config:
+    def from_dict(cls: type[C], fields: Mapping[str, Any]) -> C:
         """Read the fields of a ``config.json``, in the older or the newer spelling of rope.
 
         Fields that do not touch the computation (token ids, dtypes, versions, dropout of a frozen model) are
@@ -141,50 +168,84 @@ class Qwen2Config:
         not fit the others would only surface as a tensor of the wrong shape.
 
         Raises:
-            ValueError: ``model_type`` is not ``qwen2``, a size is missing, or a value is not supported.
+            ValueError: ``model_type`` is another, a size is missing, or a value is not supported.
         """
         model_type = fields.get("model_type")
-        if model_type != "qwen2":
-            raise ValueError(f"config field model_type is {model_type!r}, expected 'qwen2'")
+        if model_type != cls.model_type:
+            raise ValueError(f"config field model_type is {model_type!r:.100}, expected {cls.model_type!r}")
         for name in SIZES:
             if name not in fields:
                 raise ValueError(f"config field {name} is missing, expected a positive integer")
-        # Fields that change what transformers computes, unless they have the value beside them.
-        for name, same in (
-            ("quantization_config", None),
-            ("per_layer_config", None),
-            ("partial_rotary_factor", 1),
-            ("is_causal", True),
-        ):
+        for name, same in cls._fixed.items():
             if fields.get(name) not in (None, same):
-                raise ValueError(f"config field {name} is {fields[name]!r}, expected {same}")
+                raise ValueError(f"config field {name} is {fields[name]!r:.100}, expected {same}")
         known = {f.name for f in dataclasses.fields(cls)} - {"rope_parameters"}
         values = {name: value for name, value in fields.items() if name in known}
         values.setdefault("sliding_window", 4096)
         rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
         if not isinstance(rope, Mapping):
-            raise ValueError(f"config field rope_parameters is {rope!r}, expected an object")
+            raise ValueError(f"config field rope_parameters is {rope!r:.100}, expected an object")
         rope = dict(rope)
         rope.setdefault("rope_theta", fields.get("rope_theta", 10000.0))
         if "original_max_position_embeddings" in fields:  # transformers prefers it to the one within
             rope["original_max_position_embeddings"] = fields["original_max_position_embeddings"]
         return cls(**values, rope_parameters=rope)
 
-    @classmethod
-    def from_json_file(cls, path: str | Path) -> Qwen2Config:
-        """Read a checkpoint's ``config.json``. Raises as :meth:`from_dict`, naming the file."""
-        fields = read_json_object(path, "a Qwen2 config.json")
-        try:
-            return cls.from_dict(fields)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-
     def to_dict(self) -> dict[str, Any]:
         """The fields as transformers 5 writes them, ready for ``json.dump`` and for :meth:`from_dict`."""
         fields = dataclasses.asdict(self)
         fields["layer_types"] = list(self.layer_types)
         fields["rope_parameters"] = dict(self.rope_parameters)
-        return {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **fields}
+        return {"architectures": [self.family.architecture], "model_type": self.model_type, **fields}
+
+
+@dataclass(frozen=True)
+class Qwen3Config(Qwen2Config):
+    """Sizes and constants of a dense Qwen3 model: as Qwen2's, but queries and keys have norms and nothing a bias.
+
+    ``head_dim`` is 128 where it is not given; None is resolved as in a Qwen2.
+    """
+
+    model_type: ClassVar[str] = "qwen3"
+    _fixed: ClassVar[Mapping[str, Any]] = {**Qwen2Config._fixed, "attention_bias": False}
+
+    head_dim: int = 128
+
+    __hash__ = Qwen2Config.__hash__
+
+
+CONFIGS: Mapping[str, type[Qwen2Config]] = {kind.model_type: kind for kind in (Qwen2Config, Qwen3Config)}
+
+
+def read_config(folder: str | Path) -> Qwen2Config:
+    """The ``config.json`` in a checkpoint's folder, by its ``model_type``.
+
+    Raises:
+        ValueError: no such file, a ``model_type`` that is not in :data:`CONFIGS`, or as :meth:`Qwen2Config.from_dict`;
+            it names the file.
+    """
+    path = Path(folder) / "config.json"
+    fields = read_json_object(path, "the config.json of a Qwen2 or Qwen3", _MOST_BYTES)
+    try:
+        model_type = fields.get("model_type")
+        if not isinstance(model_type, str) or model_type not in CONFIGS:
+            raise ValueError(f"config field model_type is {model_type!r:.100}, expected one of {list(CONFIGS)}")
+        return CONFIGS[model_type].from_dict(fields)
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply, expected the config.json of a Qwen2 or Qwen3") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _is_integer(value: Any, least: int) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    """Whether it is one that float32 can hold; an integer, one that torch takes."""
+    if isinstance(value, int):
+        return not isinstance(value, bool) and -(1 << 63) <= value < 1 << 63
+    return isinstance(value, float) and -_LARGEST <= value <= _LARGEST
 
 
 def _checked_rope(rope: Mapping[str, Any], max_position_embeddings: int) -> dict[str, Any]:
@@ -197,28 +258,28 @@ def _checked_rope(rope: Mapping[str, Any], max_position_embeddings: int) -> dict
     rope.pop("type", None)
     rope.setdefault("rope_theta", 10000.0)
     if kind not in ROPE_TYPES:
-        raise ValueError(f"config field rope_parameters.rope_type is {kind!r}, expected one of {ROPE_TYPES}")
-    if not isinstance(rope["rope_theta"], (int, float)) or not rope["rope_theta"] > 1:
-        raise ValueError(f"config field rope_theta is {rope['rope_theta']!r}, expected a number above 1")
+        raise ValueError(f"config field rope_parameters.rope_type is {kind!r:.100}, expected one of {ROPE_TYPES}")
+    if not _is_number(rope["rope_theta"]) or not rope["rope_theta"] > 1:
+        raise ValueError(f"config field rope_theta is {rope['rope_theta']!r:.100}, expected a number above 1")
     if rope.get("partial_rotary_factor") not in (None, 1):
         partial = rope["partial_rotary_factor"]
-        raise ValueError(f"config field rope_parameters.partial_rotary_factor is {partial!r}, expected 1")
+        raise ValueError(f"config field rope_parameters.partial_rotary_factor is {partial!r:.100}, expected 1")
     if kind == "default":
         return {"rope_type": kind, "rope_theta": rope["rope_theta"]}
     if kind == "yarn":
         original = rope.setdefault("original_max_position_embeddings", max_position_embeddings)
-        if not isinstance(original, (int, float)) or not original > 0:
+        if not _is_number(original) or not original >= 1:
             raise ValueError(
                 "config field rope_parameters.original_max_position_embeddings is "
-                f"{original!r}, expected a positive number"
+                f"{original!r:.100}, expected a number >= 1"
             )
         for name in ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
             value = rope.get(name)
-            if value is not None and (not isinstance(value, (int, float)) or not value >= 0):
-                raise ValueError(f"config field rope_parameters.{name} is {value!r}, expected a number >= 0")
+            if value is not None and (not _is_number(value) or not value >= 0):
+                raise ValueError(f"config field rope_parameters.{name} is {value!r:.100}, expected a number >= 0")
         if rope.get("factor") is None:
             rope["factor"] = max_position_embeddings / original
     factor = rope.get("factor")
-    if not isinstance(factor, (int, float)) or not factor >= 1:
-        raise ValueError(f"config field rope_parameters.factor is {factor!r}, expected a number >= 1")
+    if not _is_number(factor) or not factor >= 1:
+        raise ValueError(f"config field rope_parameters.factor is {factor!r:.100}, expected a number >= 1")
     return rope

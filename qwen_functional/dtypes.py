@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+# Of base weights, by the names that checkpoints, files and command lines give them.
+DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
+
 
 def default_compute_dtype(storage: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype of the matrix multiplications of weights stored in ``storage``: the same, where it is fast.
@@ -31,14 +34,3 @@ def accumulation_dtype(compute: torch.dtype) -> torch.dtype:
     lose the small ones, and a float16 one would overflow.
     """
     return torch.float64 if compute == torch.float64 else torch.float32
-
-
-def attention_dtype(compute: torch.dtype, device: torch.device) -> torch.dtype:
-    """Queries, keys, and attention's forward; the products of its vjp are in the compute dtype.
-
-    float32 (or float64), since Qwen2's scores overflow float16 and are too large for bfloat16's eight bits. On a GPU,
-    where float32 is over ten times slower, bfloat16 stays.
-    """
-    if compute == torch.bfloat16 and device.type == "cuda":
-        return compute
-    return accumulation_dtype(compute)

@@ -1,7 +1,7 @@
 """The whole model on packed tokens, many adapters at once, with its gradient written by hand.
 
 No autograd and no vocabulary logits. What the forward keeps, how much of it, and how many adapters go through a block
-at a time is decided here; what a block computes is in ``block.py``.
+at a time is in the plan; what a block computes is in ``block.py``; how a chip does it, in ``backends/``.
 """
 
 from __future__ import annotations
@@ -9,74 +9,96 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .block import Block, Kept, Row, attention_half, attention_half_vjp, kept_bytes, mlp_half, mlp_half_vjp
+from .block import (
+    Block,
+    KeptAttention,
+    KeptMlp,
+    attention_half,
+    attention_half_vjp,
+    mlp_half,
+    mlp_half_vjp,
+)
+from .compiled import opaque
 from .config import Qwen2Config
-from .dtypes import accumulation_dtype, attention_dtype
+from .dtypes import accumulation_dtype
+from .finite import raise_found, require_no_transform
+from .heads import Head
 from .lora import Lora
-from .memory import free_bytes
-from .ops.rmsnorm import rmsnorm, rmsnorm_vjp
-from .ops.rope import rope_tables
-from .packing import PackedTokens
-from .stacking import QKV, Gradients, O
+from .plan import Plan, Tokens, bare
+from .stacking import Cotangent, Gradients, GradientsOf, Input, Product, Stack
+from .tables import Row
 from .weights import Qwen2Weights
 
-CHECKPOINTS = ("none", "block", "auto")
 
-# The gate and up of the adapters that go through a block together, on a CPU: enough rows for a GEMM, and so few bytes
-# that the C library hands their memory on, where larger pieces go back to the system and are faulted in again.
-CHUNK_BYTES = 48 << 20
-
-
+@opaque
 def forward_vjp(
     config: Qwen2Config,
     weights: Qwen2Weights,
-    tokens: PackedTokens,
+    tokens: Tokens,
     lora: Lora | None = None,
     checkpoint: str = "auto",
     *,
     layer: int | Sequence[int] = -1,
+    read: str = "last",
+    heads: Sequence[Head] | None = None,
     wrt: Collection[str] | None = None,
     memory_budget: int | None = None,
-) -> tuple[Tensor, Vjp]:
+    graph: bool | str = "auto",
+    plan: Plan | None = None,
+) -> tuple[Any, Vjp]:
     """Hidden states at each sequence's last token under G adapters, and their vector-Jacobian product.
 
     Args:
-        tokens: P sequences, from :func:`pack`.
-        lora: G adapters, from :meth:`LoraSpec.bind`; None for the bare model, with G = 1.
-        checkpoint: ``"none"`` keeps all that the vjp needs; ``"block"`` keeps what enters a block's halves and
-            computes the rest again; ``"auto"`` keeps as many blocks whole as ``memory_budget`` allows, the last ones
-            first.
+        tokens: P sequences that all adapters read, from :func:`pack`; or those that each reads, from :func:`pack_each`.
+        lora: G adapters, from :meth:`LoraSpec.bind`; None for the bare model, with G = 1, or once for the texts of each
+            of G adapters.
+        checkpoint: ``"none"`` keeps all that the vjp needs; ``"block"`` keeps what enters a block and computes the
+            rest again; ``"auto"`` keeps as many blocks whole as ``memory_budget`` allows, the last ones first.
         layer: after which block to read out, from 0; −1 is after the last block and the final norm. A sequence
             reads out several. Blocks above the highest one are not computed.
+        read: ``"last"`` reads each sequence's last token; ``"all"`` every token, one sequence after the other: P is
+            then the sum of their lengths.
+        heads: what is to be made of hidden states instead, see ``heads.py``: the value is then a tuple, that of each
+            head, and so is the vjp's cotangent. ``layer`` and ``read`` say nothing then.
         wrt: names of the LoRA tensors whose gradients are wanted; None for all. The others cost nothing.
         memory_budget: bytes that ``"auto"`` may spend on what it keeps; by default half of what is free.
+        graph: on a GPU, whether a plan that is used again is captured in CUDA graphs: ``"auto"`` where nothing stands
+            in the way, True as well, False never.
+        plan: made before for the same arguments, and kept: what does not depend on values is then not made again.
+            With it the arguments after ``lora`` are the plan's own. Its tables are of the tokens that it was made for
+            or :meth:`Plan.fill` gave it last; ``tokens`` are not read.
 
     Returns:
         value: (G, P, H), or (G, len(layer), P, H) for a sequence of layers; float32 (float64 for float64 weights).
+            Where each adapter reads texts of its own (ΣP, H) or (len(layer), ΣP, H), one adapter's after the other's.
         vjp: see :class:`Vjp`.
 
     Raises:
         ValueError: token ids outside the vocabulary, a sequence longer than the model's positions, a layer that
-            the model lacks, an unknown ``checkpoint``, a name in ``wrt`` that ``lora`` lacks, another device.
+            the model lacks, an unknown option, a name in ``wrt`` that ``lora`` lacks, another device, tensors of a
+            transform of ``torch.func``, a plan that was made for other sizes, texts of fewer or more adapters than
+            ``lora`` has, a head without what it needs.
     """
-    tokens.check_fits(config)
-    layers = checked_layers(config, layer)
-    check_checkpoint(checkpoint)
-    lora = Lora({}, 1, batched=False) if lora is None else lora
-    for name in wrt or ():
-        if name not in lora.names():
-            raise ValueError(f"wrt names {name!r}, expected names of the bound LoRA tensors")
-    for name, tensor in lora.tensors().items():
+    lora = bare(tokens) if lora is None else lora
+    for name, tensor in lora.tensors().items() if plan is None else ():
         if tensor.device != weights.device:
             raise ValueError(f"LoRA tensor {name!r} is on {tensor.device}, expected {weights.device} as the weights")
+    require_no_transform(lora.tensors())
     with _plain(weights):
-        run = _Run(config, weights, tokens, lora, layers, Gradients(lora, wrt, weights.parallel))
-        value = run.forward(run.n_blocks_to_keep(checkpoint, memory_budget))
-    return (value[:, 0] if isinstance(layer, int) else value), Vjp(run, single_layer=isinstance(layer, int))
+        if plan is None:
+            plan = Plan(
+                config, weights, tokens, lora, layer=layer, read=read, heads=heads, wrt=wrt, checkpoint=checkpoint,
+                memory_budget=memory_budget, graph=False,
+            )  # fmt: skip
+        elif not plan.fits(tokens, lora):
+            raise ValueError("plan was made for other tokens or another LoRA, expected the same sizes and dtypes")
+        values, way_back = run(plan, lora)
+    return (values[0] if plan.single_head else values), Vjp(plan, way_back, [tuple(value.shape) for value in values])
 
 
 class Vjp:
@@ -87,12 +109,10 @@ class Vjp:
         n_kept: how many of them the forward kept whole; the others are computed again from their input.
     """
 
-    def __init__(self, run: _Run, *, single_layer: bool) -> None:
-        self._run: _Run | None = run
-        self._single_layer = single_layer
-        self._shape = run.value_shape if not single_layer else (run.value_shape[0], *run.value_shape[2:])
-        self.n_blocks = len(run.saved)
-        self.n_kept = sum(kept is not None for ((*_, kept), *_) in run.saved.values())
+    def __init__(self, plan: Plan, way_back: WayBack, shapes: Sequence[tuple[int, ...]]) -> None:
+        self._plan, self._fills, self._shapes = plan, plan.fills, shapes
+        self._way_back: WayBack | None = way_back
+        self.n_blocks, self.n_kept = plan.n_blocks, plan.n_keep
 
     @property
     def checkpoint(self) -> str:
@@ -101,226 +121,219 @@ class Vjp:
             return "none"
         return f"{self.n_kept} of {self.n_blocks} blocks kept" if self.n_kept else "block"
 
-    def __call__(self, cotangent: Tensor) -> dict[str, Tensor]:
+    @opaque
+    def __call__(self, cotangent: Any) -> dict[str, Tensor]:
         """{PEFT name: gradient}, shaped, ordered and typed as the wanted tensors given to ``bind``.
 
         Args:
-            cotangent: shaped as the value.
+            cotangent: shaped as the value; a tuple where that is one.
 
         Raises:
-            ValueError: another shape, or a second call.
+            ValueError: another shape, a cotangent of a transform of ``torch.func``, a second call, or a plan that was
+                filled anew meanwhile; LoRA tensors that a GPU has found not to be finite.
         """
-        if self._run is None:
+        if self._way_back is None:
             raise ValueError("vjp was called already, expected one call for each forward_vjp")
-        if tuple(cotangent.shape) != self._shape:
-            raise ValueError(f"cotangent has shape {tuple(cotangent.shape)}, expected {self._shape} as the value")
-        run, self._run = self._run, None
-        with _plain(run.weights):
-            return run.backward(cotangent[:, None] if self._single_layer else cotangent)
+        cotangents = (cotangent,) if self._plan.single_head else tuple(cotangent)
+        for one, shape in zip(cotangents, self._shapes, strict=True):
+            if tuple(one.shape) != shape:
+                raise ValueError(f"cotangent has shape {tuple(one.shape)}, expected {shape} as the value")
+        if self._plan.fills != self._fills:
+            raise ValueError("plan was filled with other tokens since the forward, expected the vjp before that")
+        require_no_transform(dict.fromkeys(["cotangent"], cotangents[0]), "tensor")
+        raise_found()
+        way_back, self._way_back = self._way_back, None
+        with _plain(self._plan.weights):
+            return way_back.backward(cotangents)
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """The packed row as the blocks see it: all of it by sliding window, and the read-out nodes alone."""
+class WayBack(Protocol):
+    """What takes a cotangent of each head's value to gradients: a :class:`Run`, or what was captured of one."""
 
-    config: Qwen2Config
-    weights: Qwen2Weights
-    tokens: PackedTokens
-    nodes: tuple[int, ...]  # read out, ascending, each once
-
-    def whole(self, layer: int) -> Row:
-        tiles = self.tokens.tiles(self.config.window(layer))
-        return self._row(self.tokens.positions, tiles, None)
-
-    def read_out(self, layer: int) -> Row:
-        tile = self.tokens.readout_tile(self.nodes, self.config.window(layer))
-        index = torch.tensor(self.nodes)
-        return self._row(self.tokens.positions[index], [tile], index.to(self.weights.device))
-
-    def _row(self, positions: Tensor, tiles: list, rows: Tensor | None) -> Row:
-        device, compute = self.weights.device, self.weights.compute_dtype
-        dtype = accumulation_dtype(compute)
-        cos, sin = rope_tables(self.config, positions[:, None], dtype, device)
-        scale = self.config.head_dim**-0.5
-        k_rope = rope_tables(self.config, self.tokens.positions, dtype, device)
-        tiles = [tile.to(device) for tile in tiles]
-        return Row((cos * scale, sin * scale), k_rope, tiles, attention_dtype(compute, device), rows)
+    def backward(self, cotangents: Sequence[Tensor]) -> dict[str, Tensor]: ...
 
 
-class _Run:
-    """One pass forwards and back, in each block one chunk of adapters after the other.
+def run(plan: Plan, lora: Lora) -> tuple[tuple[Tensor, ...], WayBack]:
+    """Each head's value, and the way back; by CUDA graphs where the plan is captured, or can be by now."""
+    if plan.backend.captures and plan.graph is not False:
+        from .backends.graph import replayed
 
-    The residual stream is a list of one tensor (g, S, H) a chunk, or of one alone (1, S, H) below the first adapted
-    block. ``saved`` maps a layer to what enters its halves and, where kept, the rest, by chunk; ``bound`` maps one that
-    is kept to its block, where the weights stay in memory.
+        done = replayed(plan, lora)
+        if done is not None:
+            return done
+    steps = Run(plan, lora)
+    return steps.forward(), steps
+
+
+@dataclass
+class _Saved:
+    """What a block's vjp needs, of one chunk of adapters."""
+
+    x: Tensor
+    x_mid: Tensor | None  # None: to be computed again
+    a: Input | None  # what down_proj read, where a backend keeps its u
+    halves: tuple[KeptAttention, KeptMlp] | None  # None: to be computed again
+
+
+class Run:
+    """One pass forwards and back, in each block one group of adapters after the other.
+
+    The residual stream is a list of one pair (x, y) a group, or of one alone (1, S, H) below the first adapted block
+    where all read the same tokens. ``saved`` maps a layer to what is kept of each group; ``bound`` maps one to its
+    block, where it is kept as well.
+
+    Args:
+        lora: the adapters; with ``prepared`` as :meth:`Plain.adapters` has made them.
     """
 
-    def __init__(
-        self,
-        config: Qwen2Config,
-        weights: Qwen2Weights,
-        tokens: PackedTokens,
-        lora: Lora,
-        layers: tuple[int, ...],
-        gradients: Gradients,
-    ) -> None:
-        parallel = weights.parallel
-        if parallel is not None:  # the residual stream is whole on every rank, what lies within the halves is split
-            config, lora = parallel.local_config(config), parallel.local_lora(lora)
-        self.config, self.weights, self.tokens = config, weights, tokens
-        self.lora, self.layers, self.gradients = lora, layers, gradients
-        self.top = config.num_hidden_layers - 1 if -1 in layers else max(layers)
-        self.lowest = self.top + 1 if gradients.lowest_layer is None else gradients.lowest_layer
-        nodes = tuple(sorted(set(tokens.last)))
-        self.rows = torch.tensor(nodes).to(weights.device)
-        self.row_of = torch.tensor([nodes.index(node) for node in tokens.last]).to(weights.device)  # (P,)
-        rows = _Rows(config, weights, tokens, nodes)
-        layer_of = {config.window(i): i for i in range(self.top)}
-        windows = {window: rows.whole(i) for window, i in layer_of.items()}
-        self.row_at = [*(windows[config.window(i)] for i in range(self.top)), rows.read_out(self.top)]
-        self.value_shape = (lora.n_adapters, len(layers), len(tokens.last), config.hidden_size)
-        self.chunks = _chunks(config, weights, len(tokens), lora.n_adapters)
-        self.saved: dict[int, list[tuple[Tensor, Tensor, Kept | None]]] = {}
+    def __init__(self, plan: Plan, lora: Lora, prepared: Lora | None = None) -> None:
+        self.plan, self.backend = plan, plan.backend
+        own = lora if plan.parallel is None else plan.parallel.local_lora(lora)
+        self.gradients = Gradients(lora, plan.wanted, plan.parallel)
+        self.lora = self.backend.adapters(own, plan.weights.compute_dtype) if prepared is None else prepared
+        self.saved: dict[int, list[_Saved]] = {}
         self.bound: dict[int, Block] = {}
-        self.read: dict[int, Tensor] = {}
-
-    def n_blocks_to_keep(self, checkpoint: str, memory_budget: int | None) -> int:
-        n_blocks = max(0, self.top + 1 - self.lowest)
-        if checkpoint != "auto":
-            return n_blocks if checkpoint == "none" else 0
-        budget = free_bytes(self.weights.device) // 2 if memory_budget is None else memory_budget
-        n, compute = self.lora.n_adapters, self.weights.compute_dtype
-        inputs = 2 * n_blocks * n * len(self.tokens) * self.config.hidden_size * accumulation_dtype(compute).itemsize
-        return min(n_blocks, max(0, budget - inputs) // self._kept_bytes())
-
-    def _kept_bytes(self) -> int:
-        """Bytes of a block that is kept whole; the highest one, which keeps less, counts as the one below it."""
-        tiles = self.row_at[max(0, self.top - 1)].tiles
-        return kept_bytes(self.config, self.lora.n_adapters, len(self.tokens), tiles, self.weights.compute_dtype)
 
     def block(self, layer: int, then: int | None) -> Block:
         """A layer, ready to multiply; ``then`` is the next one that will be."""
-        weights = self.weights
-        packed = None if weights.packed is None else weights.packed[layer]
+        plan, weights = self.plan, self.plan.weights
         return Block.bind(
-            self.config,
+            self.backend,
+            plan.config,
             weights.block(layer, then),
-            packed,
+            None if weights.packed is None else weights.packed[layer],
             self.lora,
             layer,
             weights.compute_dtype,
-            weights.parallel,
-            q_apart=layer == self.top,
+            plan.parallel,
+            q_apart=self.backend.q_apart and layer == plan.top and not plan.all_rows,
         )
 
-    def forward(self, n_keep: int) -> Tensor:
-        dtype = accumulation_dtype(self.weights.compute_dtype)
-        ids = self.tokens.input_ids.to(self.weights.device)
-        xs = [self.weights.embed_tokens[ids].to(dtype)[None]]
-        turn = self.top - 1 if self.lowest < self.top else 0  # the way back, or the next pass
-        for layer in range(self.top + 1):
-            block = self.block(layer, layer + 1 if layer < self.top else turn)
-            if block.adapted and len(xs) < len(self.chunks):
-                xs = xs * len(self.chunks)
-            keep = layer > self.top - n_keep
-            xs = [self._block(block, layer, x, chunk, keep) for x, chunk in zip(xs, self.chunks, strict=False)]
-            if layer in self.layers or layer == self.top:
-                read = xs if layer == self.top else [x[:, self.rows] for x in xs]
-                self.read[layer] = torch.cat(read) if len(read) > 1 else read[0]
-            if keep and not self.weights.streamed:
+    def forward(self) -> tuple[Tensor, ...]:
+        """Each head's value."""
+        plan, weights, backend = self.plan, self.plan.weights, self.backend
+        dtype, shared = accumulation_dtype(weights.compute_dtype), not plan.own_texts
+        streams: list[tuple[Tensor, Product | None]] = [
+            (weights.embed_tokens[tables.ids].to(dtype)[None], None) for tables in plan.tables
+        ]
+        read: dict[int, Tensor] = {}
+        turn = plan.top - 1 if plan.lowest < plan.top else 0  # the way back, or the next pass
+        for layer in range(plan.top + 1):
+            block = self.block(layer, layer + 1 if layer < plan.top else turn)
+            first = shared and block.adapted
+            if first:
+                streams, shared = [backend.widened(*streams[0], plan.n_adapters)] * len(plan.groups), False
+            inputs = []
+            for index, group in enumerate(plan.groups[: len(streams)]):
+                overwrite = 0 < layer <= plan.lowest and not first  # the block below has saved nothing
+                row = group.tables.row_at[layer]
+                x, streams[index] = self._block(block[group.adapters], *streams[index], row, overwrite=overwrite)
+                inputs.append(x[:, group.tables.rows] if layer - 1 in plan.layers else x)
+            if layer - 1 in plan.layers:
+                read[layer - 1] = self._joined(inputs)
+            if not weights.streamed and (layer > plan.top - plan.n_keep or backend.captures):
                 self.bound[layer] = block
-            del block  # streamed weights make room for the next ones
-        values = [self._normed(self.read[self.top]) if layer == -1 else self.read[layer] for layer in self.layers]
-        n = self.value_shape[0]
-        return torch.stack([value[:, self.row_of].expand(n, -1, -1) for value in values], dim=1)
+            del block, inputs  # streamed weights make room for the next ones
+        sums = [backend.add(x, y) for x, y in streams]
+        read[plan.top] = self._joined(sums)
+        values, self.kept = zip(*(head(read, bool(plan.wanted)) for head in plan.bound), strict=True)
+        return values
 
-    def _block(self, block: Block, layer: int, x: Tensor, chunk: slice, keep: bool) -> Tensor:
-        kept = attention_half(block, x, self.row_at[layer], chunk, keep=keep)
-        x_out, kept.mlp = mlp_half(block, kept.x_mid, chunk, keep=keep, in_place=layer < self.lowest)
-        if layer >= self.lowest:
-            self.saved.setdefault(layer, []).append((x, kept.x_mid, kept if keep else None))
-        return x_out
+    def _joined(self, parts: list[Tensor]) -> Tensor:
+        """Of all groups: adapter by adapter, or row after row."""
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1 if self.plan.own_texts else 0)
 
-    def _normed(self, x: Tensor) -> Tensor:
-        return rmsnorm(x, self.weights.norm, self.config.rms_norm_eps)[0]
+    def _block(
+        self, block: Block, x: Tensor, y: Product | None, row: Row, *, overwrite: bool
+    ) -> tuple[Tensor, tuple[Tensor, Product | None]]:
+        """The block's input x + y, and the stream (x, y) above it."""
+        plan, backend, layer = self.plan, self.backend, block.layer
+        keep = layer > plan.top - plan.n_keep
+        first = attention_half(backend, block, x, y, row, keep=keep, overwrite=overwrite)
+        second = mlp_half(backend, block, _rows(first.x, row.rows), first.o, keep=keep)
+        y = backend.product(second.a, block.down)
+        if layer >= plan.lowest:
+            mid = second.x_mid if backend.keeps_mid else None
+            a = second.a if backend.captures else None
+            saved = _Saved(first.x, mid, a, (first, second) if keep else None)
+            self.saved.setdefault(layer, []).append(saved)
+        return first.x, (second.x_mid, y)
 
-    def backward(self, cotangent: Tensor) -> dict[str, Tensor]:
-        dtype = accumulation_dtype(self.weights.compute_dtype)
-        # Sequences may end at the same node: sum what they send back. (G, layers, R, H)
-        shape = (*cotangent.shape[:2], len(self.rows), cotangent.shape[3])
-        d_read = torch.zeros(shape, dtype=dtype, device=self.weights.device)
-        d_read.index_add_(2, self.row_of, cotangent.to(d_read))
-        dx = torch.zeros_like(d_read[:, 0])
-        for index, layer in enumerate(self.layers):
-            if layer == -1:
-                x = self.read[self.top]
-                rstd = rmsnorm(x, self.weights.norm, self.config.rms_norm_eps)[1]
-                dx += rmsnorm_vjp(d_read[:, index], x, self.weights.norm, rstd)
-            elif layer == self.top:
-                dx += d_read[:, index]
-        self.read.clear()
-        dxs: list[Tensor] = [dx[chunk] for chunk in self.chunks]
-        for layer in range(self.top, self.lowest - 1, -1):
-            if layer < self.top:
-                for index in (i for i, read in enumerate(self.layers) if read == layer):
-                    for dx, chunk in zip(dxs, self.chunks, strict=True):
-                        dx.index_add_(1, self.rows, d_read[chunk, index])
-            block = self.bound.pop(layer, None) or self.block(layer, layer - 1 if layer > self.lowest else 0)
+    def backward(self, cotangents: Sequence[Tensor]) -> dict[str, Tensor]:
+        plan, backend, weights = self.plan, self.backend, self.plan.weights
+        compute = weights.compute_dtype
+        if not plan.wanted:
+            return {}
+        below: dict[int, Tensor] = {}
+        for head, cotangent, kept in zip(plan.bound, cotangents, self.kept, strict=True):
+            for layer, d in head.vjp(cotangent, kept).items():
+                below[layer] = below[layer] + d if layer in below else d
+        del self.kept, kept, d
+        dx = below.pop(plan.top)
+        streams: list[tuple[Tensor, Cotangent] | None] = []
+        for group in plan.groups:
+            own = dx[group.at]
+            streams.append((own, backend.cotangent(own, compute)))
+        del dx, own
+        for layer in range(plan.top, plan.lowest - 1, -1):
+            block = self.bound.pop(layer, None) or self.block(layer, layer - 1 if layer > plan.lowest else 0)
+            lower = self.bound.get(layer - 1)
             saved = self.saved.pop(layer)
-            for index, chunk in enumerate(self.chunks):
-                new_dx = self._block_vjp(block, layer, *saved.pop(0), dxs[index], chunk)
-                if new_dx is not None:
-                    dxs[index] = new_dx
+            for index, group in enumerate(plan.groups):
+                stream, streams[index] = streams[index], None
+                if layer in below and stream is not None:
+                    dx = stream[0].index_add_(1, group.tables.rows, below[layer][group.at])
+                    stream = dx, backend.cotangent(dx, compute)
+                gradients, row = self.gradients.of(group.adapters), group.tables.row_at[layer]
+                under = None if lower is None else lower[group.adapters].down
+                streams[index] = self._block_vjp(block[group.adapters], saved.pop(0), stream, row, gradients, under)
             del block
         return self.gradients.collect()
 
     def _block_vjp(
-        self, block: Block, layer: int, x: Tensor, x_mid: Tensor, kept: Kept | None, dx_out: Tensor, chunk: slice
-    ) -> Tensor | None:
-        """The cotangent of ``x``; None from the lowest block, whose input's nobody needs."""
-        row, gradients = self.row_at[layer], self.gradients
-        kept = attention_half(block, x, row, chunk, x_mid, keep=True) if kept is None else kept
-        need_dx = layer > self.lowest
-        need_mid = need_dx or gradients.wants_any(layer, QKV + O)
-        dx_mid = mlp_half_vjp(block, x_mid, kept.mlp, dx_out, chunk, gradients, layer, need_mid)
-        kept.mlp = None
-        if dx_mid is None:
+        self,
+        block: Block,
+        saved: _Saved,
+        stream: tuple[Tensor, Cotangent] | None,
+        row: Row,
+        gradients: GradientsOf,
+        under: Stack | None,
+    ) -> tuple[Tensor, Cotangent] | None:
+        """The cotangent of the block's input; None from the lowest block, whose input's nobody needs."""
+        plan, backend, layer = self.plan, self.backend, block.layer
+        need_dx = layer > plan.lowest
+        need_mid = need_dx or gradients.every.wants_any(layer, "qkv", "o")
+        if not need_mid and not gradients.every.wants_any(layer, "gate_up", "down"):
             return None
-        return attention_half_vjp(block, x, kept, dx_mid, row, chunk, gradients, layer, need_dx)
+        first, second = saved.halves or self._again(block, saved, row)
+        del saved
+        assert stream is not None
+        stream = mlp_half_vjp(backend, block, second, *stream, gradients, need_dx=need_mid)
+        del second
+        if stream is not None:
+            stream = attention_half_vjp(backend, block, first, *stream, row, gradients, under, need_dx=need_dx)
+        backend.finished(gradients)
+        return stream
+
+    def _again(self, block: Block, saved: _Saved, row: Row) -> tuple[KeptAttention, KeptMlp]:
+        """Both halves, computed from the block's input; without what only the way forwards needs."""
+        first = attention_half(self.backend, block, saved.x, None, row, keep=True)
+        if saved.x_mid is not None:
+            second = mlp_half(self.backend, block, saved.x_mid, None, keep=True, again=True)
+        else:
+            second = mlp_half(self.backend, block, _rows(saved.x, row.rows), first.o, keep=True, again=True)
+        if saved.a is not None:
+            second.a = saved.a
+        return first, second
 
 
-def _chunks(config: Qwen2Config, weights: Qwen2Weights, n_tokens: int, n_adapters: int) -> list[slice]:
-    """How many adapters go through a block at a time; all on a GPU, and where ranks wait for a sum."""
-    step = n_adapters
-    if weights.device.type == "cpu" and weights.parallel is None:
-        bytes_each = 2 * n_tokens * config.intermediate_size * weights.compute_dtype.itemsize
-        step = max(1, CHUNK_BYTES // bytes_each)
-        step = -(-n_adapters // -(-n_adapters // step))  # as even as can be
-    return [slice(start, min(start + step, n_adapters)) for start in range(0, n_adapters, step)]
+def _rows(x: Tensor, rows: Tensor | None) -> Tensor:
+    return x if rows is None else x.index_select(1, rows)
 
 
 @contextlib.contextmanager
 def _plain(weights: Qwen2Weights) -> Iterator[None]:
-    """No tape, and no autocast: the engine chooses its own dtypes."""
-    with torch.no_grad(), torch.autocast(weights.device.type, enabled=False):
+    """No tape, and no autocast: the engine chooses its own dtypes. On a GPU, that of the weights."""
+    device = torch.cuda.device(weights.device) if weights.device.type == "cuda" else contextlib.nullcontext()
+    with torch.no_grad(), torch.autocast(weights.device.type, enabled=False), device:
         yield
-
-
-def checked_layers(config: Qwen2Config, layer: int | Sequence[int]) -> tuple[int, ...]:
-    """``layer`` of :func:`forward_vjp` as a tuple, or a ``ValueError`` for one that the model lacks."""
-    highest = config.num_hidden_layers - 1
-    if not isinstance(layer, (int, Sequence)):
-        raise ValueError(f"layer is {layer!r}, expected -1, 0 to {highest}, or several of these")
-    layers = (layer,) if isinstance(layer, int) else tuple(layer)
-    if not layers:
-        raise ValueError("layer is empty, expected at least one layer")
-    for one in layers:
-        if not isinstance(one, int) or not -1 <= one <= highest:
-            raise ValueError(f"layer is {one!r}, expected -1 or 0 to {highest}")
-    return layers
-
-
-def check_checkpoint(checkpoint: str) -> None:
-    """Raises ``ValueError`` unless ``checkpoint`` is one that :func:`forward_vjp` knows."""
-    if checkpoint not in CHECKPOINTS:
-        raise ValueError(f"checkpoint is {checkpoint!r}, expected one of {CHECKPOINTS}")

@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .architecture import PROJECTIONS, STACKS, projection_shape
 from .config import Qwen2Config
 from .dtypes import accumulation_dtype
 from .engine import Vjp, forward_vjp
-from .lora import Lora, is_symbolic, projection_shape
+from .finite import is_symbolic
+from .lora import Lora
 from .ops.rmsnorm import rmsnorm
 from .ops.rope import rope, rope_tables
 from .ops.swiglu import swiglu
-from .parallel import SPLIT, TensorParallel
-from .stacking import DOWN, GATE, QKV, UP, O
+from .parallel import TensorParallel
 from .weights import BlockWeights, Qwen2Weights
 
 __all__ = ["ForwardOutput", "Vjp", "forward", "forward_vjp"]
@@ -28,7 +29,7 @@ __all__ = ["ForwardOutput", "Vjp", "forward", "forward_vjp"]
 
 @dataclass(frozen=True)
 class ForwardOutput:
-    """What transformers' ``Qwen2ForCausalLM`` returns under the same names, in the weights' dtype.
+    """What transformers' Qwen2ForCausalLM or Qwen3ForCausalLM returns under the same names, in the weights' dtype.
 
     Attributes:
         logits: (N, T, V).
@@ -89,9 +90,8 @@ def forward(
         h = rmsnorm(x, block.input_layernorm, config.rms_norm_eps)[0].to(compute)
         x = x + _attention(config, block, h, mask, cos, sin, adapters, layer)
         h = rmsnorm(x, block.post_attention_layernorm, config.rms_norm_eps)[0].to(compute)
-        gate = adapters.project(layer, GATE, h, block.gate_proj)[0]
-        up = adapters.project(layer, UP, h, block.up_proj)[0]
-        x = x + adapters.project(layer, DOWN, swiglu(gate, up), block.down_proj)[0]
+        gate, up = adapters.project(layer, "gate_up", h, block.gate_up_proj)
+        x = x + adapters.project(layer, "down", swiglu(gate, up), block.down_proj)[0]
         hidden_states.append(x)
     hidden_states[-1] = rmsnorm(x, weights.norm, config.rms_norm_eps)[0]
     logits = F.linear(hidden_states[-1].to(compute), weights.lm_head.to(compute))
@@ -112,14 +112,17 @@ def _attention(
     """``o(softmax(q kᵀ / sqrt(head_dim)) v)``; h (N, T, H), seen (N or 1, 1, T, T)."""
     heads = [
         y.to(cos.dtype).unflatten(-1, (-1, config.head_dim)).transpose(1, 2)
-        for y in adapters.project(layer, QKV, h, block.qkv_proj, block.qkv_bias)
+        for y in adapters.project(layer, "qkv", h, block.qkv_proj, block.qkv_bias)
     ]  # (N, heads, T, head_dim)
     group = config.num_attention_heads // config.num_key_value_heads
+    for index, norm in enumerate((block.q_norm, block.k_norm)):
+        if norm is not None:
+            heads[index] = rmsnorm(heads[index], norm, config.rms_norm_eps)[0]
     q = rope(heads[0], cos, sin)
     k, v = (y.repeat_interleave(group, dim=1) for y in (rope(heads[1], cos, sin), heads[2]))
     scores = (q @ k.mT * config.head_dim**-0.5).masked_fill(~seen, float("-inf"))
     o = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
-    return adapters.project(layer, O, o.to(h.dtype), block.o_proj)[0]
+    return adapters.project(layer, "o", o.to(h.dtype), block.o_proj)[0]
 
 
 @dataclass(frozen=True)
@@ -132,11 +135,12 @@ class _Adapters:
     parallel: TensorParallel | None
 
     def project(
-        self, layer: int, names: tuple[str, ...], x: Tensor, weight: Tensor, bias: Tensor | None = None
+        self, layer: int, stack: str, x: Tensor, weight: Tensor, bias: Tensor | None = None
     ) -> list[Tensor]:
-        """``x Wᵀ + b + scaling · (x Aᵀ) Bᵀ`` of each of the stacked projections ``names``; x (N, T, in)."""
+        """``x Wᵀ + b + scaling · (x Aᵀ) Bᵀ`` of each projection of a stack; x (N, T, in)."""
+        names = STACKS[stack]
         sizes = [projection_shape(self.config, name)[0] for name in names]
-        by_rows = SPLIT[names[0]] == 0
+        by_rows = PROJECTIONS[names[0]].split == 0
         if self.parallel is not None and by_rows:
             x = self.parallel.shared(x)
         outputs = list(F.linear(x, weight, bias).split(sizes, dim=-1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,41 +11,31 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .architecture import PROJECTIONS, projection_shape
+from .compiled import opaque
 from .config import Qwen2Config
+from .finite import check_finite, raise_found
+from .patterns import Pattern, pattern_of
 
-# Order of a block's projections in every dict of LoRA tensors, and where PEFT finds each in a block.
-PROJECTIONS = {
-    "q_proj": "self_attn.q_proj",
-    "k_proj": "self_attn.k_proj",
-    "v_proj": "self_attn.v_proj",
-    "o_proj": "self_attn.o_proj",
-    "gate_proj": "mlp.gate_proj",
-    "up_proj": "mlp.up_proj",
-    "down_proj": "mlp.down_proj",
-}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # torch multiplies no float8 by itself
+_MOST_ALPHA = torch.finfo(torch.float32).max
 _NAME = re.compile(
-    r"(?:base_model\.model\.)?model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+_proj)\.lora_([AB])(?:\.default)?\.weight"
+    r"(?:base_model\.model\.)?model\.layers\.(\d{1,9})\.(?:self_attn|mlp)\.([a-z]+_proj)\.lora_([AB])"
+    r"(?:\.default)?\.weight",
+    re.ASCII,
 )
 
 
-def projection_shape(config: Qwen2Config, projection: str) -> tuple[int, int]:
-    """(out_features, in_features) of a projection's base weight."""
-    h, q, k, i = config.hidden_size, config.q_size, config.kv_size, config.intermediate_size
-    return {
-        "q_proj": (q, h), "k_proj": (k, h), "v_proj": (k, h), "o_proj": (h, q),
-        "gate_proj": (i, h), "up_proj": (i, h), "down_proj": (h, i),
-    }[projection]  # fmt: skip
-
-
+@functools.cache  # asked hundreds of times in a step
 def peft_name(layer: int, projection: str, side: str) -> str:
     """The tensor's name in PEFT's ``adapter_model.safetensors``; ``side`` is ``"A"`` or ``"B"``."""
-    return f"base_model.model.model.layers.{layer}.{PROJECTIONS[projection]}.lora_{side}.weight"
+    return f"base_model.model.model.layers.{layer}.{PROJECTIONS[projection].path}.lora_{side}.weight"
 
 
 def parse_name(name: str) -> tuple[int, str, str] | None:
     """(layer, projection, side) of a LoRA tensor's name, in any spelling that is read; None if it is none."""
     match = _NAME.fullmatch(name)
-    if match is None or match[2] not in PROJECTIONS or PROJECTIONS[match[2]] not in name:
+    if match is None or match[2] not in PROJECTIONS or PROJECTIONS[match[2]].path not in name:
         return None
     return int(match[1]), match[2], match[3]
 
@@ -70,17 +61,30 @@ class Lora:
     n_adapters: int
     batched: bool
 
+    @functools.cached_property
+    def structure(self) -> tuple:
+        """All but the values: what a plan depends on. Hashable; without the number of adapters."""
+        pairs = self.pairs.items()
+        return tuple((key, p.A.shape[1], p.scaling, p.A.dtype, p.B.dtype, p.A.device) for key, p in pairs)
+
     def names(self) -> list[str]:
         """PEFT names of all tensors, in order."""
-        return [peft_name(*key, side) for key in self.pairs for side in "AB"]
+        return list(self._names)
+
+    @functools.cached_property
+    def _names(self) -> tuple[str, ...]:
+        return tuple(peft_name(*key, side) for key in self.pairs for side in "AB")
 
     def tensors(self) -> dict[str, Tensor]:
         """{PEFT name: tensor}, shaped as given to ``bind``."""
-        sides = {peft_name(*key, s): getattr(pair, s) for key, pair in self.pairs.items() for s in "AB"}
+        flat = (tensor for pair in self.pairs.values() for tensor in (pair.A, pair.B))
+        sides = dict(zip(self._names, flat, strict=True))
         return sides if self.batched else {name: tensor[0] for name, tensor in sides.items()}
 
     def __getitem__(self, adapters: slice) -> Lora:
         """The adapters of a slice, as views."""
+        if self.batched and len(range(self.n_adapters)[adapters]) == self.n_adapters:
+            return self
         pairs = {k: LoraPair(p.A[adapters], p.B[adapters], p.scaling) for k, p in self.pairs.items()}
         return Lora(pairs, len(range(self.n_adapters)[adapters]), batched=True)
 
@@ -120,18 +124,19 @@ class LoraSpec:
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 raise ValueError(f"{where} is {rank!r}, expected a positive integer")
         for where, a in (("alpha", self.alpha), *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items())):
-            if not isinstance(a, (int, float)) or not math.isfinite(a):
+            if not isinstance(a, (int, float)) or not -_MOST_ALPHA <= a <= _MOST_ALPHA:
                 raise ValueError(f"{where} is {a!r}, expected a finite number")
         if isinstance(self.target_modules, str) or not self.target_modules:
             raise ValueError(f"target_modules is {self.target_modules!r}, expected some of {list(PROJECTIONS)}")
         for module in self.target_modules:
             if module not in PROJECTIONS:
                 raise ValueError(f"target_modules names {module!r}, expected some of {list(PROJECTIONS)}")
-        for pattern in (*self.rank_pattern, *self.alpha_pattern):
-            try:
-                re.compile(_path_end(pattern))
-            except re.error as error:
-                raise ValueError(f"pattern {pattern!r} is not a regular expression: {error}") from None
+        for where, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            for key in patterns:
+                try:
+                    path_pattern(key)
+                except ValueError as error:
+                    raise ValueError(f"{where}: pattern {key!r:.200} {error}") from None
         if self.layers_to_transform is not None:
             layers = self._chosen_layers()
             if not layers or any(not isinstance(layer, int) or isinstance(layer, bool) for layer in layers):
@@ -144,7 +149,7 @@ class LoraSpec:
 
     def rank_and_scaling(self, layer: int, projection: str) -> tuple[int, float]:
         """Rank and scale of one projection's adapter."""
-        path = f"model.layers.{layer}.{PROJECTIONS[projection]}"
+        path = f"model.layers.{layer}.{PROJECTIONS[projection].path}"
         rank = self.rank_pattern.get(matching_pattern(self.rank_pattern, path), self.rank)
         alpha = self.alpha_pattern.get(matching_pattern(self.alpha_pattern, path), self.alpha)
         return rank, alpha / (math.sqrt(rank) if self.use_rslora else rank)
@@ -163,7 +168,7 @@ class LoraSpec:
                     f"layers_to_transform names layer {layer}, expected 0 to {config.num_hidden_layers - 1}"
                 )
         modules = [(layer, name) for layer in layers for name in PROJECTIONS if name in self.target_modules]
-        paths = [f"model.layers.{layer}.{PROJECTIONS[name]}" for layer, name in modules]
+        paths = [f"model.layers.{layer}.{PROJECTIONS[name].path}" for layer, name in modules]
         for where, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
             for pattern in patterns:
                 if not any(matching_pattern((pattern,), path) for path in paths):
@@ -180,59 +185,98 @@ class LoraSpec:
             shapes[peft_name(layer, projection, "B")] = (rows, rank)
         return shapes
 
-    def bind(self, config: Qwen2Config, tensors: Mapping[str, Tensor]) -> Lora:
+    @opaque
+    def bind(self, config: Qwen2Config, tensors: Mapping[str, Tensor], *, validate: bool = True) -> Lora:
         """Check LoRA tensors against this spec and a config, and give them their places. Nothing is copied.
 
         Args:
             tensors: {name: (r, in) or (out, r)} is one adapter, {name: (G, r, in) or (G, out, r)} is G of them.
                 Names as PEFT writes them; ``.default.`` before ``weight`` and a missing ``base_model.model.`` in
                 front are read as well. Modules may be left out: they have no adapter.
+            validate: whether to look for NaN and infinity. On a GPU that waits for nothing: what was found is raised
+                by the next ``bind`` or vjp of this process that comes after the GPU has got there.
 
         Raises:
             ValueError: a name that fits nothing, an A without its B, a shape that is off, different G, a tensor
                 that is not floating point of 16 bits or more, or not finite, different devices.
         """
+        raise_found()
         if not isinstance(tensors, Mapping):
             raise ValueError(f"tensors is a {type(tensors).__name__}, expected a dict of LoRA tensors")
+        layout = self._layout(config, tuple(tensors))
+        n_adapters, batched = _common_batch(tensors, layout.shapes)
+        given = dict(zip(layout.names, tensors.values(), strict=True))
+        if validate:
+            check_finite(given)
+        if layout.lonely is not None:
+            raise ValueError("LoRA tensor {!r} is given without {!r}, expected both or neither".format(*layout.lonely))
+        pairs = {}
+        for key, a, b, scaling in layout.pairs:
+            A, B = given[a], given[b]
+            pairs[key] = LoraPair(A, B, scaling) if batched else LoraPair(A.unsqueeze(0), B.unsqueeze(0), scaling)
+        return Lora(pairs, n_adapters, batched)
+
+    def _layout(self, config: Qwen2Config, names: tuple[str, ...]) -> _Layout:
+        """Where tensors of these names go. The last one is kept: a training run has the same names in every step."""
+        kept = self.__dict__.get("_kept_layout")
+        if kept is not None and kept[0] == names and kept[1] == config:
+            return kept[2]
         shapes = self.shapes(config)
-        given: dict[str, Tensor] = {}
-        for name, tensor in tensors.items():
+        spelled: dict[str, str] = {}
+        for name in names:
             parsed = parse_name(name) if isinstance(name, str) else None
             canonical = peft_name(*parsed) if parsed else name
             if canonical not in shapes:
                 raise ValueError(f"LoRA tensor {name!r} fits nothing; expected names such as {next(iter(shapes))!r}")
-            if canonical in given:
+            if canonical in spelled:
                 raise ValueError(f"LoRA tensor {name!r} is given twice, in two spellings")
-            _check_tensor(name, tensor, shapes[canonical])
-            given[canonical] = tensor
-        n_adapters, batched = _common_batch(given)
-        check_finite(given)
-        pairs = {}
+            spelled[canonical] = name
+        pairs, lonely = [], None
         for layer, projection in self.modules(config):
             a, b = (peft_name(layer, projection, side) for side in "AB")
-            if (a in given) != (b in given):
-                have, lack = (a, b) if a in given else (b, a)
-                raise ValueError(f"LoRA tensor {have!r} is given without {lack!r}, expected both or neither")
-            if a in given:
-                _, scaling = self.rank_and_scaling(layer, projection)
-                A, B = (t if batched else t.unsqueeze(0) for t in (given[a], given[b]))
-                pairs[layer, projection] = LoraPair(A, B, scaling)
-        return Lora(pairs, n_adapters, batched)
+            if (a in spelled) != (b in spelled):
+                lonely = lonely or ((a, b) if a in spelled else (b, a))
+            elif a in spelled:
+                pairs.append(((layer, projection), a, b, self.rank_and_scaling(layer, projection)[1]))
+        layout = _Layout(tuple(spelled), tuple(shapes[name] for name in spelled), tuple(pairs), lonely)
+        object.__setattr__(self, "_kept_layout", (names, config, layout))
+        return layout
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Of LoRA tensors in the order in which they were given."""
+
+    names: tuple[str, ...]  # as PEFT writes them
+    shapes: tuple[tuple[int, int], ...]
+    pairs: tuple[tuple[tuple[int, str], str, str, float], ...]  # (layer, projection), A's name, B's name, scaling
+    lonely: tuple[str, str] | None  # one without the other
 
 
 def matching_pattern(patterns: Iterable[str], path: str) -> str:
-    """The first pattern that fits the end of a module path, as PEFT's ``get_pattern_key`` chooses; else ""."""
-    return next((p for p in patterns if re.match(_path_end(p), path)), "")
+    """The first pattern that fits the end of a module path, as PEFT's ``get_pattern_key`` chooses; else "".
+
+    Raises:
+        ValueError: a pattern is too much work, see ``patterns.py``.
+    """
+    for key in patterns:
+        try:
+            if path_pattern(key).match(path):
+                return key
+        except ValueError as error:
+            raise ValueError(f"pattern {key!r:.200} {error}") from None
+    return ""
 
 
-def _path_end(pattern: str) -> str:
-    return rf"(.*\.)?({pattern})$"
+def path_pattern(key: str) -> Pattern:
+    """What a key of a rank or alpha pattern is matched by: the end of a path, from a dot on. Raises as Pattern."""
+    return pattern_of(rf"(.*\.)?({key})$")
 
 
 def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, int]) -> None:
     if not isinstance(tensor, Tensor):
         raise ValueError(f"LoRA tensor {name!r} is a {type(tensor).__name__}, expected a torch.Tensor")
-    if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:  # torch multiplies no float8 by itself
+    if tensor.dtype not in _DTYPES:
         raise ValueError(f"LoRA tensor {name!r} has dtype {tensor.dtype}, expected a floating-point dtype, float16 up")
     if tensor.dim() not in (2, 3) or tuple(tensor.shape[-2:]) != shape:
         expected = f"{shape} or (G, {shape[0]}, {shape[1]})"
@@ -241,34 +285,24 @@ def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, int]) -> None:
         raise ValueError(f"LoRA tensor {name!r} holds no adapter: shape {tuple(tensor.shape)}, expected G of 1 or more")
 
 
-def _common_batch(tensors: Mapping[str, Tensor]) -> tuple[int, bool]:
-    """(G, whether G is written out), the same for all tensors, or a ``ValueError``."""
+def _common_batch(tensors: Mapping[str, Tensor], shapes: Sequence[tuple[int, int]]) -> tuple[int, bool]:
+    """(G, whether G is written out), the same for all tensors, which have these shapes; or a ``ValueError``."""
     if not tensors:
         return 1, False
     first_name, first = next(iter(tensors.items()))
-    for name, tensor in tensors.items():
-        if tensor.dim() != first.dim() or tensor.shape[:-2] != first.shape[:-2]:
+    _check_tensor(first_name, first, shapes[0])
+    lead, device = tuple(first.shape[:-2]), first.device
+    for (name, tensor), shape in zip(tensors.items(), shapes, strict=True):
+        # One comparison for each of the hundreds of tensors that are as they should be.
+        fits = isinstance(tensor, Tensor) and tensor.shape == (*lead, *shape) and tensor.dtype in _DTYPES
+        if fits and tensor.device == device:
+            continue
+        _check_tensor(name, tensor, shape)
+        if tensor.shape[:-2] != first.shape[:-2]:
             raise ValueError(
                 f"LoRA tensors are of different G: {first_name!r} has shape {tuple(first.shape)}, "
                 f"{name!r} has shape {tuple(tensor.shape)}; expected the same G for all"
             )
-        if tensor.device != first.device:
-            raise ValueError(f"LoRA tensor {name!r} is on {tensor.device}, expected {first.device} as {first_name!r}")
+        if tensor.device != device:
+            raise ValueError(f"LoRA tensor {name!r} is on {tensor.device}, expected {device} as {first_name!r}")
     return (first.shape[0], True) if first.dim() == 3 else (1, False)
-
-
-def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Raises ``ValueError`` for a tensor that holds NaN or infinity; one synchronization on a GPU for all."""
-    if not tensors or any(is_symbolic(tensor) for tensor in tensors.values()):
-        return
-    extremes = [torch.stack(tensor.detach().aminmax()).double() for tensor in tensors.values()]  # NaN is both
-    finite = torch.isfinite(torch.stack(extremes)).all(1).tolist()
-    for name, is_finite in zip(tensors, finite, strict=True):
-        if not is_finite:
-            raise ValueError(f"LoRA tensor {name!r} is not finite: it holds NaN or infinity")
-
-
-def is_symbolic(tensor: Tensor) -> bool:
-    """Whether the values cannot be read: inside torch.func transforms, a fake tensor, or one on meta."""
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    return wrapped or tensor.is_meta or type(tensor).__name__ == "FakeTensor"

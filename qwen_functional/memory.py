@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -14,7 +16,7 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return min(_system_bytes(), _cgroup_bytes()) + _heap_bytes()
+    return min(_system_bytes(), cgroup_bytes()) + _heap_bytes()
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
@@ -72,20 +74,68 @@ def _heap_bytes() -> int:
     return mallinfo2().fordblks
 
 
-def _system_bytes() -> int:
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():  # counts the page cache as free, which sysconf does not
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _cgroup_bytes() -> int:
-    """What a container's limit leaves (cgroup v2); a very large number where there is no limit."""
+def _system_bytes(root: Path = Path("/")) -> int:
     try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        return max(0, int(limit) - used) if limit != "max" else 1 << 62
+        # Counts the page cache as free, which sysconf does not.
+        return _field(root / "proc/meminfo", "MemAvailable:") * 1024
     except (OSError, ValueError):
-        return 1 << 62
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+class _Controller(NamedTuple):
+    """Where a version of Linux's control groups tells of memory."""
+
+    mount: str
+    limit: str
+    used: str
+    cached: str  # the field of memory.stat: pages of files that the kernel takes back when memory runs short
+
+
+_V1 = _Controller("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_V2 = _Controller("", "memory.max", "memory.current", "inactive_file")
+_HYBRID = _V2._replace(mount="unified")
+_NO_LIMIT = 1 << 62
+
+
+def cgroup_bytes(root: Path = Path("/")) -> int:
+    """What the limits of this process's control groups leave, versions 1 and 2; a very large number without any.
+
+    The group's own limit counts and those of all above it. A container often sees its own group as the root, though
+    ``/proc/self/cgroup`` names it as the host does: groups that are not there are passed over.
+
+    Args:
+        root: of the file system, for tests.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return _NO_LIMIT
+    left = _NO_LIMIT
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        own = Path(path.lstrip("/"))
+        for controller in (_V1,) if controllers else (_V2, _HYBRID):
+            mount = root / "sys/fs/cgroup" / controller.mount
+            left = min([left, *(_left_in(mount / group, controller) for group in (own, *own.parents))])
+    return left
+
+
+def _left_in(group: Path, controller: _Controller) -> int:
+    try:
+        limit = int((group / controller.limit).read_text())
+        used = int((group / controller.used).read_text())
+    except (OSError, ValueError):  # no such group, or a limit of "max"
+        return _NO_LIMIT
+    with suppress(OSError, ValueError):
+        used -= _field(group / "memory.stat", controller.cached)
+    return max(0, limit - used)
+
+
+def _field(file: Path, name: str) -> int:
+    """A number in a file of lines of names and numbers."""
+    for line in file.read_text().splitlines():
+        if line.startswith(f"{name} "):
+            return int(line.split()[1])
+    raise ValueError(f"{file} has no {name}")

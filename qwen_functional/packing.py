@@ -10,6 +10,7 @@ and nothing else, so the work per token does not grow with the number of sequenc
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from .config import Qwen2Config
 
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 TILE = 64  # queries per tile: large enough for a GEMM, small enough that few keys are masked out
 
 
@@ -26,16 +28,18 @@ class AttentionTile:
     """Consecutive queries, and the keys that any of them attends to.
 
     ``keys`` is a slice where the keys are consecutive (nothing is copied then), else an index tensor (n_keys,).
-    ``blocked`` (n_queries, n_keys) bool is true where a query must not see a key; None where all see all.
+    The first ``free`` keys are seen by all queries. ``blocked`` (n_queries, n_keys − free) bool is true where a query
+    must not see one of the others; None where all see all.
     """
 
     queries: slice
     keys: slice | Tensor
+    free: int
     blocked: Tensor | None
 
     def to(self, device: torch.device) -> AttentionTile:
         keys = self.keys.to(device) if isinstance(self.keys, Tensor) else self.keys
-        return AttentionTile(self.queries, keys, None if self.blocked is None else self.blocked.to(device))
+        return AttentionTile(self.queries, keys, self.free, None if self.blocked is None else self.blocked.to(device))
 
 
 @dataclass(frozen=True)
@@ -45,26 +49,47 @@ class PackedTokens:
     Attributes:
         input_ids: (S,) int64, the token of every node.
         positions: (S,) int64, the depth of every node.
-        parents: the node before each node in its sequence, −1 for a first token.
-        last: the node of each of the P sequences' last token, where its hidden state is read out.
-        lengths: the P sequences' lengths; their sum is what packing without the tree would compute.
+        end: (S,) int64, one past each node's subtree: node j is i or an ancestor of it exactly when j <= i < end[j].
+        paths: the nodes (length,) int64 of each sequence, from its first token to its last.
     """
 
     input_ids: Tensor
     positions: Tensor
-    parents: tuple[int, ...]
-    last: tuple[int, ...]
-    lengths: tuple[int, ...]
+    end: Tensor
+    paths: tuple[Tensor, ...]
 
     def __len__(self) -> int:
-        return len(self.parents)
+        return len(self.input_ids)
+
+    @functools.cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """The P sequences' lengths; their sum is what packing without the tree would compute."""
+        return tuple(map(len, self.paths))
+
+    @functools.cached_property
+    def last(self) -> tuple[int, ...]:
+        """The node of each of the P sequences' last token."""
+        return tuple(self._last_nodes.tolist())
+
+    @functools.cached_property
+    def _last_nodes(self) -> Tensor:
+        return torch.stack([path[-1] for path in self.paths])
+
+    @functools.cached_property
+    def _all_nodes(self) -> Tensor:
+        return torch.cat(self.paths)
+
+    @functools.cached_property
+    def parents(self) -> tuple[int, ...]:
+        """The node before each node in its sequence, −1 for a first token."""
+        parents = torch.full((len(self),), -1)
+        for path in self.paths:
+            parents[path[1:]] = path[:-1]
+        return tuple(parents.tolist())
 
     def check_fits(self, config: Qwen2Config) -> None:
         """Raises ``ValueError`` for an id outside the vocabulary, or a sequence longer than the model's positions."""
-        low, high = int(self.input_ids.min()), int(self.input_ids.max())
-        if low < 0 or high >= config.vocab_size:
-            bad = low if low < 0 else high
-            raise ValueError(f"token id {bad} is outside the vocabulary, expected 0 to {config.vocab_size - 1}")
+        check_ids(self.input_ids, config.vocab_size)
         longest = max(self.lengths)
         if longest > config.max_position_embeddings:
             raise ValueError(
@@ -72,44 +97,52 @@ class PackedTokens:
                 f"max_position_embeddings = {config.max_position_embeddings}"
             )
 
+    def reads(self, read: str) -> Tensor:
+        """The node of each hidden state that is read: the sequences' last tokens, or ``"all"`` tokens one sequence
+        after the other.
+        """
+        return self._last_nodes if read == "last" else self._all_nodes
+
     def tiles(self, window: int | None = None, size: int = TILE) -> list[AttentionTile]:
         """Attention of the whole row, ``size`` queries to a tile.
 
         ``window``: as :meth:`Qwen2Config.window`, a node sees only ancestors less than so many positions before it.
         """
-        starts = range(0, len(self), size)
-        return [self._tile(slice(start, min(start + size, len(self))), window) for start in starts]
+        return self._tiles(torch.arange(len(self)), window, size)
 
-    def readout_tile(self, nodes: Sequence[int], window: int | None = None) -> AttentionTile:
-        """Attention of the queries ``nodes`` alone, which the tile numbers from 0."""
-        return self._tile(nodes, window)
+    def readout_tiles(self, nodes: Tensor, window: int | None = None, size: int = TILE) -> list[AttentionTile]:
+        """Attention of the queries ``nodes`` alone, in ascending order, which the tiles number from 0."""
+        return self._tiles(nodes, window, size)
 
-    def _tile(self, queries: slice | Sequence[int], window: int | None) -> AttentionTile:
-        nodes = range(len(self))[queries] if isinstance(queries, slice) else queries
-        seen = torch.zeros(len(nodes), len(self), dtype=torch.bool)
-        row_of: dict[int, int] = {}
-        for row, node in enumerate(nodes):
-            ancestor, path = node, []
-            while ancestor >= 0 and ancestor not in row_of:
-                path.append(ancestor)
-                ancestor = self.parents[ancestor]
-            if ancestor >= 0:  # what it sees is known
-                seen[row] = seen[row_of[ancestor]]
-            seen[row, path] = True
-            row_of[node] = row
+    def _tiles(self, nodes: Tensor, window: int | None, size: int) -> list[AttentionTile]:
+        starts = range(0, len(nodes), size)
+        return [self._tile(nodes[start : start + size], start, window) for start in starts]
+
+    def _tile(self, nodes: Tensor, start: int, window: int | None) -> AttentionTile:
+        root, stop = int(self._roots[nodes[0]]), int(nodes[-1]) + 1  # no query has an ancestor before the first's root
+        query, key = nodes[:, None], torch.arange(root, stop)
+        seen = (key <= query) & (query < self.end[root:stop])
         if window is not None:
-            seen &= self.positions[list(nodes), None] - self.positions[None, :] < window
+            seen &= self.positions[nodes, None] - self.positions[root:stop] < window
         keys = seen.any(0).nonzero().flatten()
         blocked = ~seen[:, keys]
-        first, stop = int(keys[0]), int(keys[-1]) + 1
+        anywhere = blocked.any(0).nonzero()
+        free = int(anywhere[0]) if len(anywhere) else len(keys)
+        first, last = root + int(keys[0]), root + int(keys[-1])
         return AttentionTile(
-            queries if isinstance(queries, slice) else slice(0, len(nodes)),
-            slice(first, stop) if stop - first == keys.numel() else keys,
-            blocked if bool(blocked.any()) else None,
+            slice(start, start + len(nodes)),
+            slice(first, last + 1) if last + 1 - first == keys.numel() else root + keys,
+            free,
+            blocked[:, free:].clone() if free < len(keys) else None,
         )
 
+    @functools.cached_property
+    def _roots(self) -> Tensor:
+        """(S,), the first token of each node's sequence."""
+        return torch.where(self.positions == 0, torch.arange(len(self)), 0).cummax(0).values
 
-def pack(sequences: Sequence[Sequence[int]]) -> PackedTokens:
+
+def pack(sequences: Sequence[Sequence[int] | Tensor]) -> PackedTokens:
     """Pack token sequences into a prefix tree.
 
     Args:
@@ -122,39 +155,84 @@ def pack(sequences: Sequence[Sequence[int]]) -> PackedTokens:
         raise ValueError(f"sequences has shape {tuple(sequences.shape)}, expected a list of token id lists")
     if not isinstance(sequences, (Sequence, Tensor)) or isinstance(sequences, str):
         raise ValueError(f"sequences is a {type(sequences).__name__}, expected a list of token id lists")
-    lists = [_token_list(index, sequence) for index, sequence in enumerate(sequences)]
-    if not lists:
+    rows = [token_row(f"sequence {index}", sequence) for index, sequence in enumerate(sequences)]
+    if not rows:
         raise ValueError("sequences is empty, expected at least one token sequence")
-    ids: list[int] = []
-    parents: list[int] = []
-    positions: list[int] = []
-    last = [-1] * len(lists)
-    children: dict[tuple[int, int], int] = {}
-    # In sorted order sequences with a common prefix are neighbours: a tile then has few keys.
-    for index in sorted(range(len(lists)), key=lambda i: lists[i]):
-        node = -1
-        for position, token in enumerate(lists[index]):
-            child = children.get((node, token))
-            if child is None:
-                child = children[node, token] = len(ids)
-                ids.append(token)
-                parents.append(node)
-                positions.append(position)
-            node = child
-        last[index] = node
-    return PackedTokens(
-        torch.tensor(ids), torch.tensor(positions), tuple(parents), tuple(last), tuple(len(s) for s in lists)
-    )
+    return _tree(rows)
 
 
-def _token_list(index: int, sequence: Sequence[int]) -> list[int]:
+def pack_each(sequences: Sequence[Sequence[Sequence[int] | Tensor]]) -> tuple[PackedTokens, ...]:
+    """Pack the token sequences of each adapter by themselves: G adapters, each with its own prefix tree.
+
+    Nothing is padded: the trees are of any sizes, and what an adapter's sequences begin with is computed once for it.
+
+    Args:
+        sequences: for each of G adapters what :func:`pack` takes.
+
+    Raises:
+        ValueError: no adapter, or as :func:`pack`; it says of which adapter.
+    """
+    if not isinstance(sequences, Sequence) or isinstance(sequences, str) or not sequences:
+        what = "empty" if isinstance(sequences, Sequence) and not sequences else f"a {type(sequences).__name__}"
+        raise ValueError(f"sequences is {what}, expected a list of token sequences for each adapter")
+    packed = []
+    for index, own in enumerate(sequences):
+        try:
+            packed.append(pack(own))
+        except ValueError as error:
+            raise ValueError(f"adapter {index}: {error}") from None
+    return tuple(packed)
+
+
+def _tree(rows: Sequence[Tensor]) -> PackedTokens:
+    """Depth first, in sorted order: sequences with a common prefix are neighbours, and a tile then has few keys."""
+    lists = [row.tolist() for row in rows]
+    ids, positions, ends, n = list[Tensor](), list[Tensor](), torch.empty(sum(map(len, rows)), dtype=torch.int64), 0
+    paths = [torch.empty(0, dtype=torch.int64)] * len(rows)
+    before, path = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+    for index in sorted(range(len(rows)), key=lists.__getitem__):
+        row = rows[index]
+        shared = _common_prefix(before, row)
+        ends[path[shared:]] = n  # their subtrees end where another branch begins
+        new = len(row) - shared
+        path = torch.cat((path[:shared], torch.arange(n, n + new)))
+        ids.append(row[shared:])
+        positions.append(torch.arange(shared, len(row)))
+        paths[index], before, n = path, row, n + new
+    ends[path] = n
+    return PackedTokens(torch.cat(ids), torch.cat(positions), ends[:n].clone(), tuple(paths))
+
+
+def _common_prefix(one: Tensor, other: Tensor) -> int:
+    n = min(len(one), len(other))
+    differ = (one[:n] != other[:n]).nonzero()
+    return int(differ[0]) if len(differ) else n
+
+
+def check_ids(ids: Tensor, vocab_size: int) -> None:
+    """Raises ``ValueError`` for one that is outside the vocabulary."""
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab_size:
+        bad = low if low < 0 else high
+        raise ValueError(f"token id {bad} is outside the vocabulary, expected 0 to {vocab_size - 1}")
+
+
+def token_row(name: str, sequence: Sequence[int] | Tensor, least: int = 1) -> Tensor:
+    """A sequence of at least so many tokens as int64 on the CPU, or a ``ValueError`` that begins with ``name``."""
+    if isinstance(sequence, Tensor) and sequence.dim() == 1 and sequence.dtype in _INTEGERS and len(sequence) >= least:
+        return sequence.cpu().to(torch.int64)
     tokens = sequence.tolist() if isinstance(sequence, Tensor) else sequence
     if not isinstance(tokens, (list, tuple)):
         kind = "one number" if isinstance(tokens, int) else f"a {type(tokens).__name__}"
-        raise ValueError(f"sequence {index} is {kind}, expected a list of token ids")
-    for token in tokens:
-        if not isinstance(token, int) or isinstance(token, bool):
-            raise ValueError(f"sequence {index} holds {token!r}, expected integer token ids")
-    if not tokens:
-        raise ValueError(f"sequence {index} is empty, expected at least one token")
-    return list(tokens)
+        raise ValueError(f"{name} is {kind}, expected a list of token ids")
+    if not set(map(type, tokens)) <= {int}:
+        odd = next((token for token in tokens if not isinstance(token, int) or isinstance(token, bool)), None)
+        if odd is not None or None in tokens:
+            raise ValueError(f"{name} holds {odd!r}, expected integer token ids")
+    if len(tokens) < least:
+        what = f"has {len(tokens)} tokens" if tokens else "is empty"
+        raise ValueError(f"{name} {what}, expected at least {least if least > 1 else 'one'} token{'s' * (least > 1)}")
+    try:
+        return torch.tensor(tokens, dtype=torch.int64)
+    except (OverflowError, RuntimeError):
+        raise ValueError(f"{name} holds {max(tokens, key=abs)}, expected token ids") from None

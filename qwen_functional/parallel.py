@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
+from .architecture import PROJECTIONS
 from .config import Qwen2Config
 from .lora import Lora, LoraPair
 
 TENSOR_PARALLEL = "tp"  # the mesh dimension
 # Which dimension of a weight is split, by projection; a bias is split with the rows.
-SPLIT = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1, "gate_proj": 0, "up_proj": 0, "down_proj": 1}
+SPLIT = {name: projection.split for name, projection in PROJECTIONS.items()}
 
 
 @dataclass(frozen=True)

@@ -1,216 +1,213 @@
-"""LoRA tensors as the engine multiplies them: the A of all projections that read the same input as one matrix.
+"""LoRA tensors as the engine multiplies them: with the base weights of all projections that read the same input.
 
 And back: the gradients of a stack, taken apart into one tensor per LoRA tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .config import Qwen2Config
+from .architecture import STACKS
 from .dtypes import accumulation_dtype
-from .lora import Lora, parse_name, peft_name, projection_shape
-from .ops.linear import (
-    PackedWeight,
-    Part,
-    linear,
-    linear_inner,
-    linear_vjp_A,
-    linear_vjp_B,
-    linear_vjp_inner,
-    linear_vjp_input,
-)
+from .lora import Lora, peft_name
+from .ops.linear import Weight
 from .parallel import TensorParallel
 
-QKV, KV, Q, O = ("q_proj", "k_proj", "v_proj"), ("k_proj", "v_proj"), ("q_proj",), ("o_proj",)
-GATE, UP, DOWN = ("gate_proj",), ("up_proj",), ("down_proj",)
+Key = tuple[int, str]  # (layer, projection)
+Side = tuple[Key, str]  # of a LoRA, "A" or "B"
 
 
 @dataclass(frozen=True)
-class Target:
-    """One LoRA of a stack: whose gradients are put where, and ``scaling``, by which A was multiplied."""
+class Adapted:
+    """The adapters of one projection of a stack, in the compute dtype.
 
-    key: tuple[int, str]  # (layer, projection)
+    Attributes:
+        A: (G, r, in), times ``scaling``; or None where the stack has the A of all its projections in one matrix.
+        B: (G, out, r).
+        base: which of the stack's base weights its outputs are in, and ``outputs``: where among them.
+        ranks: where among the R ranks of the stack.
+    """
+
+    key: Key
     scaling: float
-    part: Part
-
-
-@dataclass(frozen=True)
-class Base:
-    """A base weight (out, in), perhaps of several projections stacked, with its bias and its adapters."""
-
-    weight: Tensor | PackedWeight
-    bias: Tensor | None
-    targets: tuple[Target, ...]
-
-    def parts(self, adapters: slice) -> list[Part]:
-        return [target.part[adapters] for target in self.targets]
+    B: Tensor
+    base: int
+    outputs: slice
+    ranks: slice
+    A: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Stack:
     """The projections that read one input, by one base weight or several.
 
-    ``A`` (G, R, in), in the compute dtype, has the A of all their adapters one below the other, each times its
-    scaling; None: they have none.
+    Attributes:
+        weights: (out, in) each; biases: (out,) or None.
+        adapted: those that have adapters.
+        A: (G, R, in), all A one below the other, each times its scaling; None where there are none, and on a backend
+            that takes each for itself.
+        summed: the ranks over which what this gives is a partial sum; None for what is whole. ``summed_back``: dx.
     """
 
-    bases: tuple[Base, ...]
-    A: Tensor | None
+    name: str  # in architecture.STACKS
+    weights: tuple[Weight, ...]
+    biases: tuple[Tensor | None, ...]
+    adapted: tuple[Adapted, ...]
+    A: Tensor | None = None
+    summed: TensorParallel | None = None
+    summed_back: TensorParallel | None = None
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the products."""
-        return self.bases[0].weight.dtype
+        return self.weights[0].dtype
 
-    def __call__(self, x: Tensor, adapters: slice) -> tuple[list[Tensor], Tensor | None]:
-        """y (G, S, out) by each base weight, and u (G, S, R) for the vjp, for x of the adapters in the slice."""
-        u = self.inner(x, adapters)
-        return [linear(x, base.weight, base.bias, u, base.parts(adapters)) for base in self.bases], u
+    @property
+    def n_adapters(self) -> int:
+        return self.adapted[0].B.shape[0] if self.adapted else 1
 
-    def inner(self, x: Tensor, adapters: slice) -> Tensor | None:
-        """u alone."""
-        return None if self.A is None else linear_inner(x, self.A[adapters])
+    def part(self, projection: str) -> Adapted | None:
+        """The adapters of one projection."""
+        return next((part for part in self.adapted if part.key[1] == projection), None)
 
-    def vjp(
-        self,
-        dys: Sequence[Tensor],
-        x: Tensor,
-        u: Tensor | None,
-        gradients: Gradients,
-        adapters: slice,
-        *,
-        need_dx: bool,
-    ) -> Tensor | None:
-        """Puts the gradients of the adapters in the slice in their place; returns dx where it is needed.
-
-        dys: (G, S, out) of each base weight; x (G, S, in) or (1, S, in), u (G, S, R) as :meth:`__call__` returned it.
-        """
-        lora = [
-            (target, dy[..., target.part.outputs])
-            for dy, base in zip(dys, self.bases, strict=True)
-            for target in base.targets
-        ]
-        wanted_A = [target for target, _ in lora if gradients.wants(target.key, "A")]
-        t = None  # the cotangent of u
-        if u is not None and (need_dx or wanted_A):
-            t = torch.empty_like(u)
-            for target, dy in lora:
-                if need_dx or gradients.wants(target.key, "A"):
-                    linear_vjp_inner(dy, target.part.B[adapters], out=t[..., target.part.ranks])
-            whole = linear_vjp_A(t, x) if len(wanted_A) == len(lora) else None
-            for target in wanted_A:
-                ranks = target.part.ranks
-                dA = linear_vjp_A(t[..., ranks], x) if whole is None else whole[:, ranks]
-                gradients.put(target.key, "A", adapters, dA, target.scaling)
-        for target, dy in lora:
-            if u is not None and gradients.wants(target.key, "B"):
-                gradients.put(target.key, "B", adapters, linear_vjp_B(dy, u[..., target.part.ranks]))
-        if not need_dx:
-            return None
-        dx = None
-        for dy, base in zip(dys, self.bases, strict=True):
-            dx = linear_vjp_input(dy, base.weight, dx)
-        if dx is not None and t is not None and self.A is not None:
-            dx.baddbmm_(t, self.A[adapters])
-        return dx
+    def __getitem__(self, adapters: slice) -> Stack:
+        """The adapters of a slice."""
+        if not self.adapted or len(range(self.n_adapters)[adapters]) == self.n_adapters:
+            return self
+        parts = tuple(
+            replace(part, B=part.B[adapters], A=None if part.A is None else part.A[adapters]) for part in self.adapted
+        )
+        return replace(self, adapted=parts, A=None if self.A is None else self.A[adapters])
 
 
-def stack(
-    config: Qwen2Config,
-    lora: Lora,
-    layer: int,
-    *bases: tuple[tuple[str, ...], Tensor | PackedWeight, Tensor | None],
-) -> Stack:
-    """The projections of a layer that read one input: of each base weight their names, itself, and its bias."""
-    dtype = bases[0][1].dtype
-    found, scaled = [], []
-    rank = 0
-    for names, weight, bias in bases:
-        targets, out = [], 0
-        for name in names:
-            rows, _ = projection_shape(config, name)
-            pair = lora.pairs.get((layer, name))
-            if pair is not None:
-                r = pair.A.shape[1]
-                part = Part(pair.B.to(dtype), slice(out, out + rows), slice(rank, rank + r))
-                targets.append(Target((layer, name), pair.scaling, part))
-                own = pair.A.to(dtype)
-                scaled.append(own if pair.scaling == 1 else own * pair.scaling)
-                rank += r
-            out += rows
-        found.append(Base(weight, bias, tuple(targets)))
-    A = None if not scaled else scaled[0] if len(scaled) == 1 else torch.cat(scaled, 1)
-    return Stack(tuple(found), A)
+@dataclass
+class Input:
+    """What a stack reads.
+
+    Attributes:
+        x: (G, S, in); empty where it was let go, to be made again by the vjp.
+        u: x Aᵀ of the stack's adapters, in a backend's own form; None until it is made.
+    """
+
+    x: Tensor
+    u: Tensor | None = None
+
+
+@dataclass
+class Cotangent:
+    """What comes back to a stack's outputs.
+
+    Attributes:
+        dys: (G, S, out), one for each base weight, in the compute dtype.
+        t: dy B of the stack's adapters, in a backend's own form; None until it is made.
+    """
+
+    dys: list[Tensor]
+    t: Tensor | None = None
+
+
+@dataclass
+class Product:
+    """What a stack gives: ys (G, S, out), one for each base weight, or on the way back dx (G, S, in).
+
+    Where ``stack`` is there, they are the base weights' products alone, and whoever reads them adds the adapters':
+    ``u Bᵀ`` of ``low.u``, or ``t A`` of ``low.t``.
+    """
+
+    ys: list[Tensor]
+    stack: Stack | None = None
+    low: Any = None  # an Input, or a Cotangent
 
 
 class Gradients:
     """The gradients of the wanted LoRA tensors, filled in layer by layer, each in its tensor's own dtype."""
 
-    def __init__(
-        self, lora: Lora, wanted: Collection[str] | None = None, parallel: TensorParallel | None = None
-    ) -> None:
-        self._lora, self._parallel = lora, parallel
-        self._wanted = set(lora.names()) if wanted is None else set(wanted)
-        self._filled: dict[str, Tensor] = {}
-        layers = [parsed[0] for parsed in map(parse_name, self._wanted) if parsed]
-        self.lowest_layer = min(layers, default=None)
+    def __init__(self, lora: Lora, wanted: frozenset[Side], parallel: TensorParallel | None = None) -> None:
+        self._lora, self._wanted, self._parallel = lora, wanted, parallel
+        self._filled: dict[Side, Tensor] = {}
+        self.pending: list[tuple[Stack, Input, Cotangent]] = []  # for a backend that makes several together
 
-    def wants(self, key: tuple[int, str], side: str) -> bool:
-        return peft_name(*key, side) in self._wanted
+    def wants(self, key: Key, side: str) -> bool:
+        return (key, side) in self._wanted
 
-    def wants_any(self, layer: int, names: tuple[str, ...]) -> bool:
-        return any(self.wants((layer, name), side) for name in names for side in "AB")
+    def wants_any(self, layer: int, *stacks: str) -> bool:
+        return any(((layer, name), side) in self._wanted for stack in stacks for name in STACKS[stack] for side in "AB")
 
-    def put(self, key: tuple[int, str], side: str, adapters: slice, gradient: Tensor, scaling: float = 1.0) -> None:
-        """``scaling`` times ``gradient`` (g, rows, cols) of the adapters in the slice."""
-        name = peft_name(*key, side)
+    def of(self, adapters: slice) -> GradientsOf:
+        """Those of some of the adapters."""
+        return GradientsOf(self, adapters)
+
+    def whole(self, key: Key, side: str) -> Tensor:
+        """The gradient of a wanted tensor, (G, …), to be filled in."""
         if self._parallel is not None:
-            whole = self._sum_later(name, key, side)
-        else:
-            if name not in self._filled:
-                tensor = getattr(self._lora.pairs[key], side)
-                self._filled[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-            whole = self._filled[name]
-        if scaling == 1:
-            whole[adapters] = gradient
-        else:
-            torch.mul(gradient, scaling, out=whole[adapters])
+            return self._sum_later(key, side)
+        if (key, side) not in self._filled:
+            tensor = getattr(self._lora.pairs[key], side)
+            self._filled[key, side] = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        return self._filled[key, side]
 
-    def _sum_later(self, name: str, key: tuple[int, str], side: str) -> Tensor:
+    def _sum_later(self, key: Key, side: str) -> Tensor:
         """This rank's part of a gradient that is whole after one sum over all ranks and all tensors.
 
         Zeros fill the rest of a half that is split; of a half that is not, every rank has a partial sum.
         """
         if not self._filled:
-            wanted = {n: t for n, t in self._sides() if n in self._wanted}
+            wanted = dict(self._tensors())
             wide = max((accumulation_dtype(t.dtype) for t in wanted.values()), key=lambda dtype: dtype.itemsize)
             sizes = [tensor.numel() for tensor in wanted.values()]
             self._flat = torch.zeros(sum(sizes), dtype=wide, device=next(iter(wanted.values())).device)
             parts = self._flat.split(sizes)
             self._filled = {n: part.view(t.shape) for (n, t), part in zip(wanted.items(), parts, strict=True)}
-        whole = self._filled[name]
+        whole = self._filled[key, side]
         assert self._parallel is not None
         return whole[self._parallel.of_lora(key[1], side, whole.shape)]
 
-    def _sides(self) -> Iterator[tuple[str, Tensor]]:
+    def _tensors(self) -> Iterator[tuple[Side, Tensor]]:
+        """The wanted LoRA tensors."""
         for key, pair in self._lora.pairs.items():
-            yield from ((peft_name(*key, side), tensor) for side, tensor in (("A", pair.A), ("B", pair.B)))
+            for side, tensor in (("A", pair.A), ("B", pair.B)):
+                if (key, side) in self._wanted:
+                    yield (key, side), tensor
 
     def collect(self) -> dict[str, Tensor]:
         """{PEFT name: gradient, shaped as given to ``bind``}, in order. Zero for a tensor that nothing depends on."""
         if self._parallel is not None and self._filled:
             self._parallel.sum_(self._flat)
         gradients = {}
-        for name, tensor in self._sides():
-            if name in self._wanted:
-                gradient = self._filled.get(name)
-                if gradient is None:
-                    gradient = torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-                gradient = gradient.to(tensor.dtype)
-                gradients[name] = gradient if self._lora.batched else gradient[0]
+        for (key, side), tensor in self._tensors():
+            gradient = self._filled.get((key, side))
+            if gradient is None:
+                gradient = torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+            gradient = gradient.to(tensor.dtype)
+            gradients[peft_name(*key, side)] = gradient if self._lora.batched else gradient[0]
         return gradients
+
+
+@dataclass(frozen=True)
+class GradientsOf:
+    """Gradients of the adapters of a slice."""
+
+    every: Gradients
+    adapters: slice
+
+    def wants(self, key: Key, side: str) -> bool:
+        return self.every.wants(key, side)
+
+    def place(self, key: Key, side: str) -> Tensor | None:
+        """Where a gradient goes, (g, …); None where it is not wanted."""
+        return self.every.whole(key, side)[self.adapters] if self.every.wants(key, side) else None
+
+    def put(self, key: Key, side: str, gradient: Tensor, scaling: float = 1.0) -> None:
+        """``scaling`` times ``gradient`` (g, rows, cols)."""
+        place = self.every.whole(key, side)[self.adapters]
+        if scaling == 1:
+            place.copy_(gradient)
+        else:
+            torch.mul(gradient, scaling, out=place)
+
+

@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import fields, replace
 from typing import TYPE_CHECKING, overload
 
 import torch
@@ -75,8 +74,8 @@ class StreamedBlocks(Sequence["BlockWeights"]):
             if then is not None and then != layer and self._ahead is None:
                 self._ahead = (then, self._pool.submit(self._load, then))
         if self._stream is not None:
-            for field in fields(block):
-                getattr(block, field.name).record_stream(torch.cuda.current_stream(self._device))
+            for tensor in block.tensors().values():
+                tensor.record_stream(torch.cuda.current_stream(self._device))
         return block
 
     def _take(self, layer: int) -> BlockWeights:
@@ -135,19 +134,15 @@ def blocks_from_host(
 ) -> StreamedBlocks:
     """Blocks that stay in the host's memory, page-locked for a GPU, and are copied to ``device`` one by one."""
     if device.type == "cuda":
-        blocks = [_mapped(block, Tensor.pin_memory) for block in blocks]
+        blocks = [block.map(Tensor.pin_memory) for block in blocks]
 
     def read(layer: int) -> BlockWeights:
         return moved(blocks[layer], device)
 
-    nbytes = sum(getattr(block, field.name).nbytes for block in blocks for field in fields(block))
+    nbytes = sum(tensor.nbytes for block in blocks for tensor in block.tensors().values())
     return StreamedBlocks(read, len(blocks), nbytes, device, dtype)
 
 
 def moved(block: BlockWeights, device: torch.device) -> BlockWeights:
     """The block on a device; of page-locked memory without waiting."""
-    return _mapped(block, lambda tensor: tensor.to(device, non_blocking=True))
-
-
-def _mapped(block: BlockWeights, function: Callable[[Tensor], Tensor]) -> BlockWeights:
-    return replace(block, **{field.name: function(getattr(block, field.name)) for field in fields(block)})
+    return block.map(lambda tensor: tensor.to(device, non_blocking=True))

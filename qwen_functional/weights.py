@@ -2,51 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from .architecture import NORMS, PROJECTIONS, STACKS, block_shapes, projection_shape, stack_shape
+from .backends.onednn import PackedWeight, packing_pays
 from .config import Qwen2Config
 from .dtypes import default_compute_dtype
-from .ops.linear import PackedWeight, packing_pays
+from .ops.linear import Weight
 from .parallel import TensorParallel
 from .streaming import StreamedBlocks, StreamedRows
-
-_MATRICES = ("qkv_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
 class BlockWeights:
-    """One decoder block. Sizes: H hidden, Q = heads·head_dim, K = kv heads·head_dim, I intermediate."""
+    """One decoder block: a matrix for each stack of projections that read one input, see ``architecture.py``. Sizes: H
+    hidden, Q = heads·head_dim, K = kv heads·head_dim, I intermediate. What a family does not have is None.
+    """
 
     input_layernorm: Tensor  # (H,)
     qkv_proj: Tensor  # (Q + 2K, H): q, k, v rows
-    qkv_bias: Tensor  # (Q + 2K,)
     o_proj: Tensor  # (H, Q)
     post_attention_layernorm: Tensor  # (H,)
-    gate_proj: Tensor  # (I, H)
-    up_proj: Tensor  # (I, H)
+    gate_up_proj: Tensor  # (2I, H): gate, up rows
     down_proj: Tensor  # (H, I)
+    qkv_bias: Tensor | None = None  # (Q + 2K,)
+    q_norm: Tensor | None = None  # (head_dim,)
+    k_norm: Tensor | None = None  # (head_dim,)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that are there, by field."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> BlockWeights:
+        """The block with a function of each tensor in its place."""
+        return replace(self, **{name: function(tensor) for name, tensor in self.tensors().items()})
 
     def to(self, dtype: torch.dtype) -> BlockWeights:
         """The same weights in ``dtype``; itself where they are in it already."""
         if self.qkv_proj.dtype == dtype:
             return self
-        return BlockWeights(*(getattr(self, f.name).to(dtype) for f in fields(self)))
+        return self.map(lambda tensor: tensor.to(dtype))
+
+    def stack(self, name: str) -> Tensor:
+        """The matrix of a stack."""
+        return getattr(self, f"{name}_proj")
+
+    def bias(self, name: str) -> Tensor | None:
+        """The bias of a stack."""
+        return getattr(self, f"{name}_bias", None)
+
+    def parts(self, name: str, config: Qwen2Config) -> tuple[Tensor, ...]:
+        """The matrix of a stack by projection, as views."""
+        return self.stack(name).split([projection_shape(config, part)[0] for part in STACKS[name]])
 
 
-@dataclass(frozen=True)
-class PackedBlock:
-    """The matrices of a block in the compute dtype: in oneDNN's layout, where the processor is faster in that."""
-
-    qkv_proj: PackedWeight | Tensor
-    o_proj: PackedWeight | Tensor
-    gate_proj: PackedWeight | Tensor
-    up_proj: PackedWeight | Tensor
-    down_proj: PackedWeight | Tensor
+# {stack: its matrices in the compute dtype}: in a backend's own layout, where that is faster.
+PackedBlock = Mapping[str, tuple[Weight, ...]]
 
 
 @dataclass(frozen=True)
@@ -128,7 +145,7 @@ class Qwen2Weights:
     def prepack_nbytes(self) -> int:
         """Bytes that :meth:`prepack` takes: twice the blocks' matrices in the compute dtype, or once where they are
         converted alone."""
-        elements = sum(getattr(block, name).numel() for block in self.blocks for name in _MATRICES)
+        elements = sum(block.stack(name).numel() for block in self.blocks for name in STACKS)
         copies = 2 if packing_pays(self.compute_dtype, self.device) else 1
         return copies * elements * self.compute_dtype.itemsize
 
@@ -148,11 +165,13 @@ class Qwen2Weights:
         dtype = self.compute_dtype
         packs = packing_pays(dtype, self.device)
 
-        def packed(matrix: Tensor) -> Tensor | PackedWeight:
-            return PackedWeight(matrix.to(dtype)) if packs else matrix.to(dtype)
+        def packed(block: BlockWeights, name: str) -> tuple[Weight, ...]:
+            matrix = block.stack(name)
+            # What the halves of gate|up give lies apart: their activation reads it faster.
+            parts = matrix.chunk(2) if name == "gate_up" else (matrix,)
+            return tuple(PackedWeight(part.to(dtype)) if packs else part.to(dtype) for part in parts)
 
-        blocks = (PackedBlock(*(packed(getattr(block, name)) for name in _MATRICES)) for block in self.blocks)
-        return replace(self, packed=tuple(blocks))
+        return replace(self, packed=tuple({name: packed(block, name) for name in STACKS} for block in self.blocks))
 
     def shard(self, config: Qwen2Config, mesh: DeviceMesh) -> Qwen2Weights:
         """This rank's part of the weights, copied; of a model that is read from files ``load_pretrained`` reads no
@@ -178,7 +197,7 @@ class Qwen2Weights:
         if isinstance(self.blocks, StreamedBlocks):
             yield self.blocks
         else:
-            yield from (getattr(block, f.name) for block in self.blocks for f in fields(block))
+            yield from (tensor for block in self.blocks for tensor in block.tensors().values())
 
     def named_views(self, config: Qwen2Config) -> dict[str, Tensor]:
         """Every tensor of a checkpoint, under its Hugging Face name, as a view into these weights.
@@ -210,26 +229,29 @@ class Qwen2Weights:
 
 def block_views(block: BlockWeights, config: Qwen2Config, layer: int) -> dict[str, Tensor]:
     """Every tensor of a block under its name in a checkpoint, as a view."""
-    q, k = config.q_size, config.kv_size
-    prefix = f"model.layers.{layer}."
-    views = {prefix + "input_layernorm.weight": block.input_layernorm}
-    rows, biases = block.qkv_proj.split((q, k, k)), block.qkv_bias.split((q, k, k))
-    for name, row, bias in zip(("q_proj", "k_proj", "v_proj"), rows, biases, strict=True):
-        views[f"{prefix}self_attn.{name}.weight"] = row
-        views[f"{prefix}self_attn.{name}.bias"] = bias
-    views[prefix + "self_attn.o_proj.weight"] = block.o_proj
-    views[prefix + "post_attention_layernorm.weight"] = block.post_attention_layernorm
-    views[prefix + "mlp.gate_proj.weight"] = block.gate_proj
-    views[prefix + "mlp.up_proj.weight"] = block.up_proj
-    views[prefix + "mlp.down_proj.weight"] = block.down_proj
-    return views
+    views = {f"{norm}.weight": getattr(block, norm) for norm in NORMS}
+    for norm, projection in config.family.head_norms.items():
+        views[f"{PROJECTIONS[projection].parent}.{norm}.weight"] = getattr(block, norm)
+    for stack, names in STACKS.items():
+        bias = block.bias(stack)
+        sizes = [projection_shape(config, name)[0] for name in names]
+        for index, (name, part) in enumerate(zip(names, block.parts(stack, config), strict=True)):
+            views[f"{PROJECTIONS[name].path}.weight"] = part
+            if bias is not None:
+                views[f"{PROJECTIONS[name].path}.bias"] = bias.split(sizes)[index]
+    # In the order in which checkpoints are written.
+    return {f"model.layers.{layer}.{name}": views[name] for name in block_shapes(config, config.family)}
 
 
 def empty_block(config: Qwen2Config, dtype: torch.dtype, device: torch.device | str) -> BlockWeights:
     """A block of the right shapes, not yet filled in."""
-    h, q, k, i = config.hidden_size, config.q_size, config.kv_size, config.intermediate_size
-    shapes = ((h,), (q + 2 * k, h), (q + 2 * k,), (h, q), (h,), (i, h), (i, h), (h, i))
-    return BlockWeights(*(torch.empty(shape, dtype=dtype, device=device) for shape in shapes))
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(NORMS, (config.hidden_size,))
+    for stack in STACKS:
+        shapes[f"{stack}_proj"] = stack_shape(config, stack)
+        if set(STACKS[stack]) <= set(config.family.biased):
+            shapes[f"{stack}_bias"] = stack_shape(config, stack)[:1]
+    shapes |= dict.fromkeys(config.family.head_norms, (config.head_dim,))
+    return BlockWeights(**{name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()})
 
 
 def empty_weights(

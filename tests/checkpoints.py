@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
-from transformers import Qwen2Config as HFConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 ONE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -38,11 +37,12 @@ CHATML = (
 def save_checkpoint(
     folder: Path, dtype: torch.dtype = torch.float32, shards: bool = False, **changes: Any
 ) -> Path:
-    """A tiny checkpoint with random weights, biases included, as transformers writes it."""
+    """A tiny checkpoint with random weights, biases included, as transformers writes it; of any ``model_type``."""
     sizes = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(HFConfig(**{**sizes, **heads, **changes}))
+    config = AutoConfig.for_model(changes.pop("model_type", "qwen2"), **{**sizes, **heads, **changes})
+    model = AutoModelForCausalLM.from_config(config)
     torch.nn.Module.to(model, dtype)
     for tensor in model.state_dict().values():
         tensor.normal_()
@@ -51,7 +51,7 @@ def save_checkpoint(
 
 
 def make_checkpoint(folder: Path, **settings: Any) -> Path:
-    """A folder with a small byte-level BPE tokenizer, saved by transformers."""
+    """A Qwen2 model's folder with a small byte-level BPE tokenizer, saved by transformers; no weights."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -66,6 +66,8 @@ def make_checkpoint(folder: Path, **settings: Any) -> Path:
         )
     settings = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>", **settings}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings).save_pretrained(folder)
+    if not (folder / "config.json").exists():
+        (folder / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
     return folder
 
 

@@ -3,9 +3,20 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: its interpreter runs the kernels
+
+from devices import DEVICES
 from ranks import Ranks
 
 torch.set_num_threads(1)  # the models here are tiny: a second thread costs more than it brings
+
+
+@pytest.fixture(scope="session", params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    """Each device at hand."""
+    return request.param
 
 
 @pytest.fixture

@@ -8,9 +8,11 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,10 +20,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from reference import random_lora, tiny_config
 
-from lora_delta import DifferentiableDeltaCompute, labels
-from lora_delta.adapters import save_peft_adapter
+from lora_delta import DifferentiableDeltaCompute
 from lora_delta.distributed import process_group
-from lora_delta.label_parts import LabelJob
+from lora_delta.labelling import labels, log
+from lora_delta.peft.adapters import save_peft_adapter
 from qwen_functional import LoraSpec, init_weights
 
 CONFIG = tiny_config()
@@ -39,8 +41,8 @@ def save_adapters(folder: Path, names: str) -> Path:
     return folder
 
 
-def delta() -> DifferentiableDeltaCompute:
-    return DifferentiableDeltaCompute(CONFIG, init_weights(CONFIG, 0, torch.float32), PROBES)
+def delta(**options: Any) -> DifferentiableDeltaCompute:
+    return DifferentiableDeltaCompute(CONFIG, init_weights(CONFIG, 0, torch.float32), PROBES, **options)
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,9 @@ class Orders:
     Attributes:
         log: a file that gets a line "rank unit" when a pass begins.
         pass_seconds: that a pass takes at least, by rank.
-        file_seconds: before and after files are renamed or removed, so that a kill can come in between.
-        dies_at: the file operation, counted from 0, at which the process kills itself.
+        file_seconds: before and after files are written, renamed or removed, so that a kill can come in between.
+        dies_at: the file operation, counted from 0, at which the process kills itself; half of what it writes there is
+            written.
         raises: a rank, and what it raises in its first pass, once another rank has begun one too.
     """
 
@@ -79,23 +82,25 @@ def label(rank: int, world_size: int, port: int, adapters: Path, out: Path, orde
 
 
 def _watch(rank: int, orders: Orders) -> None:
-    compute, operations = labels._compute, 0
+    finish, end_of, operations = labels._finished, log._end_of, 0
 
-    def computed(unit: Any, *arguments: Any) -> Any:
-        if unit.loaded:
-            with orders.log.open("a") as log:
-                log.write(f"{rank} {unit.index}\n")
+    def finished(unit: Any, *arguments: Any) -> Any:
+        if unit.waiting:
+            with orders.log.open("a") as file:
+                file.write(f"{rank} {unit.index}\n")
             if orders.raises and orders.raises[0] == rank:
                 while len({line.split()[0] for line in orders.log.read_text().splitlines()}) == 1:
                     time.sleep(0.01)
                 raise EXCEPTIONS[orders.raises[1]]("on purpose")
             time.sleep(orders.pass_seconds.get(rank, 0))
-        return compute(unit, *arguments)
+        return finish(unit, *arguments)
 
-    def slowed(operation: Callable[..., Any]) -> Callable[..., Any]:
+    def slowed(operation: Callable[..., Any], half: Callable[..., Any] | None = None) -> Callable[..., Any]:
         def slow(*arguments: Any, **options: Any) -> Any:
             nonlocal operations
             if operations == orders.dies_at:
+                if half is not None:
+                    half(*arguments)
                 os.kill(os.getpid(), signal.SIGKILL)
             operations += 1
             time.sleep(orders.file_seconds)
@@ -105,10 +110,21 @@ def _watch(rank: int, orders: Orders) -> None:
 
         return slow
 
-    labels._compute = computed  # type: ignore[assignment]
+    @contextmanager
+    def opened(path: Path, size: int) -> Iterator[Any]:
+        with end_of(path, size) as file:
+
+            def half(content: Any) -> None:
+                whole = bytes(content) if isinstance(content, memoryview) else b"".join(content)
+                file.write(whole[: len(whole) // 2])
+                file.flush()
+
+            yield SimpleNamespace(write=slowed(file.write, half), writelines=slowed(file.writelines, half))
+
+    labels._finished = finished  # type: ignore[assignment]
+    log._end_of = opened
     for name in ("replace", "unlink"):
         setattr(Path, name, slowed(getattr(Path, name)))
-    LabelJob.discard = slowed(LabelJob.discard)  # type: ignore[method-assign]
 
 
 def start(n: int, adapters: Path, out: Path, orders: Orders) -> list[Any]:

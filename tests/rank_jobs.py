@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from lora_delta import DifferentiableDeltaCompute
-from lora_delta.labels import compute_labels, model_fingerprint
-from lora_delta.tokens import TokenFormat
-from lora_delta.training import TrainingOptions, train
+from lora_delta import DifferentiableDeltaCompute, DifferentiableLMLoss
+from lora_delta.generate.options import TrainingOptions
+from lora_delta.generate.tokens import TokenFormat
+from lora_delta.generate.training import train
+from lora_delta.labelling.labels import compute_labels
+from lora_delta.labelling.settings import model_fingerprint
+from lora_delta.lm_loss import Examples
 from qwen_functional import LoraSpec, Qwen2Config, Qwen2Weights, init_weights, load_pretrained, pack, weights
+from qwen_functional.backends.onednn import can_pack, packing_pays
 from qwen_functional.forward import forward, forward_vjp
-from qwen_functional.ops.linear import can_pack, packing_pays
 
 Values = tuple[Tensor, dict[str, Tensor]]
 
@@ -86,6 +91,23 @@ def delta_of(case: Case, base: Qwen2Weights, mesh: DeviceMesh | None, mean_loss:
         value = delta(tensors)
         value.square().sum().backward()
     return value.detach(), gradients_of(tensors)
+
+
+def lm_loss_of(
+    case: Case, base: Qwen2Weights, mesh: DeviceMesh | None, mean_loss: bool, examples: Examples, **options: Any
+) -> Values:
+    lm = DifferentiableLMLoss(case.config, base, case.spec, mesh=mesh, **options)
+    tensors = {name: tensor.clone().requires_grad_() for name, tensor in case.tensors.items()}
+    value = lm.mean_loss(tensors, examples) if mean_loss else lm(tensors, examples)
+    value.square().sum().backward()
+    return value.detach(), gradients_of(tensors)
+
+
+def split_lm_loss(
+    case: Case, sizes: dict[str, int], mean_loss: bool, examples: Examples, options: dict[str, Any]
+) -> Values:
+    mesh = mesh_of(**sizes)
+    return lm_loss_of(case, case.weights(mesh), mesh, mean_loss, examples, **options)
 
 
 def gradients_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -198,30 +220,49 @@ class Training:
     options: TrainingOptions
     chunk_width: int
     passes: int | None = None  # of the generator, after which the run is cut off
+    spoilt: tuple[int, ...] = ()  # passes in which the gradient has a NaN on the last rank
+    signalled: int | None = None  # the pass in which the last rank gets Ctrl-C
+    drawn: list[float] | None = None  # gets a random number, as a generator would draw it, in each pass
 
     def run(self, out: Path | None, mesh: DeviceMesh | None = None) -> Run | None:
-        """The metrics of every step, and the parameters in the end; None where it was cut off."""
+        """The metrics of every step, and the parameters in the end; None where it was cut off or interrupted."""
         case = self.case
         delta = DifferentiableDeltaCompute(case.config, case.weights(mesh), case.probes, case.spec)
         format = TokenFormat.for_config(case.config, case.spec.rank, self.chunk_width)
         torch.manual_seed(3)
         generator = Generator(self.teachers[0][0][0].shape[1], (format.n_tokens, *format.token_shape))
         calls: list[None] = []
+        is_last = mesh is None or dist.get_rank() == dist.get_world_size() - 1
 
         def count(*_: object) -> None:
             calls.append(None)
             if self.passes is not None and len(calls) > self.passes:
                 raise CutOff
+            if self.drawn is not None:
+                self.drawn.append(float(torch.rand(())))
+            if is_last and len(calls) == self.signalled:
+                os.kill(os.getpid(), signal.SIGINT)
 
+        def spoil(gradient: Tensor) -> Tensor:
+            return gradient * math.nan if is_last and len(calls) in self.spoilt else gradient
+
+        next(generator.parameters()).register_hook(spoil)
         generator.register_forward_pre_hook(count)
         try:
             history = train(
                 generator, self.teachers, delta, format, self.options, out=out, progress=False, mesh=mesh
             )
-        except CutOff:
+        except (CutOff, KeyboardInterrupt):
             return None
         return history, generator.state_dict()
 
 
 def trained(training: Training, out: Path | None, sizes: dict[str, int]) -> Run | None:
     return training.run(out, mesh_of(**sizes))
+
+
+def drawn(training: Training, sizes: dict[str, int]) -> list[float]:
+    """The random numbers of a generator on this rank, one for each pass."""
+    numbers: list[float] = []
+    replace(training, drawn=numbers).run(None, mesh_of(**sizes))
+    return numbers

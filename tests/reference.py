@@ -1,4 +1,8 @@
-"""transformers and PEFT on a test's weights, LoRA tensors and token sequences, differentiated by autograd."""
+"""transformers and PEFT on a test's weights, LoRA tensors and token sequences, differentiated by autograd.
+
+All of it is computed on the CPU, to which what is given is brought: one reference for every device. Only rope's cosines
+are of the weights' device: they are float32 in any dtype, and a GPU's may be an ulp beside the CPU's.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +14,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.func import functional_call
-from transformers import Qwen2Config as HFConfig
-from transformers import Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, Qwen2RotaryEmbedding
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from qwen_functional import LoraSpec, Qwen2Config, Qwen2Weights
+from qwen_functional.config import CONFIGS as KINDS
 
-Model: TypeAlias = "Qwen2ForCausalLM | PeftModel"
+Model: TypeAlias = "PreTrainedModel | PeftModel"
 
 
 def tiny_fields(**changes: Any) -> dict[str, Any]:
@@ -28,13 +33,16 @@ def tiny_fields(**changes: Any) -> dict[str, Any]:
 
 def tiny_config(**changes: Any) -> Qwen2Config:
     """:func:`tiny_fields` as ours."""
-    return Qwen2Config.from_dict(tiny_fields(**changes))
+    fields = tiny_fields(**changes)
+    return KINDS[fields["model_type"]].from_dict(fields)
 
 
 _YARN = {"factor": 4.0, "original_max_position_embeddings": 16}
+_ROPE = {"rope_type": "yarn", "rope_theta": 500.0}
+_QWEN3 = {"model_type": "qwen3"}  # head_dim is 128 where it is not given
 _WINDOWS = {"use_sliding_window": True, "sliding_window": 3}
 
-# Every way in which dense Qwen2 configs differ, as changes to tiny_fields. Windows are shorter than the texts.
+# Every way in which dense Qwen2s and Qwen3s differ, as changes to tiny_fields. Windows are shorter than the texts.
 CONFIGS: dict[str, dict[str, Any]] = {
     "grouped heads": {},
     "a kv head for every head": {"num_key_value_heads": 4},
@@ -55,6 +63,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "windows not used": {"use_sliding_window": False, "sliding_window": 3, "max_window_layers": 0},
     "one block": {"num_hidden_layers": 1},
+    "qwen3": {**_QWEN3, "head_dim": 10},
+    "qwen3, heads as wide as the rest": {**_QWEN3, "head_dim": 6, "num_key_value_heads": 1},
+    "qwen3, tied, yarn": {**_QWEN3, "tie_word_embeddings": True, "head_dim": 12, "rope_parameters": {**_ROPE, **_YARN}},
+    "qwen3, windows": {**_QWEN3, **_WINDOWS, "max_window_layers": 1, "head_dim": 8},
+    "qwen3, one block": {**_QWEN3, "num_hidden_layers": 1},
 }
 
 # Every way in which LoRAs differ, on three blocks.
@@ -82,23 +95,27 @@ def random_lora(
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
     size: float = 0.3,
+    device: str = "cpu",
 ) -> dict[str, Tensor]:
     """Normal A and B, neither zero, so that every gradient is something. ``n_adapters`` None: no leading G.
 
-    ``size`` is the standard deviation of B, and of A times the square root of what it sums over.
+    ``size`` is the standard deviation of B, and of A times the square root of what it sums over. The numbers are the
+    same on every device.
     """
     generator = torch.Generator().manual_seed(seed)
     lead = () if n_adapters is None else (n_adapters,)
     tensors = {}
     for name, shape in spec.shapes(config).items():
         std = size if "lora_B" in name else size * shape[1] ** -0.5
-        tensors[name] = (torch.randn(*lead, *shape, generator=generator, dtype=torch.float64) * std).to(dtype)
+        drawn = torch.randn(*lead, *shape, generator=generator, dtype=torch.float64) * std
+        tensors[name] = drawn.to(dtype).to(device)
     return tensors
 
 
 def relative_error(value: Tensor, expected: Tensor) -> float:
     """Frobenius, in float64; where ``expected`` is zero the norm itself. NaN gives NaN, below nothing."""
     assert value.shape == expected.shape, f"shape {tuple(value.shape)}, expected {tuple(expected.shape)}"
+    value, expected = value.cpu(), expected.cpu()
     difference, norm = (value.double() - expected.double()).norm().item(), expected.double().norm().item()
     return difference / norm if norm else difference
 
@@ -111,8 +128,19 @@ class RMSNormInItsDtype(Qwen2RMSNorm):
         return self.weight * (hidden_states * torch.rsqrt(variance + self.variance_epsilon))
 
 
-def hf_config(config: Qwen2Config) -> HFConfig:
-    return HFConfig(**config.to_dict())
+class RotaryOnDevice(Qwen2RotaryEmbedding):
+    """transformers' cosines and sines as computed on a device, for a model on the CPU."""
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        device = self.inv_freq.device
+        cos, sin = super().forward(x.to(device), position_ids.to(device))
+        return cos.cpu(), sin.cpu()
+
+
+def hf_config(config: Qwen2Config, fields: Mapping[str, Any] | None = None) -> Any:
+    """transformers' config of the same family, by what ours writes or by other fields."""
+    fields = dict(fields or config.to_dict())
+    return AutoConfig.for_model(fields.pop("model_type"), **fields)
 
 
 def hf_model(
@@ -121,7 +149,7 @@ def hf_model(
     dtype: torch.dtype | None = None,
     attn_implementation: str = "sdpa",
     fields: Mapping[str, Any] | None = None,
-) -> Qwen2ForCausalLM:
+) -> PreTrainedModel:
     """transformers' model on the same weights, shared where ``dtype`` is theirs.
 
     Args:
@@ -129,23 +157,22 @@ def hf_model(
         attn_implementation: eager attention takes its softmax in float32 in any dtype; not for float64.
         fields: the ``config.json`` as transformers should read it itself; by default what ours writes.
     """
-    theirs, dtype = HFConfig(**(fields or config.to_dict())), dtype or weights.dtype
-    theirs._attn_implementation = attn_implementation
+    theirs, dtype = hf_config(config, fields), dtype or weights.dtype
     with torch.device("meta"):
-        model = Qwen2ForCausalLM(theirs)
-    views = {name: view.to(dtype) for name, view in weights.named_views(config).items()}
+        model = AutoModelForCausalLM.from_config(theirs, attn_implementation=attn_implementation)
+    views = {name: view.to("cpu", dtype) for name, view in weights.named_views(config).items()}
     # Tied, or left out, and then logits mean nothing.
     views.setdefault("lm_head.weight", views["model.embed_tokens.weight"])
     model.load_state_dict(views, assign=True)
-    model.model.rotary_emb = Qwen2RotaryEmbedding(theirs)  # in no checkpoint; float32 in any dtype
+    model.model.rotary_emb = RotaryOnDevice(theirs).to(weights.device)  # in no checkpoint; float32 in any dtype
     if dtype == torch.float64:
         for module in model.modules():
-            if isinstance(module, Qwen2RMSNorm):
+            if isinstance(module, (Qwen2RMSNorm, Qwen3RMSNorm)):
                 module.__class__ = RMSNormInItsDtype
     return model.requires_grad_(False).eval()
 
 
-def peft_model(model: Qwen2ForCausalLM, spec: LoraSpec) -> PeftModel:
+def peft_model(model: PreTrainedModel, spec: LoraSpec) -> PeftModel:
     """``model`` with PEFT's LoRA layers put in; B is zero until :func:`call` is given tensors."""
     layers = spec.layers_to_transform
     config = LoraConfig(
@@ -163,6 +190,7 @@ def peft_model(model: Qwen2ForCausalLM, spec: LoraSpec) -> PeftModel:
 def call(model: Model, tensors: Mapping[str, Tensor] | None = None, **inputs: Any) -> Any:
     """The model's output under one adapter, {PEFT name: tensor} or none; differentiable in it."""
     parameters = _as_parameters(tensors, "base_model.model.")
+    inputs = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in inputs.items()}
     return functional_call(_causal_lm(model), parameters, (), {**inputs, "use_cache": False})
 
 
@@ -172,7 +200,7 @@ def _causal_lm(model: Model) -> Any:
 
 def _as_parameters(tensors: Mapping[str, Tensor] | None, prefix: str) -> dict[str, Tensor]:
     return {
-        name.removeprefix(prefix).replace(".weight", ".default.weight"): tensor
+        name.removeprefix(prefix).replace(".weight", ".default.weight"): tensor.cpu()
         for name, tensor in (tensors or {}).items()
     }
 
@@ -243,7 +271,7 @@ def reference_value_and_grads(
         for p, sequence in enumerate(sequences):
             end = hidden_states_at_end(model, leaves, sequence, layers)
             if end.requires_grad:
-                end.backward(cotangents[g, :, p].to(end.dtype))
+                end.backward(cotangents[g, :, p].to(end))
             ends.append(end.detach())
         values.append(torch.stack(ends, dim=1))  # (layers, P, H)
         gradients.append({n: torch.zeros_like(t) if t.grad is None else t.grad for n, t in leaves.items()})
@@ -265,5 +293,5 @@ def assert_gradients(
     floor = negligible * max(1.0, *(gradient.norm().item() for gradient in expected.values()))
     for name, gradient in gradients.items():
         assert gradient.shape == expected[name].shape, name
-        difference = (gradient.double() - expected[name].double()).norm().item()
+        difference = (gradient.cpu().double() - expected[name].cpu().double()).norm().item()
         assert difference <= tolerance * max(expected[name].norm().item(), floor), f"{name}: {difference}"

@@ -15,7 +15,7 @@ from test_adapters import CONFIG, JSON, Q_A, QV, TENSORS, base, by_peft, edit
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lora_delta.adapters import adapter_fingerprint, load_peft_adapter, save_peft_adapter
+from lora_delta.peft.adapters import AdapterFiles, load_peft_adapter, save_peft_adapter
 from qwen_functional import LoraSpec
 
 
@@ -48,7 +48,7 @@ REFUSED_FROM_PEFT: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", REFUSED_FROM_PEFT)
-def test_an_adapter_that_no_spec_can_represent_is_read(tmp_path: Path, case: str) -> None:
+def test_an_adapter_that_no_spec_can_represent_is_refused(tmp_path: Path, case: str) -> None:
     fields, message = REFUSED_FROM_PEFT[case]
     by_peft(tmp_path, model=base().float(), **{"target_modules": QV, **fields})
     with pytest.raises(ValueError, match=message) as caught:
@@ -92,15 +92,13 @@ def test_an_adapter_that_no_spec_can_represent_is_read(tmp_path: Path, case: str
         ("use_rslora", "yes", "true or false"),
         ("target_modules", {"q_proj": 1}, "a list of strings"),
         ("target_modules", ["q_proj", 1], "a list of strings"),
-        ("target_modules", "(q_proj", "a regular expression"),
-        ("exclude_modules", "*", "a regular expression"),
         ("layers_to_transform", "1", "a layer number"),
         ("layers_to_transform", [0, 1.0], "a layer number"),
         ("layers_to_transform", True, "a layer number"),
         ("layers_pattern", "layers", "null without layers_to_transform"),
     ],
 )
-def test_a_field_of_an_unsupported_value_is_read(folder: Path, name: str, value: Any, expected: str) -> None:
+def test_a_field_of_an_unsupported_value_is_refused_by_name(folder: Path, name: str, value: Any, expected: str) -> None:
     edit_json(folder / JSON, **{name: value})
     with pytest.raises(ValueError, match=re.escape(f"{JSON}: field {name} is {value!r}, expected {expected}")):
         load_peft_adapter(folder)
@@ -112,10 +110,16 @@ def test_a_field_of_an_unsupported_value_is_read(folder: Path, name: str, value:
         ({"rank_pattern": {"q_proj": 0}}, "rank_pattern['q_proj'] is 0, expected a positive integer"),
         ({"rank_pattern": ["q_proj"]}, "rank_pattern is a list, expected a dict"),
         ({"alpha_pattern": {"lm_head": "x"}}, "alpha_pattern['lm_head'] is 'x', expected a finite number"),
-        ({"alpha_pattern": {"(": 1}}, "pattern '(' is not a regular expression"),
+        ({"alpha_pattern": {"(": 1}}, "field alpha_pattern: '(' is not a regular expression: missing )"),
+        ({"target_modules": "(q_proj"}, "field target_modules: '(q_proj' is not a regular expression: missing )"),
+        ({"exclude_modules": "*"}, "field exclude_modules: '*' is not a regular expression: nothing to repeat"),
         ({"target_modules": ".*q_proj", "layers_to_transform": 1}, "field layers_to_transform is 1, expected null"),
         ({"target_modules": ".*", "layers_pattern": "h"}, "field layers_pattern is 'h', expected null where"),
-        ({"layers_to_transform": 1, "layers_pattern": "("}, "field layers_pattern is '(', expected a regular"),
+        ({"layers_to_transform": 1, "layers_pattern": "("}, "field layers_pattern: '(' is not a regular expr"),
+        ({"layers_to_transform": 1, "layers_pattern": "h|layers"}, "'h|layers' finds no layer in some of its altern"),
+        ({"rank_pattern": {f"{i}q_proj": 4 for i in range(1025)}}, "rank_pattern has 1,025 patterns, expected at most"),
+        ({"target_modules": [str(i) for i in range(5000)]}, "expected a list of at most 4,096"),
+        ({"base_model_name_or_path": 5}, "field base_model_name_or_path is 5, expected a string or null"),
         ({"target_modules": [*QV, "lm_head"]}, "field target_modules names lm_head, expected only"),
         ({"target_modules": ".*(q_proj|v_proj|embed_tokens)"}, "target_modules names model.embed_tokens, expected"),
         ({"target_modules": ["q_proj"]}, "tensors for model.layers.0.self_attn.v_proj and 2 more, which its fields"),
@@ -128,25 +132,85 @@ def test_a_field_of_an_unsupported_value_is_read(folder: Path, name: str, value:
         ({"auto_mapping": {"base_model_class": "LlamaForCausalLM"}}, "base_model_class is 'LlamaForCausalLM', exp"),
     ],
 )
-def test_fields_that_disagree_are_read(folder: Path, fields: dict[str, Any], message: str) -> None:
+def test_fields_that_disagree_are_refused(folder: Path, fields: dict[str, Any], message: str) -> None:
     edit_json(folder / JSON, **fields)
     with pytest.raises(ValueError, match=re.escape(message)):
         load_peft_adapter(folder)
 
 
+EXPLODES = "(.|..)*!"  # in ``re``, on any name of a module
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": r"(.|..)*\.(q_proj|v_proj)"},
+        {"exclude_modules": EXPLODES},
+        {"layers_to_transform": [0, 1, 2], "layers_pattern": ["x", "(?:.|..)*layers"]},
+        {"rank_pattern": {EXPLODES: 4}},
+        {"alpha_pattern": {f"({EXPLODES})*": 1, "(.|..)*proj": 7}},
+    ],
+    ids=lambda fields: list(fields)[-1],
+)
+@pytest.mark.filterwarnings("ignore:.* fits no adapted module")
+def test_an_expression_without_end_in_re_is_read_and_means_what_it_says(folder: Path, fields: dict[str, Any]) -> None:
+    expected, tensors = load_peft_adapter(folder, config=CONFIG)
+    edit_json(folder / JSON, **fields)
+    spec, found = load_peft_adapter(folder, config=CONFIG)
+    assert list(found) == list(tensors)
+    for layer in range(3):
+        assert spec.rank_and_scaling(layer, "q_proj") == expected.rank_and_scaling(layer, "q_proj")
+
+
+WRONG: list[Any] = [
+    1e400, -1e400, float("nan"), 10**400, -1, True, "x" * 10_000, "\ud800\n", [[[]]], [5], {"a": {}}, {"(": 1}
+]  # fmt: skip
+CHECKED = (
+    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules", "exclude_modules", "bias",
+    "layers_to_transform", "layers_pattern", "peft_type", "task_type", "auto_mapping", "base_model_name_or_path",
+    "init_lora_weights", "use_dora", "modules_to_save",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_whatever_a_field_holds_is_read_or_an_error_of_one_line_that_names_it(folder: Path, name: str) -> None:
+    refused = []
+    for value in WRONG:
+        edit_json(folder / JSON, **{name: value})
+        try:
+            load_peft_adapter(folder)
+        except ValueError as error:
+            refused.append(str(error))
+    assert len(refused) >= 8
+    for message in refused:
+        assert message.isprintable()
+        assert len(message) < 1000
+        assert name in message or "tensors" in message
+        assert JSON in message
+
+
+@pytest.mark.parametrize("depth", [300, 900, 100_000])
+def test_deep_json_is_an_error_that_names_the_file(folder: Path, depth: int) -> None:
+    text = (folder / JSON).read_text().rstrip().removesuffix("}")
+    (folder / JSON).write_text(f'{text}, "deep": {"[" * depth}{"]" * depth}}}')
+    with pytest.raises(ValueError, match=JSON) as caught:
+        load_peft_adapter(folder)
+    assert len(str(caught.value)) < 1000
+
+
 @pytest.mark.parametrize("task_type", ["CAUSAL_LM", None])
-def test_an_adapter_of_another_architecture_is_read(tmp_path: Path, task_type: str | None) -> None:
+def test_an_adapter_of_another_architecture_is_refused(tmp_path: Path, task_type: str | None) -> None:
     sizes: dict[str, Any] = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3}
     llama = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, head_dim=8))
     llama.save_pretrained(tmp_path / "base")
     llama.name_or_path = str(tmp_path / "base")
     by_peft(tmp_path / "adapter", model=llama, target_modules=QV, task_type=task_type)
-    message = "base_model_name_or_path is .* 'qwen2', and not 'llama'" if task_type else "'LlamaForCausalLM', expected"
+    message = "base_model_name_or_path is .* 'qwen3', and not 'llama'" if task_type else "'LlamaForCausalLM', expected"
     with pytest.raises(ValueError, match=message):
         load_peft_adapter(tmp_path / "adapter", config=CONFIG)
 
 
-def test_a_base_model_of_the_same_architecture_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_an_adapter_of_a_base_model_at_hand_is_read(folder: Path, tmp_path: Path) -> None:
     base().save_pretrained(tmp_path / "base")
     for auto_mapping in (None, {"base_model_class": "FSDPQwen2ForCausalLM", "parent_library": "x"}):
         edit_json(folder / JSON, base_model_name_or_path=str(tmp_path / "base"), auto_mapping=auto_mapping)
@@ -170,11 +234,11 @@ def test_a_base_model_of_the_same_architecture_is_refused(folder: Path, tmp_path
         (lambda t: t[Q_A][1].fill_(-torch.inf), f"{Q_A}' is not finite"),
         (lambda t: t.update({Q_A.replace(".weight", ".default.weight"): t[Q_A].clone()}), "expected one spelling"),
         (lambda t: t.update({Q_A.replace("q_proj", "norm"): t[Q_A].clone()}), "norm.lora_A.weight', expected only the"),
-        (lambda t: t.update({Q_A.replace(".0.", f".{10**9}."): t[Q_A].clone()}), "expected layers 0 to 999"),
+        (lambda t: t.update({Q_A.replace(".0.", f".{10**6}."): t[Q_A].clone()}), "expected layers 0 to 255"),
         (lambda t: [t.pop(name) for name in list(t) if ".1." in name], "declares model.layers.1.self_attn.q_proj"),
     ],
 )
-def test_a_broken_tensor_is_read(folder: Path, change: Callable[[dict[str, Tensor]], Any], message: str) -> None:
+def test_a_broken_tensor_is_refused(folder: Path, change: Callable[[dict[str, Tensor]], Any], message: str) -> None:
     edit(folder, change)
     with pytest.raises(ValueError, match=re.escape(message)):
         load_peft_adapter(folder)
@@ -189,12 +253,12 @@ def test_a_broken_tensor_is_read(folder: Path, change: Callable[[dict[str, Tenso
         ({"num_hidden_layers": 4}, "declares model.layers.3.self_attn.q_proj and 1 more, for which there are no"),
     ],
 )
-def test_an_adapter_of_another_size_is_read(folder: Path, changes: dict[str, int], message: str) -> None:
+def test_an_adapter_of_another_size_is_refused(folder: Path, changes: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         load_peft_adapter(folder, config=tiny_config(**{"head_dim": 8, **changes}))
 
 
-def test_no_folder_or_half_a_folder_is_read(folder: Path, tmp_path: Path) -> None:
+def test_half_a_folder_is_refused(folder: Path, tmp_path: Path) -> None:
     whole = (folder / TENSORS).read_bytes()
     for size in (0, 7, 100, len(whole) - 1):
         (folder / TENSORS).write_bytes(whole[:size])
@@ -208,11 +272,12 @@ def test_no_folder_or_half_a_folder_is_read(folder: Path, tmp_path: Path) -> Non
         load_peft_adapter(folder)
     for text, message in (("{", "is not valid JSON"), ("[1]", "holds a list, expected"), ("\xff", "not valid JSON")):
         (folder / JSON).write_text(text, encoding="latin-1")
+        (folder / TENSORS).write_bytes(whole)
         with pytest.raises(ValueError, match=message):
             load_peft_adapter(folder)
     (folder / JSON).unlink()
     for missing, message in ((folder, f"has no {JSON}"), (tmp_path / "absent", "a folder that does not exist")):
-        for use in (load_peft_adapter, adapter_fingerprint):
+        for use in (load_peft_adapter, AdapterFiles.read):
             with pytest.raises(ValueError, match=message):
                 use(missing)
 
@@ -241,7 +306,7 @@ def test_no_folder_or_half_a_folder_is_read(folder: Path, tmp_path: Path) -> Non
         (lambda t: t.update({n.replace(".0.", ".3."): x for n, x in t.items()}), "expected layers 0 to 2"),
     ],
 )
-def test_tensors_that_do_not_fit_are_saved(tmp_path: Path, change: Callable[[Any], Any], message: str) -> None:
+def test_tensors_that_do_not_fit_are_not_saved(tmp_path: Path, change: Callable[[Any], Any], message: str) -> None:
     spec = LoraSpec(2, target_modules=("q_proj", "k_proj"), layers_to_transform=(0, 2))
     tensors = random_lora(CONFIG, spec)
     change(tensors)
@@ -250,7 +315,7 @@ def test_tensors_that_do_not_fit_are_saved(tmp_path: Path, change: Callable[[Any
     assert not (tmp_path / "adapter").exists()
 
 
-def test_a_bad_place_or_base_model_is_accepted(folder: Path) -> None:
+def test_a_bad_place_or_base_model_is_refused(folder: Path) -> None:
     spec, tensors = load_peft_adapter(folder)
     with pytest.raises(ValueError, match="which is a file; expected a folder"):
         save_peft_adapter(folder / JSON, spec, tensors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from checkpoints import edit_json
 from test_adapters import JSON, Q_A, QV, TENSORS, by_peft, edit
 
-from lora_delta.adapters import adapter_fingerprint, find_adapters, load_peft_adapter
+from lora_delta.peft.adapters import AdapterFiles, find_adapters, load_peft_adapter
 
 
 @pytest.fixture
@@ -24,14 +25,40 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "adapter"
 
 
-def test_a_fingerprint_misses_a_change_or_changes_in_a_copy(folder: Path, tmp_path: Path) -> None:
-    before = adapter_fingerprint(folder)
-    assert before == adapter_fingerprint(str(shutil.copytree(folder, tmp_path / "copy")))
+def test_a_hash_is_equal_for_a_copy_and_other_for_any_change(folder: Path, tmp_path: Path) -> None:
+    before = AdapterFiles.read(folder).sha256
+    assert before == AdapterFiles.read(str(shutil.copytree(folder, tmp_path / "copy"))).sha256
     assert re.fullmatch("[0-9a-f]{64}", before)
     edit_json(folder / JSON, lora_alpha=8)
-    changed = adapter_fingerprint(folder)
+    changed = AdapterFiles.read(folder).sha256
     edit(folder, lambda tensors: tensors[Q_A][0, :1].mul_(1.001))
-    assert len({before, changed, adapter_fingerprint(folder)}) == 3
+    assert len({before, changed, AdapterFiles.read(folder).sha256}) == 3
+
+
+def test_hash_and_tensors_are_of_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    files, (spec, expected) = AdapterFiles.read(folder), load_peft_adapter(folder)
+    for _ in range(2):  # hashed before and after
+        by_peft(folder, target_modules=["o_proj"])
+        found, tensors = files.load()
+        assert found == spec
+        assert list(tensors) == list(expected)
+        assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+        assert files.sha256 != AdapterFiles.read(folder).sha256
+
+
+def test_a_pipe_or_a_file_that_is_too_large_is_not_read(folder: Path) -> None:
+    for name in (JSON, TENSORS):
+        content = (folder / name).read_bytes()
+        with (folder / name).open("r+b") as file:
+            file.truncate(1 << 34)  # takes no room on the disk
+        with pytest.raises(ValueError, match=rf"{name} has 17,179,869,184 bytes, expected .* of at most"):
+            AdapterFiles.read(folder)
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        with pytest.raises(ValueError, match=f"has no {name}"):
+            AdapterFiles.read(folder)
+        (folder / name).unlink()
+        (folder / name).write_bytes(content)
 
 
 @pytest.fixture
@@ -59,14 +86,14 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["owner/name", "runs/a", "owner/name", "o-1/n_2.b"], ["owner/name", "runs/a", "o-1/n_2.b"]),
     ],
 )
-def test_adapters_are_missed_repeated_or_out_of_order(tree: Path, given: Any, expected: list[str]) -> None:
+def test_every_adapter_is_found_once_in_order(tree: Path, given: Any, expected: list[str]) -> None:
     found = find_adapters(given)
     assert [str(source) for source in found] == expected
     assert all(isinstance(source, Path) == Path(source).exists() for source in found)
 
 
-def test_a_list_is_read_otherwise(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = ["# all", "", " b  # the second", "*", "owner/name\t# hub", "../x [1]", str(tree / "runs" / "a")]
+def test_a_list_holds_comments_globs_folders_and_hub_ids(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ["\ufeff# all", "", " b  # the second", "*", "owner/name\t# hub", "../x [1]", str(tree / "runs" / "a")]
     (tree / "runs" / "list.txt").write_text("\n".join(lines))
     monkeypatch.chdir(tree.parent)
     found = find_adapters([tree / "runs" / "list.txt"])
@@ -82,18 +109,19 @@ def test_a_list_is_read_otherwise(tree: Path, monkeypatch: pytest.MonkeyPatch) -
         ("runs/log", "runs/log holds no adapter_config.json, and none of its folders does"),
         ("runs/notes.md", "runs/notes.md is no folder, expected an adapter's folder"),
         ("runs/z*", "runs/z* matches no adapter"),
+        ("*/" * 1000, "has too many parts"),
         ("absent", "absent does not exist, expected"),
         (Path("owner/name"), "owner/name does not exist, expected"),
         ("a/b/c", "a/b/c does not exist"),
         ("./a/b", "a/b does not exist"),
         ("no space/b", "does not exist"),
-        ("lists/absent.txt", "lists/absent.txt cannot be read"),
+        ("lists/absent.txt", "lists/absent.txt does not exist"),
         ("empty.txt", "empty.txt lists no adapter"),
         ("wrong.txt", "wrong.txt, line 2: absent does not exist"),
         ("nested.txt", "nested.txt, line 1: empty.txt is no folder"),
     ],
 )
-def test_a_source_that_leads_nowhere_is_passed_over(tree: Path, given: Any, message: str) -> None:
+def test_a_source_that_leads_nowhere_is_an_error(tree: Path, given: Any, message: str) -> None:
     (tree / "empty.txt").write_text("# none\n")
     (tree / "wrong.txt").write_text("runs/a\nabsent\n")
     (tree / "nested.txt").write_text("empty.txt\n")
@@ -116,23 +144,23 @@ def hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return repo
 
 
-def test_a_cached_hub_id_is_read_otherwise_than_its_folder(hub: Path, folder: Path) -> None:
+def test_a_cached_hub_id_is_read_as_its_folder(hub: Path, folder: Path) -> None:
     expected = load_peft_adapter(folder)
     for revision in (None, "main", (hub / "refs" / "main").read_text()):
         spec, tensors = load_peft_adapter("org/name", revision=revision, local_files_only=True)
         assert spec == expected[0]
         assert all(torch.equal(tensors[name], expected[1][name]) for name in tensors)
-        assert adapter_fingerprint("org/name", revision=revision) == adapter_fingerprint(folder)
+        assert AdapterFiles.read("org/name", revision=revision).sha256 == AdapterFiles.read(folder).sha256
     assert find_adapters("org/name") == ["org/name"]
 
 
-def test_a_base_model_of_another_type_in_the_cache_is_not_noticed(hub: Path, folder: Path) -> None:
+def test_a_base_model_of_another_type_in_the_cache_is_noticed(hub: Path, folder: Path) -> None:
     snapshot = next((hub / "snapshots").iterdir())
     edit_json(folder / JSON, base_model_name_or_path="org/name")
-    for model_type, refused in (("qwen2", False), ("qwen3", True)):
+    for model_type, refused in (("qwen2", False), ("qwen3", False), ("llama", True)):
         (snapshot / "config.json").write_text(json.dumps({"model_type": model_type}))
         if refused:
-            with pytest.raises(ValueError, match=r"base_model_name_or_path is 'org/name', .* and not 'qwen3'"):
+            with pytest.raises(ValueError, match=r"base_model_name_or_path is 'org/name', .* and not 'llama'"):
                 load_peft_adapter(folder)
         else:
             assert load_peft_adapter(folder)
@@ -140,14 +168,16 @@ def test_a_base_model_of_another_type_in_the_cache_is_not_noticed(hub: Path, fol
 
 @pytest.mark.usefixtures("hub")
 @pytest.mark.parametrize(("source", "revision"), [("org/absent", None), ("org/name", "v2"), ("not an id!", None)])
-def test_a_hub_id_that_is_not_cached_gives_another_error(source: str, revision: str | None) -> None:
+def test_a_hub_id_that_is_not_cached_is_an_error_that_names_it(source: str, revision: str | None) -> None:
     named = rf"adapter '{source}': model '{source}' at revision '{revision or 'main'}' .*: \w+"
     with pytest.raises(ValueError, match=named) as caught:
         load_peft_adapter(source, revision=revision)
     assert caught.value.__cause__ is not None
 
 
-def test_other_files_are_fetched_or_weights_before_the_config(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_two_files_are_fetched_and_the_config_is_checked_first(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[dict[str, Any]] = []
 
     def download(repo_id: str, **options: Any) -> str:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,10 +22,12 @@ from reference import SPECS, hf_model, random_lora, relative_error, tiny_config
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lora_delta.adapters import adapter_fingerprint, load_peft_adapter, save_peft_adapter
+from lora_delta.peft import adapters
+from lora_delta.peft.adapters import AdapterFiles, load_peft_adapter, save_peft_adapter
 from qwen_functional import LoraSpec, init_weights
+from qwen_functional.architecture import PROJECTIONS
 from qwen_functional.forward import forward
-from qwen_functional.lora import PROJECTIONS, peft_name
+from qwen_functional.lora import peft_name
 
 CONFIG = tiny_config(head_dim=8)  # hidden 24, q 32, kv 16, intermediate 40: no two the same
 WEIGHTS = init_weights(CONFIG, dtype=torch.float64)
@@ -146,8 +152,9 @@ def folder(tmp_path: Path) -> Path:
 # --- Reading what PEFT wrote --------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:.* fits no adapted module")
 @pytest.mark.parametrize("case", CASES)
-def test_an_adapter_that_peft_saved_computes_something_else(tmp_path: Path, case: str) -> None:
+def test_an_adapter_that_peft_saved_computes_the_same(tmp_path: Path, case: str) -> None:
     fields, expected = CASES[case]
     model = by_peft(tmp_path, **fields)
     spec, tensors = load_peft_adapter(tmp_path, config=CONFIG)
@@ -158,7 +165,39 @@ def test_an_adapter_that_peft_saved_computes_something_else(tmp_path: Path, case
     assert_same(blind, same, model)
 
 
-def test_names_that_peft_writes_out_on_saving_mean_something_else_as_they_were_given(tmp_path: Path) -> None:
+def test_an_adapter_of_a_qwen3_that_peft_saved_computes_the_same_and_is_none_of_a_qwen2(tmp_path: Path) -> None:
+    config = tiny_config(model_type="qwen3", head_dim=8)
+    weights = init_weights(config, dtype=torch.float64)
+    hf_model(config, weights).save_pretrained(tmp_path / "base")
+    theirs = hf_model(config, weights)
+    theirs.name_or_path = str(tmp_path / "base")
+    model = by_peft(tmp_path / "adapter", model=theirs, target_modules="all-linear")
+    spec, tensors = load_peft_adapter(tmp_path / "adapter", config=config)
+    with torch.no_grad():
+        expected = model(IDS).logits
+    assert relative_error(forward(config, weights, IDS, lora=spec.bind(config, tensors)).logits, expected) < 1e-9
+    save_peft_adapter(tmp_path / "again", spec, tensors, base_model=str(tmp_path / "base"))
+    with torch.no_grad():
+        again = PeftModel.from_pretrained(hf_model(config, weights), tmp_path / "again")(IDS).logits
+    assert torch.equal(again, expected)
+    with pytest.raises(ValueError, match="a model of type 'qwen2', and not 'qwen3'"):
+        load_peft_adapter(tmp_path / "adapter", config=CONFIG)
+
+
+def test_a_pattern_that_fits_nothing_is_warned_of_where_peft_warns(tmp_path: Path) -> None:
+    fields, _ = CASES["patterns"]
+    by_peft(tmp_path, **fields)
+    told = []
+    for reader in (lambda: PeftModel.from_pretrained(base(), tmp_path), lambda: load_peft_adapter(tmp_path)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            reader()
+        text = " ".join(str(warning.message) for warning in caught if "_pattern" in str(warning.message))
+        told.append({p for name in ("rank_pattern", "alpha_pattern") for p in fields[name] if repr(p) in text})
+    assert told[0] == told[1] == {"lm_head", "^layers", "experts"}
+
+
+def test_all_linear_as_it_was_given_means_what_peft_writes_out(tmp_path: Path) -> None:
     model = by_peft(tmp_path, target_modules="all-linear", exclude_modules=["lm_head"])
     assert "all-linear" not in (tmp_path / JSON).read_text()
     edit_json(tmp_path / JSON, target_modules="ALL-linear")
@@ -166,7 +205,7 @@ def test_names_that_peft_writes_out_on_saving_mean_something_else_as_they_were_g
     assert_same(*load_peft_adapter(tmp_path), model)
 
 
-def test_layers_are_all_layers_though_the_fields_name_them(folder: Path) -> None:
+def test_layers_are_all_layers_where_the_base_model_has_no_others(folder: Path) -> None:
     assert load_peft_adapter(folder)[0].layers_to_transform is None
     for fields in ({"layers_to_transform": [0, 1, 2]}, {"target_modules": r".*layers\.[012]\..*\.(q|v)_proj"}):
         edit_json(folder / JSON, **{"layers_to_transform": None, **fields})
@@ -176,7 +215,7 @@ def test_layers_are_all_layers_though_the_fields_name_them(folder: Path) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-def test_tensors_are_converted_or_stay_mapped_to_the_file(folder: Path, dtype: torch.dtype) -> None:
+def test_tensors_keep_their_dtype_and_have_memory_of_their_own(folder: Path, dtype: torch.dtype) -> None:
     edit(folder, lambda tensors: tensors.update({name: t.to(dtype) for name, t in tensors.items()}))
     expected = load_file(folder / TENSORS)
     _, tensors = load_peft_adapter(folder)
@@ -188,7 +227,7 @@ def test_tensors_are_converted_or_stay_mapped_to_the_file(folder: Path, dtype: t
 
 
 @pytest.mark.parametrize("spelling", [(".weight", ".default.weight"), ("base_model.model.model.", "model.")])
-def test_another_spelling_of_the_names_is_refused_or_returned(folder: Path, spelling: tuple[str, str]) -> None:
+def test_another_spelling_of_the_names_is_read(folder: Path, spelling: tuple[str, str]) -> None:
     _, expected = load_peft_adapter(folder)
     save_file({name.replace(*spelling): tensor for name, tensor in expected.items()}, folder / TENSORS)
     _, tensors = load_peft_adapter(folder)
@@ -196,7 +235,7 @@ def test_another_spelling_of_the_names_is_refused_or_returned(folder: Path, spel
     assert all(torch.equal(tensors[name], expected[name]) for name in expected)
 
 
-def test_a_default_of_a_field_is_refused(folder: Path) -> None:
+def test_every_default_of_a_field_is_read(folder: Path) -> None:
     fields = {k: v for k, v in LoraConfig().to_dict().items() if k not in ("r", "lora_alpha", "target_modules")}
     later: dict[str, Any] = {
         "use_tomorrow": False,
@@ -225,7 +264,7 @@ def read_by_peft(folder: Path) -> PeftModel:
 
 @pytest.mark.parametrize("config", [None, CONFIG], ids=["base unknown", "base known"])
 @pytest.mark.parametrize("name", SPECS)
-def test_an_adapter_that_peft_reads_computes_something_else(tmp_path: Path, name: str, config: Any) -> None:
+def test_an_adapter_that_peft_reads_computes_the_same(tmp_path: Path, name: str, config: Any) -> None:
     spec, folder = SPECS[name], tmp_path / "to be" / "made"
     tensors = random_lora(CONFIG, spec)
     save_peft_adapter(folder, spec, dict(reversed(tensors.items())), config=config)
@@ -239,7 +278,7 @@ def test_an_adapter_that_peft_reads_computes_something_else(tmp_path: Path, name
     assert torch.equal(logits(again, same), logits(spec, tensors))
 
 
-def test_a_spec_comes_back_as_another(tmp_path: Path) -> None:
+def test_a_spec_comes_back(tmp_path: Path) -> None:
     patterns: dict[str, Any] = {"rank_pattern": {"v_proj": 3, ".*_proj": 2}, "alpha_pattern": {"up_proj": 0.1}}
     for spec in (LoraSpec(), LoraSpec(4, 2.5, use_rslora=True, **patterns), LoraSpec(1, layers_to_transform=(0, 2))):
         save_peft_adapter(tmp_path, spec, random_lora(CONFIG, spec), config=CONFIG)
@@ -261,7 +300,7 @@ LEFT_OUT: dict[str, Callable[[str], bool]] = {
 
 @pytest.mark.parametrize("config", [None, CONFIG], ids=["base unknown", "base known"])
 @pytest.mark.parametrize("case", LEFT_OUT)
-def test_peft_adapts_modules_that_the_tensors_leave_out(tmp_path: Path, case: str, config: Any) -> None:
+def test_peft_adapts_only_modules_that_have_tensors(tmp_path: Path, case: str, config: Any) -> None:
     spec = LoraSpec(3, 5, rank_pattern={"k_proj": 2, "1.self_attn.q_proj": 4})
     tensors = {name: t for name, t in random_lora(CONFIG, spec).items() if not LEFT_OUT[case](name)}
     save_peft_adapter(tmp_path, spec, tensors, config=config)
@@ -272,7 +311,7 @@ def test_peft_adapts_modules_that_the_tensors_leave_out(tmp_path: Path, case: st
         assert torch.equal(logits(again, same), logits(spec, tensors))
 
 
-def test_what_peft_saved_is_saved_otherwise(folder: Path, tmp_path: Path) -> None:
+def test_what_peft_saved_is_saved_alike(folder: Path, tmp_path: Path) -> None:
     spec, tensors = load_peft_adapter(folder, config=CONFIG)
     save_peft_adapter(tmp_path / "copy", spec, tensors, base_model=Path("owner/base"), config=CONFIG)
     ours, theirs = (json.loads((path / JSON).read_text()) for path in (tmp_path / "copy", folder))
@@ -281,7 +320,7 @@ def test_what_peft_saved_is_saved_otherwise(folder: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_views_leaves_or_spellings_cannot_be_saved(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_views_leaves_and_other_spellings_are_saved(tmp_path: Path, dtype: torch.dtype) -> None:
     spec = LoraSpec(2, target_modules=("q_proj",), layers_to_transform=0)
     rows, cols = spec.shapes(CONFIG)[Q_A]
     A = torch.randn(2, cols, rows, dtype=dtype, requires_grad=True)  # of two adapters, transposed
@@ -294,23 +333,21 @@ def test_views_leaves_or_spellings_cannot_be_saved(tmp_path: Path, dtype: torch.
     assert all(tensor.dtype == dtype for tensor in tensors.values())
 
 
-def test_a_failed_save_spoils_what_is_there_or_leaves_old_beside_new(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before, (spec, tensors) = adapter_fingerprint(folder), load_peft_adapter(folder)
+def test_a_failed_save_leaves_what_is_there_or_no_adapter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, (spec, tensors) = AdapterFiles.read(folder).sha256, load_peft_adapter(folder)
 
     def fail(file: Path, *given: Any, **_: Any) -> None:
         file.write_bytes(b"half")
         raise OSError("no space left on device")
 
     def fail_for_config(file: Path, target: Path) -> None:
-        fail(file) if file.name == JSON else file.rename(target)
+        fail(file) if target.name == JSON else file.rename(target)
 
     with monkeypatch.context() as broken:
         broken.setattr(Path, "write_text", fail)
         with pytest.raises(OSError, match="no space"):
             save_peft_adapter(folder, spec, tensors)
-    assert adapter_fingerprint(folder) == before
+    assert AdapterFiles.read(folder).sha256 == before
     with monkeypatch.context() as broken:
         broken.setattr(Path, "replace", fail_for_config)
         with pytest.raises(OSError, match="no space"):
@@ -318,3 +355,74 @@ def test_a_failed_save_spoils_what_is_there_or_leaves_old_beside_new(
     assert {path.name for path in folder.iterdir()} == {TENSORS, "README.md"}  # no adapter rather than a mixed one
     save_peft_adapter(folder, spec, tensors)
     assert load_peft_adapter(folder, config=CONFIG)[0] == spec
+
+
+SAVES = """
+import os, shutil, signal, sys
+from pathlib import Path
+from lora_delta import load_peft_adapter, save_peft_adapter
+
+folder, snapshots = Path(sys.argv[1]), Path(sys.argv[2])
+
+def counted(name, left):
+    inner = getattr(os if name == "fsync" else Path, name)
+    def call(*given, **options):
+        left[0] -= 1
+        if left[0] < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return inner(*given, **options)
+    return call
+
+for step in range(100):
+    child = os.fork()
+    if child == 0:
+        spec, tensors = load_peft_adapter(folder)
+        save_peft_adapter(folder, spec, tensors)
+        left = [step]  # calls until it is killed
+        os.fsync = counted("fsync", left)
+        for name in ("write_bytes", "write_text", "unlink", "replace"):
+            setattr(Path, name, counted(name, left))
+        save_peft_adapter(folder, spec, {name: -tensor for name, tensor in tensors.items()})
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    shutil.copytree(folder, snapshots / f"{step:02}")
+    if status == 0:
+        break
+    assert status == signal.SIGKILL
+    shutil.copytree(sys.argv[3], folder, dirs_exist_ok=True)
+"""
+
+
+def test_a_save_that_is_killed_leaves_the_old_adapter_or_none_and_the_next_clears_up(
+    folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folder, tmp_path / "original")
+    _, tensors = load_peft_adapter(folder)
+    places = [str(tmp_path / name) for name in ("adapter", "snapshots", "original")]
+    subprocess.run([sys.executable, "-c", SAVES, *places], check=True, timeout=120)
+    outcomes = []
+    for snapshot in sorted((tmp_path / "snapshots").iterdir()):
+        outcomes.append(0)
+        if (snapshot / JSON).exists():
+            _, found = load_peft_adapter(snapshot)
+            outcomes[-1] = next(s for s in (1, -1) if all(torch.equal(found[n], s * tensors[n]) for n in tensors))
+    assert outcomes == sorted(outcomes, key=(1, 0, -1).index)  # the old one, none, the new one
+    assert set(outcomes) == {1, 0, -1}
+    assert sorted(path.name for path in snapshot.iterdir()) == ["README.md", JSON, TENSORS]
+
+
+def test_tensors_come_in_the_order_of_the_spec_whatever_that_of_the_file(folder: Path) -> None:
+    expected = list(load_peft_adapter(folder)[1])
+    content = (folder / TENSORS).read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    backwards = json.dumps(dict(reversed(header.items())), separators=(",", ":")).encode().ljust(length)
+    (folder / TENSORS).write_bytes(content[:8] + backwards + content[8 + length :])
+    assert list(load_peft_adapter(folder)[1]) == expected
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_what_was_left(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = (folder / TENSORS).read_bytes()
+    longer = os.stat_result((0o100644, 0, 0, 1, 0, 0, len(content) + 9, 0, 0, 0))  # as it was found
+    monkeypatch.setattr("lora_delta.peft.adapters.os.fstat", lambda _: longer)
+    assert bytes(adapters._content(folder / TENSORS, 1 << 30)) == content

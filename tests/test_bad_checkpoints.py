@@ -32,10 +32,13 @@ def no_heavy_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights may be laid out without memory, to learn their shapes, and not otherwise."""
 
     def shapes_only(
-        config: Qwen2Config, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+        config: Qwen2Config,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        **options: Any,
     ) -> Qwen2Weights:
         assert str(device) == "meta", "weights were allocated before the checks were over"
-        return empty_weights(config, dtype, device)
+        return empty_weights(config, dtype, device, **options)
 
     monkeypatch.setattr(checkpoint, "empty_weights", shapes_only)
 
@@ -119,6 +122,29 @@ class TestBadCheckpoints:
         with pytest.raises(ValueError, match=r"tensor lm_head.weight is missing"):
             load_pretrained(folder)
 
+    def test_sizes_that_the_file_does_not_have(self, folder: Path) -> None:
+        sizes = {"vocab_size": 1 << 24, "hidden_size": 1 << 20, "intermediate_size": 1 << 22, "num_hidden_layers": 1024}
+        edit_json(folder / "config.json", **sizes, head_dim=1 << 16, layer_types=None)  # 70 petabytes
+        with pytest.raises(ValueError, match=r"tensor \S+ in .* has shape .*, expected \(\d+"):
+            load_pretrained(folder)
+
+    @pytest.mark.parametrize("size", [1 << 63, 1 << 200, -1, 1.5, "24", True, None])
+    def test_a_size_that_is_no_size(self, folder: Path, size: Any) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            value = json.loads((folder / "config.json").read_text())[name]
+            edit_json(folder / "config.json", **{name: size})
+            expected = "at most" if type(size) is int and size > 0 else "a positive integer"
+            with pytest.raises(ValueError, match=rf"config field {name} is {size!r:.100}.*, expected {expected}"):
+                load_pretrained(folder)
+            edit_json(folder / "config.json", **{name: value})
+
+    def test_a_header_of_gigabytes(self, folder: Path) -> None:
+        with (folder / ONE).open("r+b") as file:
+            file.write((1 << 32).to_bytes(8, "little"))
+            file.truncate(1 << 34)  # takes no room on the disk
+        with pytest.raises(ValueError, match=r"its header has 4,294,967,296 bytes, expected at most"):
+            load_pretrained(folder)
+
     @pytest.mark.parametrize("name", ["score.weight", "model.layers.2.input_layernorm.weight", "norm.weight"])
     def test_an_unexpected_tensor(self, folder: Path, name: str) -> None:
         edit_tensors(folder, lambda tensors: tensors.update({name: torch.ones(24)}))
@@ -136,6 +162,16 @@ class TestBadCheckpoints:
         edit_tensors(folder, lambda tensors: tensors.update({K_PROJ: torch.ones(16, 24).to(dtype)}))
         with pytest.raises(ValueError, match=rf"tensor {K_PROJ} in .* has dtype \w+, expected one of"):
             load_pretrained(folder)
+
+
+@pytest.mark.parametrize("stream", [False, True, "host"])
+def test_an_lm_head_that_nobody_reads_may_be_missing(folder: Path, stream: bool | str) -> None:
+    config, expected = load_pretrained(folder)
+    edit_tensors(folder, lambda tensors: tensors.pop("lm_head.weight"))
+    weights = load_pretrained(folder, lm_head=False, stream=stream)[1]
+    assert weights.lm_head is None
+    for name, tensor in weights.named_tensors(config):
+        assert torch.equal(tensor, expected.named_views(config)[name])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -170,6 +206,8 @@ class TestBadIndex:
             "a/../../out.safetensors",
             "..\\out.safetensors",
             "pytorch_model.bin",
+            "9" * 5000 + ".safetensors",
+            "a\nb.safetensors",
             "..",
             "",
             1,

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer
 
-from lora_delta.probes import create_mixed_probes
+from lora_delta.probes.texts import create_mixed_probes
 from qwen_functional.dtypes import cpu_multiplies_bfloat16
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -132,7 +132,7 @@ def numbers(value: Any) -> Iterator[float]:
         yield value
 
 
-def test_the_ways_disagree_or_the_record_is_incomplete(finished: tuple[Path, str]) -> None:
+def test_the_ways_agree_and_the_record_is_complete(finished: tuple[Path, str]) -> None:
     record = json.loads(finished[0].read_text())
     assert record["model"] == "random weights of size tiny"
     assert record["probes"] == {"kind": "generic", "count": 5, "tokens": 158, "tree_tokens": 155}
@@ -150,7 +150,7 @@ def test_the_ways_disagree_or_the_record_is_incomplete(finished: tuple[Path, str
     assert all(math.isfinite(number) and number >= 0 for number in numbers(record))
 
 
-def test_the_printed_table_is_not_made_of_the_json_alone(finished: tuple[Path, str]) -> None:
+def test_the_printed_table_is_made_of_the_json_alone(finished: tuple[Path, str]) -> None:
     path, printed = finished
     headline, _, rest = printed.partition("\n")
     (run,) = json.loads(path.read_text())["runs"]
@@ -167,7 +167,7 @@ def test_a_finished_run_leaves_files_behind(finished: tuple[Path, str]) -> None:
 
 
 @pytest.mark.parametrize("way", [LABELS, PEFT])
-def test_deltas_differ_from_those_of_each_probe_alone_in_float64(way: str, job: Job) -> None:
+def test_deltas_equal_those_of_each_probe_alone_in_float64(way: str, job: Job) -> None:
     config, weights = job.workload.engine_weights()
     model = peft_model(hf_model(config, weights, torch.float64), job.workload.spec)
 
@@ -275,7 +275,7 @@ def test_bfloat16_is_not_compared_with_float32_of_the_same_rounded_numbers(
     ]
 
 
-def test_a_checkpoints_deltas_disagree_or_its_probes_are_not_its_own(
+def test_a_checkpoints_deltas_agree_and_its_probes_are_its_own(
     scratch: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = save_checkpoint(scratch.parent / "some model", vocab_size=300, max_position_embeddings=512)

@@ -13,18 +13,23 @@ import torch
 
 from lora_delta import check, cli
 from lora_delta.delta import DifferentiableDeltaCompute
+from lora_delta.embedded import embedded_checkpoint
 
 
-def test_check_on_the_embedded_checkpoint_disagrees_with_peft(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["check", "--rank", "4", "--steps", "8", "--against-peft", "--json"]) == 0
+def test_check_on_the_embedded_checkpoint_disagrees_with_peft(
+    device: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--rank", "4", "--steps", "8", "--device", device, "--against-peft", "--json"]
+    assert cli.main(["check", *options]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["passed"] is True
     assert [entry["name"] for entry in report["checks"] if "PEFT" in entry["name"]]
     assert len(report["checks"]) == 8
 
 
-def test_check_in_bfloat16_errs_more_than_peft(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["check", "--rank", "4", "--steps", "8", "--against-peft", "--dtype", "bfloat16"]) == 0
+def test_check_in_bfloat16_errs_more_than_peft(device: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--rank", "4", "--steps", "8", "--device", device, "--against-peft", "--dtype", "bfloat16"]
+    assert cli.main(["check", *options]) == 0
     printed = capsys.readouterr().out
     assert "56 of 56 tensors" in printed
     assert "all 7 passed" in printed
@@ -62,26 +67,52 @@ def _wrong_gradient(values: Any) -> Any:
 def test_check_passes_a_broken_delta(
     broken: Callable[[Any], Any],
     caught: list[str],
+    device: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(DifferentiableDeltaCompute, "forward", broken(DifferentiableDeltaCompute.forward))
-    assert cli.main(["check", "--rank", "4", "--steps", "4", "--against-peft", "--json"]) == 1
+    options = ["--rank", "4", "--steps", "4", "--device", device, "--against-peft", "--json"]
+    assert cli.main(["check", *options]) == 1
     failed = {entry["name"] for entry in json.loads(capsys.readouterr().out)["checks"] if not entry["passed"]}
     assert set(caught) <= failed
 
 
-def test_check_does_not_see_memory_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_does_not_see_memory_grow(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     leaked: list[torch.Tensor] = []
     step = check._value_and_gradient
 
     def leaking(delta: DifferentiableDeltaCompute) -> tuple[torch.Tensor, torch.Tensor]:
-        leaked.append(torch.ones(4 << 20))  # 16 MiB
+        leaked.append(torch.ones(4 << 20, device=device))  # 16 MiB
         return step(delta)
 
     monkeypatch.setattr(check, "_value_and_gradient", leaking)
-    results = {result.name: result for result in check.run_check(rank=4, steps=12)}
+    results = {result.name: result for result in check.run_check(rank=4, steps=12, device=device)}
     assert not results["repeated steps, flat memory"].passed
+
+
+def test_memory_that_the_first_steps_keep_is_no_growth(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[torch.Tensor] = []
+    step = check._value_and_gradient
+
+    def caching(delta: DifferentiableDeltaCompute) -> tuple[torch.Tensor, torch.Tensor]:
+        if len(kept) < 3:
+            kept.append(torch.ones(16 << 20, device=device))  # 64 MiB
+        return step(delta)
+
+    monkeypatch.setattr(check, "_value_and_gradient", caching)
+    delta = DifferentiableDeltaCompute.from_pretrained(embedded_checkpoint(), device=device)
+    passed, detail = check._flat_memory(delta, 4)
+    assert passed, detail
+    assert len(kept) == 3
+
+
+def test_memory_on_a_gpu_is_what_is_allocated_once_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 7 * len(waited))
+    assert check._memory(torch.device("cuda")) == 7
+    assert waited == [torch.device("cuda")]
 
 
 @pytest.mark.parametrize(
@@ -107,9 +138,10 @@ def test_the_module_does_not_run_as_a_program() -> None:
 
 @pytest.mark.real_checkpoint
 def test_check_on_real_weights_disagrees_with_peft(
-    real_checkpoint: str, capsys: pytest.CaptureFixture[str]
+    real_checkpoint: str, device: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status = cli.main(["check", "--model", real_checkpoint, "--steps", "4", "--against-peft", "--json"])
+    options = ["--model", real_checkpoint, "--device", device, "--steps", "4", "--against-peft", "--json"]
+    status = cli.main(["check", *options])
     details = {entry["name"]: entry["detail"] for entry in json.loads(capsys.readouterr().out)["checks"]}
     assert status == 0, details
     tensors = details["gradient flow to the LoRA tensors"].split(" tensors")[0]

@@ -15,12 +15,13 @@ import torch
 from checkpoints import INDEX, ONE, edit_json, edit_tensors, save_checkpoint
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 
 from qwen_functional import checkpoint
-from qwen_functional.checkpoint import load_pretrained, resolve_checkpoint
+from qwen_functional.checkpoint import load_pretrained
 from qwen_functional.config import Qwen2Config
-from qwen_functional.weights import Qwen2Weights
+from qwen_functional.hub import resolve_checkpoint
+from qwen_functional.weights import Qwen2Weights, init_weights
 
 
 def assert_loaded(config: Qwen2Config, weights: Qwen2Weights, expected: dict[str, Tensor]) -> None:
@@ -40,15 +41,16 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["separate lm_head", "tied"])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
 @pytest.mark.parametrize("shards", [False, True], ids=["one file", "shards"])
 @pytest.mark.parametrize("dtype", [None, *checkpoint.STORAGE_DTYPES], ids=str)
 def test_weights_are_bit_for_bit_those_that_transformers_loads(
-    tmp_path: Path, dtype: torch.dtype | None, shards: bool, tied: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, dtype: torch.dtype | None, shards: bool, kind: str, tied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoint, "PIECE_BYTES", 1000)  # several pieces for a tensor, of a few rows each
-    save_checkpoint(tmp_path, torch.bfloat16, shards, tie_word_embeddings=tied)
+    save_checkpoint(tmp_path, torch.bfloat16, shards, tie_word_embeddings=tied, model_type=kind)
     assert (tmp_path / INDEX).exists() == shards
-    theirs = Qwen2ForCausalLM.from_pretrained(tmp_path, dtype=dtype or "auto").state_dict()
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype or "auto").state_dict()
     assert_loaded(*load_pretrained(tmp_path, dtype), theirs)
 
 
@@ -236,3 +238,14 @@ def test_peak_memory_while_loading_stays_within_a_third_more_than_the_weights(
         check=True,
     )
     assert 0.9 < float(run.stdout) <= 1.3  # the lower bound: it was the weights that were measured
+
+
+def test_weights_are_drawn_in_the_sizes_that_are_said() -> None:
+    config = Qwen2Config(
+        vocab_size=500, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+        initializer_range=0.03,
+    )  # fmt: skip
+    for name, tensor in init_weights(config).named_views(config).items():
+        center, spread = (1, 0.1) if name.endswith("norm.weight") else (0, 0.1 if name.endswith(".bias") else 0.03)
+        assert abs(float(tensor.mean()) - center) < 0.4 * spread, name
+        assert 0.8 < float(tensor.std()) / spread < 1.2, name

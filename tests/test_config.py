@@ -1,4 +1,4 @@
-"""Qwen2Config against transformers' class of the same name, read from the same fields."""
+"""Qwen2Config and Qwen3Config against transformers' classes of the same names, read from the same fields."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import Qwen2Config as HFConfig
+from transformers import AutoConfig
 
-from qwen_functional.config import Qwen2Config
+from qwen_functional.config import CONFIGS, Qwen2Config, Qwen3Config, read_config
 
 FIELDS: dict[str, Any] = {
     "model_type": "qwen2",
@@ -38,13 +38,15 @@ SHARED = (
 )
 
 
-def both(**changes: Any) -> tuple[Qwen2Config, HFConfig]:
+def both(**changes: Any) -> tuple[Qwen2Config, Any]:
     """The same json fields, read by us and by transformers."""
     text = json.dumps({**FIELDS, **changes})
-    return Qwen2Config.from_dict(json.loads(text)), HFConfig.from_dict(json.loads(text))
+    fields = json.loads(text)
+    theirs = AutoConfig.for_model(fields["model_type"]).__class__.from_dict(fields)
+    return CONFIGS[json.loads(text)["model_type"]].from_dict(json.loads(text)), theirs
 
 
-def assert_same(ours: Qwen2Config, theirs: HFConfig) -> None:
+def assert_same(ours: Qwen2Config, theirs: Any) -> None:
     for name in SHARED:
         assert getattr(ours, name) == getattr(theirs, name), name
     assert list(ours.layer_types) == theirs.layer_types
@@ -66,8 +68,9 @@ def assert_same(ours: Qwen2Config, theirs: HFConfig) -> None:
     ],
     ids=lambda changes: "-".join(changes) or "defaults",
 )
-def test_sizes_and_defaults_of_missing_fields_are_transformers(changes: dict[str, Any]) -> None:
-    assert_same(*both(**changes))
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_sizes_and_defaults_of_missing_fields_are_transformers(kind: str, changes: dict[str, Any]) -> None:
+    assert_same(*both(model_type=kind, **changes))
 
 
 @pytest.mark.parametrize(
@@ -86,8 +89,9 @@ def test_sizes_and_defaults_of_missing_fields_are_transformers(changes: dict[str
         {"sliding_window": 8, "layer_types": ["full_attention"] * 6},
     ],
 )
-def test_windowed_layers_are_those_of_transformers(changes: dict[str, Any]) -> None:
-    ours, theirs = both(**changes)
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_windowed_layers_are_those_of_transformers(kind: str, changes: dict[str, Any]) -> None:
+    ours, theirs = both(model_type=kind, **changes)
     assert_same(ours, theirs)
     windowed = [kind == "sliding_attention" for kind in theirs.layer_types or ()]
     assert [ours.window(i) for i in range(6)] == [theirs.sliding_window if it else None for it in windowed]
@@ -115,8 +119,11 @@ NEW_YARN = {"rope_type": "yarn", "rope_theta": 1e6, **YARN}
     ],
     ids=str,
 )
-def test_rope_is_read_as_by_transformers_in_the_older_and_the_newer_spelling(changes: dict[str, Any]) -> None:
-    assert_same(*both(**changes))
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_rope_is_read_as_by_transformers_in_the_older_and_the_newer_spelling(
+    kind: str, changes: dict[str, Any]
+) -> None:
+    assert_same(*both(model_type=kind, **changes))
 
 
 def test_yarn_takes_the_outer_original_length_first_as_transformers_does_when_it_computes() -> None:
@@ -133,17 +140,35 @@ def test_yarn_without_a_factor_derives_it_from_the_lengths() -> None:
 
 
 @pytest.mark.parametrize("changes", [{}, {"rope_parameters": NEW_YARN}, {"head_dim": 10}], ids=str)
-def test_written_fields_read_back_the_same_here_and_in_transformers(changes: dict[str, Any]) -> None:
-    config = Qwen2Config.from_dict({**FIELDS, "use_sliding_window": True, "sliding_window": 8, **changes})
-    written = json.loads(json.dumps(config.to_dict()))
-    assert Qwen2Config.from_dict(written) == config
-    assert_same(config, HFConfig.from_dict(written))
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_written_fields_read_back_the_same_here_and_in_transformers(
+    kind: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    config, theirs = both(model_type=kind, use_sliding_window=True, sliding_window=8, **changes)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    assert read_config(tmp_path) == config
+    assert_same(config, AutoConfig.from_pretrained(tmp_path))
+    assert AutoConfig.from_pretrained(tmp_path).__class__ is theirs.__class__
 
 
-def test_what_transformers_saves_reads_back(tmp_path: Path) -> None:
-    theirs = HFConfig.from_dict({**FIELDS, "rope_theta": 1e6, "tie_word_embeddings": True})
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_what_transformers_saves_reads_back(kind: str, tmp_path: Path) -> None:
+    _, theirs = both(model_type=kind, rope_theta=1e6, tie_word_embeddings=True)
     theirs.save_pretrained(tmp_path)
-    assert_same(Qwen2Config.from_json_file(tmp_path / "config.json"), theirs)
+    assert_same(read_config(tmp_path), theirs)
+
+
+def test_a_config_of_the_other_family_is_another_one() -> None:
+    ours = [CONFIGS[kind].from_dict({**FIELDS, "model_type": kind, "head_dim": 8}) for kind in CONFIGS]
+    assert ours[0] != ours[1]
+    with pytest.raises(ValueError, match="config field model_type is 'qwen3', expected 'qwen2'"):
+        Qwen2Config.from_dict({**FIELDS, "model_type": "qwen3"})
+
+
+def test_a_qwen3_with_biases_is_refused() -> None:
+    with pytest.raises(ValueError, match="config field attention_bias is True, expected False"):
+        Qwen3Config.from_dict({**FIELDS, "model_type": "qwen3", "attention_bias": True})
+    Qwen2Config.from_dict({**FIELDS, "attention_bias": True})  # which there says nothing
 
 
 @pytest.mark.parametrize(
@@ -159,6 +184,14 @@ def test_what_transformers_saves_reads_back(tmp_path: Path) -> None:
         ("num_key_value_heads", 4),  # no divisor of 6
         ("head_dim", 7),
         ("head_dim", 0),
+        ("head_dim", 1 << 62),
+        ("vocab_size", 1 << 63),
+        ("num_hidden_layers", 10**9),
+        ("max_position_embeddings", 10**400),
+        ("rms_norm_eps", float("inf")),
+        ("rms_norm_eps", 10**30),
+        ("rope_theta", 10**400),
+        ("rope_theta", float("nan")),
         ("hidden_act", "gelu"),
         ("rms_norm_eps", 0.0),
         ("rms_norm_eps", "1e-6"),
@@ -229,15 +262,17 @@ def test_a_hidden_size_that_the_heads_do_not_divide_is_an_error_unless_head_dim_
     ("text", "problem"),
     [
         ("{", "not valid JSON"),
-        ("[]", "a list, expected a Qwen2 config.json"),
+        ("[]", "a list, expected the config.json of a Qwen2 or Qwen3"),
         ('{"model_type": "llama"}', "model_type"),
+        ('{"model_type": ' + "[" * 100_000, "nested too deeply"),
+        ('{"model_type": "qwen2", "vocab_size": 1' + "0" * 5000 + "}", "not valid JSON"),
     ],
 )
 def test_a_bad_file_is_an_error_that_names_the_file(tmp_path: Path, text: str, problem: str) -> None:
     path = tmp_path / "config.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=rf"config\.json.*{problem}"):
-        Qwen2Config.from_json_file(path)
+        read_config(path.parent)
     path.unlink()
     with pytest.raises(ValueError, match=r"config\.json does not exist"):
-        Qwen2Config.from_json_file(path)
+        read_config(path.parent)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from devices import tolerance
 from reference import (
     hf_model,
     hidden_states_at_end,
@@ -32,9 +33,11 @@ def make_delta(
     spec: LoraSpec = SPEC,
     dtype: torch.dtype = F64,
     probes: Sequence[Sequence[int]] = PROBES,
+    device: str = "cpu",
     **options: Any,
 ) -> DifferentiableDeltaCompute:
-    return DifferentiableDeltaCompute(config, init_weights(config, dtype=dtype), probes, spec, **options)
+    weights = init_weights(config, dtype=dtype, device=device)
+    return DifferentiableDeltaCompute(config, weights, probes, spec, **options)
 
 
 def peft_delta(
@@ -44,8 +47,8 @@ def peft_delta(
     layers: Sequence[int] = (-1,),
     probes: Sequence[Sequence[int]] = PROBES,
 ) -> Tensor:
-    """(G, layers, P, H) of float64 weights; differentiable in the tensors."""
-    weights = init_weights(config, dtype=F64)
+    """(G, layers, P, H) of float64 weights; differentiable in the tensors, which say of which device."""
+    weights = init_weights(config, dtype=F64, device=next(iter(tensors.values())).device)
     bare, model = hf_model(config, weights), peft_model(hf_model(config, weights), spec)
     batched = next(iter(tensors.values())).dim() == 3
     with torch.no_grad():
@@ -68,7 +71,8 @@ def gradients(loss: Tensor, tensors: Mapping[str, Tensor], **options: Any) -> di
 
 def squared(delta: Tensor) -> Tensor:
     """A loss that tells every entry apart from every other."""
-    return (delta * torch.linspace(1, 2, delta.numel(), dtype=delta.dtype).view(delta.shape)).square().sum()
+    factors = torch.linspace(1, 2, delta.numel(), dtype=delta.dtype).view(delta.shape).to(delta.device)
+    return (delta * factors).square().sum()
 
 
 def assert_like_peft(
@@ -76,32 +80,34 @@ def assert_like_peft(
     tensors: Mapping[str, Tensor],
     shaped: Callable[[Tensor], Tensor],
     layers: Sequence[int] = (-1,),
-    tolerance: float = 1e-9,
+    on_cpu: float = 1e-9,
 ) -> None:
     """Value and gradients; ``shaped`` makes what is expected of the (G, layers, P, H) of PEFT."""
+    allowed = tolerance(delta.base_activation.device.type, on_cpu)
     ours, theirs = leaves(tensors), leaves({name: tensor.double() for name, tensor in tensors.items()})
     value = delta(ours)
     expected = shaped(peft_delta(delta.config, delta.spec, theirs, layers))
-    assert relative_error(value, expected) <= tolerance
+    assert relative_error(value, expected) <= allowed
     got = gradients(squared(value), ours)
     want = gradients(squared(expected), theirs, materialize_grads=True)  # layers above those read out
     for name in want:
-        assert relative_error(got[name], want[name]) <= tolerance, name
+        assert got[name].device == value.device == delta.base_activation.device
+        assert relative_error(got[name], want[name]) <= allowed, name
 
 
 # --- Values and gradients ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(F64, 1e-9), (torch.float32, 3e-5)])
+@pytest.mark.parametrize(("dtype", "on_cpu"), [(F64, 1e-9), (torch.float32, 3e-5)])
 @pytest.mark.parametrize("n_adapters", [None, 1, 3])
 def test_a_delta_or_its_gradients_differ_from_peft(
-    n_adapters: int | None, dtype: torch.dtype, tolerance: float
+    n_adapters: int | None, dtype: torch.dtype, on_cpu: float, device: str
 ) -> None:
-    tensors = random_lora(CONFIG, SPEC, n_adapters, dtype=dtype)
+    tensors = random_lora(CONFIG, SPEC, n_adapters, dtype=dtype, device=device)
     shaped = lambda d: d[0, 0].mean(0) if n_adapters is None else d[:, 0].mean(1)  # noqa: E731
-    delta = make_delta(dtype=dtype)
+    delta = make_delta(dtype=dtype, device=device)
     assert delta(tensors).dtype == dtype
-    assert_like_peft(delta, tensors, shaped, tolerance=tolerance)
+    assert_like_peft(delta, tensors, shaped, on_cpu=on_cpu)
 
 
 SPECS = {
@@ -113,12 +119,12 @@ SPECS = {
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_a_delta_of_another_spec_differs_from_peft(name: str) -> None:
-    delta = make_delta(spec=SPECS[name], adapters_per_pass=2)
-    assert_like_peft(delta, random_lora(CONFIG, SPECS[name], 3), lambda d: d[:, 0].mean(1))
+def test_a_delta_of_another_spec_differs_from_peft(name: str, device: str) -> None:
+    delta = make_delta(spec=SPECS[name], adapters_per_pass=2, device=device)
+    assert_like_peft(delta, random_lora(CONFIG, SPECS[name], 3, device=device), lambda d: d[:, 0].mean(1))
 
 
-def test_a_delta_of_another_config_differs_from_peft() -> None:
+def test_a_delta_of_another_config_differs_from_peft(device: str) -> None:
     config = tiny_config(
         head_dim=10,
         num_hidden_layers=4,
@@ -128,22 +134,24 @@ def test_a_delta_of_another_config_differs_from_peft() -> None:
         max_window_layers=2,
         rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
     )
-    assert_like_peft(make_delta(config), random_lora(config, SPEC, 2), lambda d: d[:, 0].mean(1))
+    tensors = random_lora(config, SPEC, 2, device=device)
+    assert_like_peft(make_delta(config, device=device), tensors, lambda d: d[:, 0].mean(1))
 
 
-def test_tensors_that_are_left_out_count_as_others_than_zero() -> None:
-    tensors = {n: t for n, t in random_lora(CONFIG, SPEC, 2).items() if ".0.mlp.gate" in n or ".2.self" in n}
-    whole = {n: torch.zeros(2, *shape, dtype=F64) for n, shape in SPEC.shapes(CONFIG).items()}
+def test_tensors_that_are_left_out_count_as_others_than_zero(device: str) -> None:
+    every = random_lora(CONFIG, SPEC, 2, device=device)
+    tensors = {n: t for n, t in every.items() if ".0.mlp.gate" in n or ".2.self" in n}
+    whole = {n: torch.zeros(2, *shape, dtype=F64, device=device) for n, shape in SPEC.shapes(CONFIG).items()}
     expected = peft_delta(CONFIG, SPEC, {**whole, **tensors})[:, 0].mean(1)
-    assert relative_error(make_delta()(tensors), expected) <= 1e-9
+    assert relative_error(make_delta(device=device)(tensors), expected) <= tolerance(device, 1e-9)
 
 
 @pytest.mark.parametrize("checkpoint", ["none", "block"])
-def test_gradcheck_fails(checkpoint: str) -> None:
+def test_gradcheck_fails(checkpoint: str, device: str) -> None:
     config = tiny_config(num_hidden_layers=2, hidden_size=8, intermediate_size=8, num_attention_heads=2)
     spec = LoraSpec(rank=1, target_modules=("q_proj", "v_proj", "o_proj", "up_proj", "down_proj"))
-    delta = make_delta(config, spec, checkpoint=checkpoint, pooling="none", layer=(0, -1))
-    tensors = leaves(random_lora(config, spec, 2))
+    delta = make_delta(config, spec, checkpoint=checkpoint, pooling="none", layer=(0, -1), device=device)
+    tensors = leaves(random_lora(config, spec, 2, device=device))
     names = list(tensors)
     assert torch.autograd.gradcheck(
         lambda *flat: delta(dict(zip(names, flat, strict=True))), tuple(tensors.values()), fast_mode=True
@@ -165,20 +173,21 @@ SHAPED: dict[str, tuple[dict[str, Any], Sequence[int], Callable[[Tensor], Tensor
 
 @pytest.mark.parametrize("name", SHAPED)
 @pytest.mark.parametrize("n_adapters", [None, 3])
-def test_layers_or_probes_are_in_other_places(name: str, n_adapters: int | None) -> None:
+def test_layers_or_probes_are_in_other_places(name: str, n_adapters: int | None, device: str) -> None:
     options, layers, shaped = SHAPED[name]
-    delta = make_delta(**options)
-    tensors = random_lora(CONFIG, SPEC, n_adapters)
+    delta = make_delta(**options, device=device)
+    tensors = random_lora(CONFIG, SPEC, n_adapters, device=device)
     assert_like_peft(delta, tensors, shaped if n_adapters else lambda d: shaped(d)[0], layers)
     assert delta.base_activation.shape == delta(tensors).shape[0 if n_adapters is None else 1 :]
 
 
 @pytest.mark.parametrize("name", SHAPED)
-def test_the_base_activation_is_not_the_bare_models(name: str) -> None:
+def test_the_base_activation_is_not_the_bare_models(name: str, device: str) -> None:
     options, layers, shaped = SHAPED[name]
-    delta, bare = make_delta(**options), hf_model(CONFIG, init_weights(CONFIG, dtype=F64))
+    delta = make_delta(**options, device=device)
+    bare = hf_model(CONFIG, init_weights(CONFIG, dtype=F64, device=device))
     expected = torch.stack([hidden_states_at_end(bare, None, ids, layers) for ids in PROBES], 1)
-    assert relative_error(delta.base_activation, shaped(expected[None])[0]) <= 1e-9
+    assert relative_error(delta.base_activation, shaped(expected[None])[0]) <= tolerance(device, 1e-9)
     assert not delta.base_activation.requires_grad
 
 
@@ -205,8 +214,8 @@ def test_the_base_model_has_parameters_or_a_state() -> None:
 # --- Batches ----------------------------------------------------------------------------------------------
 
 
-def test_a_list_of_adapters_differs_from_the_stacked_dict_or_the_loop() -> None:
-    delta, tensors = make_delta(), leaves(random_lora(CONFIG, SPEC, 3))
+def test_a_list_of_adapters_differs_from_the_stacked_dict_or_the_loop(device: str) -> None:
+    delta, tensors = make_delta(device=device), leaves(random_lora(CONFIG, SPEC, 3, device=device))
     alone = [leaves(adapter) for adapter in one_by_one(tensors)]
     stacked, listed = delta(tensors), delta.forward_batch(alone)
     looped = torch.stack([delta(adapter) for adapter in alone])
@@ -217,3 +226,26 @@ def test_a_list_of_adapters_differs_from_the_stacked_dict_or_the_loop() -> None:
         of_alone = [gradients(squared(value), adapter, retain_graph=True) for adapter in alone]
         for name, gradient in of_stacked.items():
             assert relative_error(torch.stack([g[name] for g in of_alone]), gradient) <= 1e-12
+
+
+@pytest.mark.parametrize("used", [False, True], ids=["unused", "used"])
+def test_a_delta_on_other_weights_is_one_made_of_them(used: bool) -> None:
+    weights, others = (init_weights(CONFIG, seed, F64) for seed in (0, 1))
+    options: dict[str, Any] = {"layer": (0, -1), "pooling": "none", "adapters_per_pass": 2}
+    delta = DifferentiableDeltaCompute(CONFIG, weights, PROBES, SPEC, **options)
+    tensors = leaves(random_lora(CONFIG, SPEC, n_adapters=3, dtype=F64))
+    before = delta(tensors) if used else None  # it holds plans and bases by now
+    moved, made = delta.on(others), DifferentiableDeltaCompute(CONFIG, others, PROBES, SPEC, **options)
+    assert moved.weights is others
+    assert torch.equal(moved(tensors), made(tensors))
+    assert torch.equal(moved.base_activation, made.base_activation)
+    expected = gradients(squared(made(tensors)), tensors)
+    for name, gradient in gradients(squared(moved(tensors)), tensors).items():
+        assert torch.equal(gradient, expected[name])
+    if before is not None:
+        assert torch.equal(delta(tensors), before)
+
+
+def test_a_delta_knows_its_options() -> None:
+    delta = make_delta(adapters_per_pass=2, pooling="none", layer=(0, -1), memory_budget=7)
+    assert (delta.adapters_per_pass, delta.pooling, delta.layer) == (2, "none", (0, -1))

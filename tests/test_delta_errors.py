@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from devices import DEVICES
 from reference import one_by_one, random_lora
 from test_delta import CONFIG, SPEC, make_delta
 from torch import Tensor
 
 from lora_delta import DifferentiableDeltaCompute
 from qwen_functional import LoraSpec
-from qwen_functional.engine import _Run
+from qwen_functional.engine import Run
 
 Q_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"  # (3, 24)
 Q_B = Q_A.replace("_A", "_B")
@@ -30,7 +31,7 @@ def no_run(delta: DifferentiableDeltaCompute, monkeypatch: pytest.MonkeyPatch) -
     def run(*_: Any) -> None:
         pytest.fail("the engine ran")
 
-    monkeypatch.setattr(_Run, "forward", run)
+    monkeypatch.setattr(Run, "forward", run)
 
 
 def tensors(n_adapters: int | None = None) -> dict[str, Tensor]:
@@ -104,8 +105,19 @@ def test_tensors_on_another_device_than_the_weights_are_accepted(
     delta: DifferentiableDeltaCompute, n_adapters: int | None
 ) -> None:
     elsewhere = {name: tensor.to("meta") for name, tensor in tensors(n_adapters).items()}
-    with pytest.raises(ValueError, match=f"LoRA tensor '{Q_A}' is on meta, expected cpu as the weights"):
+    with pytest.raises(ValueError, match=r"LoRA tensors are on meta, expected cpu as the base model; see its device"):
         delta(elsewhere)
+
+
+@pytest.mark.skipif("cuda" not in DEVICES, reason="there is no GPU")
+@pytest.mark.parametrize("n_adapters", [None, 3])
+def test_tensors_on_the_cpu_are_refused_by_a_delta_on_a_gpu(n_adapters: int | None) -> None:
+    delta = make_delta(device="cuda")
+    for call in (delta, lambda tensors: delta.mean_loss(tensors, lambda deltas, _: deltas.mean())):
+        if n_adapters is None and call is not delta:
+            continue  # it takes a batch alone
+        with pytest.raises(ValueError, match=r"LoRA tensors are on cpu, expected cuda:\d as the base model"):
+            call(tensors(n_adapters))
 
 
 @pytest.mark.usefixtures("no_run")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from typing import Any
 
@@ -13,9 +14,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import lora_delta.delta
+import lora_delta.passes
 from lora_delta import DifferentiableDeltaCompute
-from lora_delta.losses import delta_loss
+from lora_delta.generate.losses import delta_loss
 from qwen_functional import LoraSpec, Qwen2Weights, init_weights
 
 # Activations far larger than the LoRA tensors.
@@ -64,6 +65,7 @@ def step(delta: DifferentiableDeltaCompute, n_adapters: int) -> tuple[int, int, 
     """Bytes (at most, held from forward to backward, left after it) of a training step, and of the tensors."""
     tensors = leaves(random_lora(LONG, RANK_1, n_adapters, dtype=torch.float32))
     delta({name: tensor.detach() for name, tensor in tensors.items()})  # the base is at hand
+    gradients(squared(delta(tensors)), tensors)  # and so are the plans, whose tables are kept
     with LiveBytes() as bytes_:
         loss = delta(tensors).square().sum()
         held = bytes_.live
@@ -77,13 +79,13 @@ def step(delta: DifferentiableDeltaCompute, n_adapters: int) -> tuple[int, int, 
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many adapters each run of the engine had since the fixture was asked for."""
     seen: list[int] = []
-    engine = lora_delta.delta.forward_vjp
+    engine = lora_delta.passes.forward_vjp
 
     def counted(config: Any, weights: Any, tokens: Any, lora: Any, **options: Any) -> Any:
         seen.append(0 if lora is None else lora.n_adapters)
         return engine(config, weights, tokens, lora, **options)
 
-    monkeypatch.setattr(lora_delta.delta, "forward_vjp", counted)
+    monkeypatch.setattr(lora_delta.passes, "forward_vjp", counted)
     return seen
 
 
@@ -107,6 +109,24 @@ def test_anything_is_held_after_backward_or_by_a_step_after_others() -> None:
         peaks, _, left, _ = zip(*(step(delta, 5) for _ in range(3)), strict=True)
         assert set(left) == {0}
         assert len(set(peaks)) == 1
+
+
+def test_a_delta_goes_with_its_last_user() -> None:
+    """Without a collection of cycles: a mesh that outlives the script's main() can abort the process as it ends."""
+    gc.collect()
+    gc.disable()
+    try:
+        for options in ({}, {"adapters_per_pass": 2}, {"checkpoint": "block"}):
+            delta = make_delta(**options)
+            tensors = leaves(random_lora(CONFIG, SPEC, 3))
+            delta(tensors).square().sum().backward()
+            delta.mean_loss(tensors, lambda deltas, _: deltas.square().mean()).backward()
+            delta.forward_batch([{name: tensor[0] for name, tensor in tensors.items()}])
+            gone = weakref.ref(delta)
+            del delta
+            assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_a_call_without_gradients_holds_activations() -> None:
@@ -175,7 +195,8 @@ def test_a_mean_loss_runs_a_pass_twice_or_differs(runs: list[int], adapters_per_
     runs.clear()
     got = delta.mean_loss(tensors, loss)
     found = gradients(3 * got, tensors)
-    assert runs == [pass_.stop - pass_.start for pass_ in delta.passes(7)]
+    each = adapters_per_pass or 7
+    assert runs == [min(each, 7 - start) for start in range(0, 7, each)]
     assert relative_error(got, want) <= 1e-12
     for name in wanted:
         assert relative_error(found[name], wanted[name]) <= 1e-12, name

@@ -12,7 +12,7 @@ import torch
 from checkpoints import CHATML, edit_json, edit_tensors, make_checkpoint, save_checkpoint
 from reference import hidden_states_at_end, peft_model, random_lora, relative_error
 from torch import Tensor
-from transformers import AutoTokenizer, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lora_delta.delta
 from lora_delta import DifferentiableDeltaCompute, create_generic_probes, create_mixed_probes
@@ -22,12 +22,13 @@ SPEC = LoraSpec(rank=2, alpha=3)
 F32 = torch.float32
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["qwen2", "qwen3"])
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole checkpoint as transformers writes it: weights, a byte-level tokenizer, a chat template."""
     folder = tmp_path_factory.mktemp("saved")
     make_checkpoint(folder, chat_template=CHATML)
-    save_checkpoint(folder, vocab_size=300, max_position_embeddings=512)
+    edit_json(folder / "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer")
+    save_checkpoint(folder, vocab_size=300, max_position_embeddings=512, model_type=request.param)
     return edit_tensors(folder, lambda tensors: [t.mul_(0.2) for t in tensors.values()])
 
 
@@ -38,21 +39,23 @@ def folder(saved: Path, tmp_path: Path) -> Path:
 
 
 def bare_activation(folder: Path, ids: Any) -> Tensor:
-    model = Qwen2ForCausalLM.from_pretrained(folder, dtype=F32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=F32)
     with torch.no_grad():
         return torch.stack([hidden_states_at_end(model, None, probe, (-1,))[0] for probe in ids]).mean(0)
 
 
 @pytest.mark.parametrize("probes", [None, ["one text", "and another, longer one"], ("one text",)])
-def test_a_delta_of_a_checkpoint_differs_from_transformers_and_peft(saved: Path, probes: Sequence[str] | None) -> None:
-    delta = DifferentiableDeltaCompute.from_pretrained(saved, probes, SPEC, dtype=F32)
+def test_a_delta_of_a_checkpoint_differs_from_transformers_and_peft(
+    saved: Path, probes: Sequence[str] | None, device: str
+) -> None:
+    delta = DifferentiableDeltaCompute.from_pretrained(saved, probes, SPEC, dtype=F32, device=device)
     tokenizer = AutoTokenizer.from_pretrained(saved)
     ids = tokenizer(list(probes or create_generic_probes()))["input_ids"]
     bare = bare_activation(saved, ids)
     assert relative_error(delta.base_activation, bare) <= 1e-5
 
-    tensors = random_lora(delta.config, SPEC, dtype=F32)
-    model = peft_model(Qwen2ForCausalLM.from_pretrained(saved, dtype=F32), SPEC)
+    tensors = random_lora(delta.config, SPEC, dtype=F32, device=device)
+    model = peft_model(AutoModelForCausalLM.from_pretrained(saved, dtype=F32), SPEC)
     with torch.no_grad():
         moved = torch.stack([hidden_states_at_end(model, tensors, probe)[0] for probe in ids]).mean(0)
     assert relative_error(delta(tensors), moved - bare) <= 1e-4
@@ -77,10 +80,12 @@ def test_the_dtype_is_another_than_asked(saved: Path, dtype: torch.dtype) -> Non
     assert delta.weights.dtype == dtype
 
 
-def test_options_do_not_reach_the_constructor(saved: Path) -> None:
+def test_options_do_not_reach_the_constructor(saved: Path, device: str) -> None:
     options: dict[str, Any] = {"layer": (0, -1), "pooling": "none", "adapters_per_pass": 2, "checkpoint": "block"}
-    delta = DifferentiableDeltaCompute.from_pretrained(saved, ["a", "b", "c"], SPEC, dtype=F32, **options)
-    tensors = {n: t.requires_grad_() for n, t in random_lora(delta.config, SPEC, 3, dtype=F32).items()}
+    options = {**options, "dtype": F32, "device": device}
+    delta = DifferentiableDeltaCompute.from_pretrained(saved, ["a", "b", "c"], SPEC, **options)
+    drawn = random_lora(delta.config, SPEC, 3, dtype=F32, device=device)
+    tensors = {name: tensor.requires_grad_() for name, tensor in drawn.items()}
     value = delta(tensors)
     assert value.shape == (3, 2, 3, 24)
     assert delta.base_activation.shape == (2, 3, 24)
@@ -94,7 +99,7 @@ def test_options_do_not_reach_the_constructor(saved: Path) -> None:
 @pytest.mark.parametrize("max_length", [1, 40, 256])
 def test_long_probes_are_cut_otherwise_than_by_transformers(saved: Path, max_length: int) -> None:
     probes = ["short", *create_mixed_probes(), "long " * 300]
-    options: dict[str, Any] = {"dtype": F32, "max_length": max_length}
+    options: dict[str, Any] = {"dtype": F32, "device": "cpu", "max_length": max_length}
     delta = DifferentiableDeltaCompute.from_pretrained(saved, probes, SPEC, **options)
     tokenizer = AutoTokenizer.from_pretrained(saved)
     uncut = [len(ids) for ids in tokenizer(probes)["input_ids"]]
@@ -108,14 +113,16 @@ def test_long_probes_are_cut_otherwise_than_by_transformers(saved: Path, max_len
 @pytest.mark.parametrize("adds_special_tokens", [False, True])
 def test_chat_probes_differ_from_transformers(folder: Path, adds_special_tokens: bool) -> None:
     make_checkpoint(folder, chat_template=CHATML, adds_special_tokens=adds_special_tokens)
+    edit_json(folder / "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer")
     probes = ["hello there", "2 + 2?"]
-    delta = DifferentiableDeltaCompute.from_pretrained(folder, probes, SPEC, dtype=F32, chat=True)
+    options: dict[str, Any] = {"dtype": F32, "device": "cpu"}
+    delta = DifferentiableDeltaCompute.from_pretrained(folder, probes, SPEC, chat=True, **options)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     chats = [[{"role": "user", "content": probe}] for probe in probes]
     ids = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False)
     assert relative_error(delta.base_activation, bare_activation(folder, ids)) <= 1e-5
     assert len(delta.tokens) < sum(delta.tokens.lengths)  # the template's own beginning is shared
-    plain = DifferentiableDeltaCompute.from_pretrained(folder, probes, SPEC, dtype=F32)
+    plain = DifferentiableDeltaCompute.from_pretrained(folder, probes, SPEC, **options)
     ids = tokenizer(probes)["input_ids"]
     assert relative_error(plain.base_activation, bare_activation(folder, ids)) <= 1e-5
 
@@ -178,6 +185,7 @@ def test_a_probe_beyond_the_models_positions_or_vocabulary_is_accepted(folder: P
         DifferentiableDeltaCompute.from_pretrained(folder, ["zzz"])
 
 
+@pytest.mark.usefixtures("no_weights")
 @pytest.mark.parametrize(
     ("option", "value"), [("pooling", "max"), ("layer", 2), ("checkpoint", "all"), ("adapters_per_pass", 0)]
 )

@@ -19,13 +19,14 @@ PROBES = [[3, 1, 4, *range(end)] for end in (23, 9, 40, 17)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
 
 
-def make_delta(dtype: torch.dtype, **options: Any) -> DifferentiableDeltaCompute:
-    return DifferentiableDeltaCompute(CONFIG, init_weights(CONFIG, dtype=dtype), PROBES, SPEC, **options)
+def make_delta(dtype: torch.dtype, device: str, **options: Any) -> DifferentiableDeltaCompute:
+    weights = init_weights(CONFIG, dtype=dtype, device=device)
+    return DifferentiableDeltaCompute(CONFIG, weights, PROBES, SPEC, **options)
 
 
-def lora(n_adapters: int | None, zero: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def lora(n_adapters: int | None, zero: str, device: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Random tensors of which those that end in one of ``zero`` are zero."""
-    tensors = random_lora(CONFIG, SPEC, n_adapters, dtype=dtype)
+    tensors = random_lora(CONFIG, SPEC, n_adapters, dtype=dtype, device=device)
     return {n: t * 0 if n.removesuffix(".weight").endswith(tuple(zero)) else t for n, t in tensors.items()}
 
 
@@ -36,9 +37,11 @@ def assert_zero(delta: Tensor) -> None:
 @pytest.mark.parametrize("n_adapters", [None, 1, 2, 3, 7])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("zero", ["AB", "B", "A"])
-def test_the_delta_of_a_zero_lora_is_not_zero(zero: str, dtype: torch.dtype, n_adapters: int | None) -> None:
-    tensors = lora(n_adapters, zero)
-    delta = make_delta(dtype)
+def test_the_delta_of_a_zero_lora_is_not_zero(
+    zero: str, dtype: torch.dtype, n_adapters: int | None, device: str
+) -> None:
+    tensors = lora(n_adapters, zero, device)
+    delta = make_delta(dtype, device)
     assert_zero(delta(tensors))
     with_gradients = delta({name: tensor.requires_grad_() for name, tensor in tensors.items()})
     assert with_gradients.requires_grad
@@ -47,11 +50,13 @@ def test_the_delta_of_a_zero_lora_is_not_zero(zero: str, dtype: torch.dtype, n_a
 
 @pytest.mark.parametrize("adapters_per_pass", [None, 1, 2, 3, 9])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_delta_of_a_zero_lora_among_others_is_not_zero(dtype: torch.dtype, adapters_per_pass: int | None) -> None:
-    tensors, unchanged = lora(7, "", dtype), [0, 2, 3, 6]
+def test_the_delta_of_a_zero_lora_among_others_is_not_zero(
+    dtype: torch.dtype, adapters_per_pass: int | None, device: str
+) -> None:
+    tensors, unchanged = lora(7, "", device, dtype), [0, 2, 3, 6]
     for name, tensor in tensors.items():
         tensor[[0, 6] if "lora_A" in name else unchanged] = 0
-    delta = make_delta(dtype, adapters_per_pass=adapters_per_pass)
+    delta = make_delta(dtype, device, adapters_per_pass=adapters_per_pass)
     for requires_grad in (False, True):
         values = delta({name: tensor.requires_grad_(requires_grad) for name, tensor in tensors.items()})
         assert_zero(values[unchanged])
@@ -71,59 +76,63 @@ def test_the_delta_of_a_zero_lora_among_others_is_not_zero(dtype: torch.dtype, a
     ],
     ids=str,
 )
-def test_the_delta_of_a_zero_lora_is_not_zero_when_read_out_or_kept_otherwise(options: dict[str, Any]) -> None:
+def test_the_delta_of_a_zero_lora_is_not_zero_when_read_out_or_kept_otherwise(
+    options: dict[str, Any], device: str
+) -> None:
     for dtype in DTYPES:
-        delta = make_delta(dtype, **options)
-        assert_zero(delta({name: tensor.requires_grad_() for name, tensor in lora(3, "B").items()}))
+        delta = make_delta(dtype, device, **options)
+        assert_zero(delta({name: tensor.requires_grad_() for name, tensor in lora(3, "B", device).items()}))
 
 
 @pytest.mark.parametrize("left", ["layers.1.", "o_proj", "mlp", "layers.2.self_attn.k_proj", "gate_proj"])
-def test_the_delta_of_a_zero_lora_of_some_modules_is_not_zero(left: str) -> None:
+def test_the_delta_of_a_zero_lora_of_some_modules_is_not_zero(left: str, device: str) -> None:
     for dtype in DTYPES:
-        delta = make_delta(dtype)
+        delta = make_delta(dtype, device)
         for n_adapters in (3, 5, None):  # the same object: a base of other shapes would be off by a rounding
-            some = {name: tensor for name, tensor in lora(n_adapters, "B").items() if left in name}
+            some = {name: tensor for name, tensor in lora(n_adapters, "B", device).items() if left in name}
             assert some
             assert_zero(delta(some))
-            assert_zero(delta(lora(n_adapters, "B")))
+            assert_zero(delta(lora(n_adapters, "B", device)))
 
 
-def test_the_delta_of_no_lora_is_not_zero() -> None:
+def test_the_delta_of_no_lora_is_not_zero(device: str) -> None:
     for dtype in DTYPES:
-        delta = make_delta(dtype)
+        delta = make_delta(dtype, device)
         assert_zero(delta({}))
         assert_zero(delta.forward_batch([{}, {}, {}]))
         assert delta({}).shape == (96,)
         assert delta.forward_batch([{}, {}, {}]).shape == (3, 96)
 
 
-def test_more_shapes_than_bases_are_kept_spoil_a_zero() -> None:
-    delta = make_delta(torch.float64)
+def test_more_shapes_than_bases_are_kept_spoil_a_zero(device: str) -> None:
+    delta = make_delta(torch.float64, device)
     for n_adapters in [*range(1, 13), 2, 12, 1]:
-        assert_zero(delta(lora(n_adapters, "B")))
+        assert_zero(delta(lora(n_adapters, "B", device)))
 
 
 @pytest.mark.parametrize("options", [{}, {"adapters_per_pass": 2}, {"checkpoint": "block"}], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_same_inputs_give_other_bits(dtype: torch.dtype, options: dict[str, Any]) -> None:
+def test_the_same_inputs_give_other_bits(dtype: torch.dtype, options: dict[str, Any], device: str) -> None:
     def run(delta: DifferentiableDeltaCompute) -> list[Tensor]:
-        tensors = {name: tensor.requires_grad_() for name, tensor in lora(3, "").items()}
+        tensors = {name: tensor.requires_grad_() for name, tensor in lora(3, "", device).items()}
         value = delta(tensors)
         return [value, *torch.autograd.grad(value.square().sum(), list(tensors.values()))]
 
-    one = make_delta(dtype, **options)
+    one = make_delta(dtype, device, **options)
     first = run(one)
-    for again in (run(one), run(make_delta(dtype, **options))):
+    for again in (run(one), run(make_delta(dtype, device, **options))):
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 @pytest.mark.real_checkpoint
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_the_delta_of_a_zero_lora_on_real_weights_is_not_zero(real_checkpoint: str, dtype: torch.dtype) -> None:
-    delta = DifferentiableDeltaCompute.from_pretrained(real_checkpoint, dtype=dtype)
+def test_the_delta_of_a_zero_lora_on_real_weights_is_not_zero(
+    real_checkpoint: str, dtype: torch.dtype, device: str
+) -> None:
+    delta = DifferentiableDeltaCompute.from_pretrained(real_checkpoint, dtype=dtype, device=device)
     torch.manual_seed(0)
     for n_adapters in (1, 3):
-        tensors = {name: torch.zeros(n_adapters, *shape) for name, shape in delta.lora_shapes.items()}
+        tensors = {name: torch.zeros(n_adapters, *shape, device=device) for name, shape in delta.lora_shapes.items()}
         assert_zero(delta(tensors))
         for name, tensor in tensors.items():
             if "lora_A" in name:

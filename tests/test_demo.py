@@ -13,8 +13,8 @@ from lora_delta.cli import main
 from lora_delta.demo import LOSSES, Questions, Score, run_demo, task_losses, verdict_table
 from lora_delta.embedded import embedded_checkpoint
 from lora_delta.embedded.tasks import TASKS, example
-from lora_delta.label_table import DeltaLabels
-from lora_delta.tokenization import load_tokenizer
+from lora_delta.labelling.table import DeltaLabels
+from lora_delta.probes.tokenization import load_tokenizer
 from qwen_functional import LoraSpec, load_pretrained
 
 
@@ -51,9 +51,9 @@ def test_the_embedded_checkpoint_is_untrained_or_too_large() -> None:
     assert right > 0.7 * total
 
 
-def test_a_tasks_loss_or_accuracy_differs_from_those_of_transformers() -> None:
+def test_a_tasks_loss_or_accuracy_differs_from_those_of_transformers(device: str) -> None:
     folder, tasks = embedded_checkpoint(), TASKS[:2]
-    config, weights = load_pretrained(folder, dtype=torch.float32)
+    config, weights = load_pretrained(folder, dtype=torch.float32, device=device)
     questions = Questions.of(tasks, load_tokenizer(folder), 5, random.Random(0))
     losses, accuracy = task_losses(config, weights, None, questions)
     model = transformers.Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -62,17 +62,17 @@ def test_a_tasks_loss_or_accuracy_differs_from_those_of_transformers() -> None:
     for index, (rows, targets) in enumerate(zip(logits, questions.targets.view(2, 5, -1), strict=True)):
         answer = targets >= 0
         expected = torch.nn.functional.cross_entropy(rows[answer], targets[answer])
-        assert losses[index] == pytest.approx(float(expected), rel=1e-4)
+        assert float(losses[index]) == pytest.approx(float(expected), rel=1e-4)
         right = [bool((r.argmax(-1)[a] == t[a]).all()) for r, t, a in zip(rows, targets, answer, strict=True)]
-        assert accuracy[index] == pytest.approx(sum(right) / 5)
+        assert float(accuracy[index]) == pytest.approx(sum(right) / 5)
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def out(tmp_path_factory: pytest.TempPathFactory, device: str) -> Path:
     """A demo of a few steps."""
     out = tmp_path_factory.mktemp("demo") / "out"
     said: list[str] = []
-    run_demo(out, teacher_steps=2, steps=2, progress=False, say=said.append)
+    run_demo(out, teacher_steps=2, steps=2, device=device, progress=False, say=said.append)
     (out / "said.txt").write_text("\n".join(said))
     return out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,14 +14,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import qwen_functional.plan as plan_module
 from qwen_functional import LoraSpec, PackedTokens, pack
+from qwen_functional.backends.plain import Plain
+from qwen_functional.finite import raise_found
 from qwen_functional.forward import forward, forward_vjp
+from qwen_functional.plan import Plan
 from qwen_functional.weights import empty_weights
 
 CUDA = torch.device("cuda", 0)
 CONFIG = tiny_config(**CONFIGS["windows"])
 SPEC = LoraSpec(rank=2)
 TOKENS = pack([[5, 6, 7, 8, 9], [5, 6, 7, 20], [30, 31, 32], [5, 6], [5, 6]])
+TOKENS.end  # noqa: B018  (made of real tensors, once)
 BUDGET = 1 << 20  # how much is free on the GPU cannot be asked
 
 
@@ -39,6 +45,36 @@ class FloatsOnTheCpu(TorchDispatchMode):
         return result
 
 
+aten = torch.ops.aten
+READING = (aten._local_scalar_dense, aten.item, aten.nonzero, aten.masked_select, aten.equal, aten.is_nonzero)
+
+
+class Transfers(TorchDispatchMode):
+    """Collects the operations that read a value back from the device, or that bring one there from the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.back: list[str] = []
+        self.there: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, given = func.overloadpacket, [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        by_mask = name in (aten.index, aten.index_put, aten.index_put_) and any(t.dtype == torch.bool for t in given)
+        if name in READING or by_mask:  # how many are true, the host has to know
+            self.back.append(str(func))
+        if name in (aten.lift_fresh, aten.lift_fresh_copy):  # torch.tensor of numbers
+            self.there.append(str(func))
+        result = func(*args, **(kwargs or {}))
+        if any(t.device.type == "cpu" for t in given):
+            made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+            if any(t.device.type == "cuda" for t in [*given, *made]):
+                into_host = given and name in (aten.copy_,) and given[0].device.type == "cpu"
+                (self.back if into_host else self.there).append(str(func))
+        elif any(t.device.type == "cpu" for t in tree_leaves(result) if isinstance(t, Tensor)) and given:
+            self.back.append(str(func))
+        return result
+
+
 @pytest.fixture
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FloatsOnTheCpu]:
     """Where tensors can be made on a GPU that is not there. Two devices in one operation are an error."""
@@ -50,9 +86,18 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FloatsOnTheCpu]:
         ("copy_", torch.ops.aten.copy_),
     ):
         monkeypatch.setattr(Tensor, name, _on_cuda(aten, getattr(Tensor, name)))
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    else:  # what other tests' checks have found is real, and could not be read among fake tensors
+        torch.cuda.synchronize()
+        with contextlib.suppress(ValueError):
+            raise_found()
+    # No kernel can run: torch's own operations, in the form that any device takes.
+    monkeypatch.setattr("qwen_functional.backends.cuda.can_fuse", lambda *_: False)
     # The tokens are on the CPU and real, and read there.
-    for name in ("check_fits", "_tile"):
+    for name in ("check_fits", "reads", "tiles", "readout_tiles"):
         monkeypatch.setattr(PackedTokens, name, _with_real_tensors(getattr(PackedTokens, name)))
+    monkeypatch.setattr(plan_module, "_places", _with_real_tensors(plan_module._places))
     with FakeTensorMode(allow_non_fake_inputs=True), FloatsOnTheCpu() as floats:
         yield floats
 
@@ -143,3 +188,73 @@ def test_two_devices_in_one_operation_are_no_error(fake_cuda: FloatsOnTheCpu) ->
     """Or the tests above would find nothing."""
     with pytest.raises(RuntimeError, match="device"):
         torch.empty(2, 2, device="cuda") @ torch.empty(2, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("n_adapters", [None, 3])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"checkpoint": "none"},
+        {"checkpoint": "block"},
+        {"layer": (0, 2, -1), "read": "all"},
+        {"layer": 1, "wrt": ["base_model.model.model.layers.1.self_attn.k_proj.lora_A.weight"]},
+    ],
+    ids=str,
+)
+def test_a_step_by_a_plan_leaves_all_values_where_they_are(
+    fake_cuda: FloatsOnTheCpu, options: dict[str, Any], n_adapters: int | None, dtype: torch.dtype
+) -> None:
+    weights = empty_weights(CONFIG, dtype, "cuda")
+    tensors = lora_on_cuda(n_adapters, torch.float32)
+    plan = Plan(CONFIG, weights, TOKENS, SPEC.bind(CONFIG, tensors), memory_budget=BUDGET, **options)
+    assert type(plan.backend) is Plain
+    for _ in range(2):
+        with Transfers() as transfers:
+            value, vjp = forward_vjp(CONFIG, weights, TOKENS, SPEC.bind(CONFIG, tensors), plan=plan)
+            gradients = vjp(torch.empty_like(value))
+        assert gradients
+        assert {tensor.device for tensor in (value, *gradients.values())} == {CUDA}
+        assert (transfers.back, transfers.there) == ([], [])
+
+
+def test_what_is_moved_between_host_and_device_is_seen(fake_cuda: FloatsOnTheCpu) -> None:
+    """Or the test above would find nothing."""
+    there, host = torch.empty(3, device=CUDA), torch.empty(3)
+
+    def seen(move: Callable[[], object]) -> Transfers | None:
+        with Transfers() as transfers:
+            try:
+                move()
+            except RuntimeError:  # a fake tensor has no value, and without CUDA some methods look for it
+                return None
+        return transfers
+
+    for back in (
+        lambda: there[0].item(),
+        lambda: torch.ops.aten._local_scalar_dense(there[0]),
+        there.tolist,
+        there.nonzero,
+        there.cpu,
+        lambda: bool(there.sum() > 0),
+        lambda: torch.ops.aten.copy_(host, there),
+        lambda: there.to("cpu", non_blocking=True),
+        lambda: torch.ops.aten.index(there, [there > 0]),
+    ):
+        moved = seen(back)
+        assert moved is None or (moved.back and not moved.there)
+    for brought in (
+        lambda: host.to(CUDA),
+        lambda: torch.ops.aten.copy_(there, host),
+        lambda: torch.tensor([0.5, 1.0], device=CUDA),
+        lambda: there * torch.tensor(0.5),
+        lambda: torch.ops.aten.index(there, [torch.arange(2)]),
+    ):
+        moved = seen(brought)
+        assert moved is None or (moved.there and not moved.back)
+    moved = seen(lambda: host.to(CUDA))
+    assert moved is not None
+    assert moved.there
+    nothing = seen(lambda: there * 2 + torch.arange(3, device=CUDA))
+    assert nothing is not None
+    assert not nothing.back + nothing.there

@@ -20,14 +20,18 @@ TOKENS = pack([[5, 6, 7, 8, 9], [5, 6, 7, 20], [30, 31, 32], [5, 6]])
 WEIGHTS = init_weights(CONFIG)
 
 
-def run(spec: LoraSpec = SPEC, tokens: PackedTokens = TOKENS, **options: Any) -> tuple[Tensor, Vjp]:
-    lora = spec.bind(CONFIG, random_lora(CONFIG, spec, 3, dtype=torch.float32))
-    return forward_vjp(CONFIG, WEIGHTS, tokens, lora, **options)
+def run(
+    spec: LoraSpec = SPEC, tokens: PackedTokens = TOKENS, device: str = "cpu", **options: Any
+) -> tuple[Tensor, Vjp]:
+    weights = WEIGHTS if device == "cpu" else init_weights(CONFIG, device=device)
+    lora = spec.bind(CONFIG, random_lora(CONFIG, spec, 3, dtype=torch.float32, device=device))
+    return forward_vjp(CONFIG, weights, tokens, lora, **options)
 
 
-def test_a_tape_is_made() -> None:
-    tensors = {n: t.requires_grad_() for n, t in random_lora(CONFIG, SPEC, 2, dtype=torch.float32).items()}
-    value, vjp = forward_vjp(CONFIG, WEIGHTS, TOKENS, SPEC.bind(CONFIG, tensors))
+def test_a_tape_is_made(device: str) -> None:
+    drawn = random_lora(CONFIG, SPEC, 2, dtype=torch.float32, device=device)
+    tensors = {name: tensor.requires_grad_() for name, tensor in drawn.items()}
+    value, vjp = forward_vjp(CONFIG, init_weights(CONFIG, device=device), TOKENS, SPEC.bind(CONFIG, tensors))
     cotangent = torch.ones_like(value).requires_grad_()
     gradients = vjp(cotangent)
     assert not value.requires_grad
@@ -36,26 +40,26 @@ def test_a_tape_is_made() -> None:
 
 
 @pytest.mark.parametrize("checkpoint", ["none", "block"])
-def test_inference_mode_or_autocast_changes_a_bit(checkpoint: str) -> None:
-    value, vjp = run(checkpoint=checkpoint)
+def test_inference_mode_or_autocast_changes_a_bit(checkpoint: str, device: str) -> None:
+    value, vjp = run(checkpoint=checkpoint, device=device)
     expected = vjp(torch.ones_like(value))
-    for mode in (torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16), torch.enable_grad()):
+    for mode in (torch.inference_mode(), torch.autocast(device, dtype=torch.bfloat16), torch.enable_grad()):
         with mode:
-            other, other_vjp = run(checkpoint=checkpoint)
+            other, other_vjp = run(checkpoint=checkpoint, device=device)
             gradients = other_vjp(torch.ones_like(value))
         assert torch.equal(other, value)
         assert all(torch.equal(gradients[name], expected[name]) for name in expected)
     # A vjp may also be called under another mode than the forward.
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        _, vjp = run(checkpoint=checkpoint)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        _, vjp = run(checkpoint=checkpoint, device=device)
     gradients = vjp(torch.ones_like(value))
     assert all(torch.equal(gradients[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_the_same_inputs_give_other_bits_or_are_changed(dtype: torch.dtype) -> None:
-    weights = init_weights(CONFIG, dtype=dtype)
-    tensors = random_lora(CONFIG, SPECS["patterns"], 3, dtype=torch.float32)
+def test_the_same_inputs_give_other_bits_or_are_changed(dtype: torch.dtype, device: str) -> None:
+    weights = init_weights(CONFIG, dtype=dtype, device=device)
+    tensors = random_lora(CONFIG, SPECS["patterns"], 3, dtype=torch.float32, device=device)
     base = {name: view.clone() for name, view in weights.named_views(CONFIG).items()}
     given, results = {name: tensor.clone() for name, tensor in tensors.items()}, []
     for _ in range(3):
@@ -74,11 +78,13 @@ HALVES = [torch.bfloat16, torch.float16]
 
 @pytest.mark.parametrize("base", [torch.float64, torch.float32, *HALVES])
 @pytest.mark.parametrize("adapter", [torch.float64, torch.float32, *HALVES, None])
-def test_a_gradient_comes_in_another_dtype_than_its_tensor(base: torch.dtype, adapter: torch.dtype | None) -> None:
-    tensors = random_lora(CONFIG, SPEC, 2, dtype=adapter or torch.float32)
+def test_a_gradient_comes_in_another_dtype_than_its_tensor(
+    base: torch.dtype, adapter: torch.dtype | None, device: str
+) -> None:
+    tensors = random_lora(CONFIG, SPEC, 2, dtype=adapter or torch.float32, device=device)
     if adapter is None:  # mixed
         tensors = {n: t.to(d) for (n, t), d in zip(tensors.items(), [torch.float32, *HALVES] * 99, strict=False)}
-    weights = init_weights(CONFIG, dtype=base)
+    weights = init_weights(CONFIG, dtype=base, device=device)
     value, vjp = forward_vjp(CONFIG, weights, TOKENS, SPEC.bind(CONFIG, tensors))
     gradients = vjp(torch.ones_like(value))
     assert value.dtype == (torch.float64 if base == torch.float64 else torch.float32)
@@ -86,7 +92,7 @@ def test_a_gradient_comes_in_another_dtype_than_its_tensor(base: torch.dtype, ad
         assert gradients[name].dtype == tensor.dtype
         assert gradients[name].isfinite().all()
     # The same adapters in float64 on the same weights: half precision may be coarse, but not something else.
-    exact = {name: tensor.double() for name, tensor in tensors.items()}
+    exact = {name: tensor.cpu().double() for name, tensor in tensors.items()}
     value64, vjp64 = forward_vjp(CONFIG, _upcast(base), TOKENS, SPEC.bind(CONFIG, exact))
     tolerance = 0.2 if {base, *(t.dtype for t in tensors.values())} & set(HALVES) else 1e-4
     assert relative_error(value, value64) < tolerance
@@ -216,3 +222,13 @@ def test_vjp_may_be_called_twice() -> None:
     vjp(torch.ones_like(value))
     with pytest.raises(ValueError, match="vjp was called already, expected one call for each forward_vjp"):
         vjp(torch.ones_like(value))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_blocks_computed_again_give_the_bits_of_blocks_that_are_kept(dtype: torch.dtype) -> None:
+    weights, results = init_weights(CONFIG, dtype=dtype), []
+    lora = SPEC.bind(CONFIG, random_lora(CONFIG, SPEC, 3, dtype=torch.float32))
+    for checkpoint in ("none", "block"):
+        value, vjp = forward_vjp(CONFIG, weights, TOKENS, lora, checkpoint=checkpoint)
+        results.append([value, *vjp(torch.ones_like(value)).values()])
+    assert all(torch.equal(kept, again) for kept, again in zip(*results, strict=True))

@@ -11,8 +11,8 @@ from torch import Tensor
 from watch import Watch
 
 from qwen_functional import LoraSpec, PackedTokens, init_weights, pack
-from qwen_functional.block import kept_bytes
 from qwen_functional.forward import Vjp, forward_vjp
+from qwen_functional.plan import Plan
 
 CONFIG = tiny_config(vocab_size=67, num_hidden_layers=4)
 SPEC = LoraSpec(rank=2)
@@ -25,6 +25,12 @@ def run(
 ) -> tuple[Tensor, Vjp]:
     tensors = random_lora(CONFIG, spec, n_adapters, dtype=torch.float32)
     return forward_vjp(CONFIG, WEIGHTS, tokens, spec.bind(CONFIG, tensors), **options)
+
+
+def block_bytes() -> int:
+    """What "auto" counts for a block that is kept whole, of three adapters."""
+    tensors = random_lora(CONFIG, SPEC, 3, dtype=torch.float32)
+    return Plan(CONFIG, WEIGHTS, TOKENS, SPEC.bind(CONFIG, tensors)).cost.block_bytes()
 
 
 def watched(**options: Any) -> tuple[Watch, Watch, dict[str, Tensor]]:
@@ -145,7 +151,7 @@ def test_the_rest_of_a_stack_spoils_a_gradient() -> None:
 
 def test_checkpointing_changes_a_bit() -> None:
     _, _, expected = watched(checkpoint="none")
-    each = kept_bytes(CONFIG, 3, len(TOKENS), TOKENS.tiles(), torch.float32)
+    each = block_bytes()
     budgets: list[dict[str, Any]] = [{"memory_budget": each * n} for n in range(6)]
     for options in ({"checkpoint": "block"}, *budgets, {}):
         for layer in (-1, 2):
@@ -212,10 +218,10 @@ def test_a_block_is_kept_after_its_vjp(checkpoint: str) -> None:
 
 def test_plenty_of_memory_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run()[1].checkpoint == "none"
-    monkeypatch.setattr("qwen_functional.engine.free_bytes", lambda device: 0)
+    monkeypatch.setattr("qwen_functional.plan.free_bytes", lambda device: 0)
     assert run()[1].checkpoint == "block"
     # Half of what is free.
-    each = kept_bytes(CONFIG, 3, len(TOKENS), TOKENS.tiles(), torch.float32)
+    each = block_bytes()
     inputs = 2 * CONFIG.num_hidden_layers * 3 * len(TOKENS) * CONFIG.hidden_size * 4
-    monkeypatch.setattr("qwen_functional.engine.free_bytes", lambda device: 2 * (inputs + 2 * each))
+    monkeypatch.setattr("qwen_functional.plan.free_bytes", lambda device: 2 * (inputs + 2 * each))
     assert run()[1].checkpoint == "2 of 4 blocks kept"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from devices import tolerance
 from reference import (
     CONFIGS,
     SPECS,
@@ -27,19 +29,19 @@ TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-6}
 N_ROWS, N_TOKENS = 3, 7
 
 
-def random_ids(rows: int = N_ROWS, n_tokens: int = N_TOKENS, seed: int = 0) -> Tensor:
-    return torch.randint(61, (rows, n_tokens), generator=torch.Generator().manual_seed(seed))
+def random_ids(rows: int = N_ROWS, n_tokens: int = N_TOKENS, seed: int = 0, device: str = "cpu") -> Tensor:
+    return torch.randint(61, (rows, n_tokens), generator=torch.Generator().manual_seed(seed)).to(device)
 
 
-def assert_same(ours: ForwardOutput, theirs: Any, real: Tensor | None = None, tolerance: float = 1e-13) -> None:
+def assert_same(ours: ForwardOutput, theirs: Any, real: Tensor | None = None, on_cpu: float = 1e-13) -> None:
     """Logits and all hidden states, at the tokens where ``real`` (N, T) is true."""
-    real = torch.ones(ours.logits.shape[:2], dtype=torch.bool) if real is None else real.bool()
+    real = (torch.ones(ours.logits.shape[:2]) if real is None else real).bool().cpu()
     assert ours.hidden_states is not None
-    pairs = zip(ours.hidden_states, theirs.hidden_states, strict=True)
-    errors = [relative_error(mine[real], other[real]) for mine, other in pairs]
-    errors.append(relative_error(ours.logits[real], theirs.logits[real]))
-    errors.append(relative_error(ours.last_hidden_state[real], theirs.hidden_states[-1][real]))
-    assert max(errors) < tolerance, errors
+    pairs = [*zip(ours.hidden_states, theirs.hidden_states, strict=True), (ours.logits, theirs.logits)]
+    pairs.append((ours.last_hidden_state, theirs.hidden_states[-1]))
+    assert {mine.device for mine, _ in pairs} == {ours.logits.device}
+    errors = [relative_error(mine.cpu()[real], other[real]) for mine, other in pairs]
+    assert max(errors) < tolerance(ours.logits.device.type, on_cpu), errors
     assert all(tensor.isfinite().all() for tensor in (ours.logits, *ours.hidden_states)), "padding is not finite"
 
 
@@ -55,12 +57,12 @@ MASKS: dict[str, list[list[int]] | None] = {
 
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_outputs_differ_from_transformers(changes: dict[str, Any], dtype: torch.dtype) -> None:
-    config, ids = tiny_config(**changes), random_ids()
-    weights = init_weights(config, dtype=dtype)
+def test_outputs_differ_from_transformers(changes: dict[str, Any], dtype: torch.dtype, device: str) -> None:
+    config, ids = tiny_config(**changes), random_ids(device=device)
+    weights = init_weights(config, dtype=dtype, device=device)
     model = hf_model(config, weights, fields=tiny_fields(**changes))
     for mask in MASKS.values():
-        attention_mask = None if mask is None else torch.tensor(mask)
+        attention_mask = None if mask is None else torch.tensor(mask, device=device)
         ours = forward(config, weights, ids, attention_mask, output_hidden_states=True)
         theirs = call(model, input_ids=ids, attention_mask=attention_mask, output_hidden_states=True)
         assert_same(ours, theirs, attention_mask, TOLERANCE[dtype])
@@ -87,41 +89,42 @@ POSITIONS: dict[str, list[list[int]]] = {
 @pytest.mark.parametrize("positions", POSITIONS.values(), ids=POSITIONS)
 @pytest.mark.parametrize("changes", [{}, CONFIGS["windows"], CONFIGS["yarn"]], ids=["full", "windows", "yarn"])
 def test_position_ids_mean_something_else_than_in_transformers(
-    positions: list[list[int]], changes: dict[str, Any]
+    positions: list[list[int]], changes: dict[str, Any], device: str
 ) -> None:
-    config, ids = tiny_config(**changes), random_ids()
-    weights = init_weights(config, dtype=torch.float64)
+    config, ids = tiny_config(**changes), random_ids(device=device)
+    weights = init_weights(config, dtype=torch.float64, device=device)
     model = hf_model(config, weights)
-    for mask in (None, torch.tensor(MASKS["nothing padded"]), torch.tensor(MASKS["left"])):
-        inputs: dict[str, Any] = {"attention_mask": mask, "position_ids": torch.tensor(positions)}
+    for name in (None, "nothing padded", "left"):
+        mask = None if name is None else torch.tensor(MASKS[name], device=device)
+        inputs: dict[str, Any] = {"attention_mask": mask, "position_ids": torch.tensor(positions, device=device)}
         theirs = call(model, input_ids=ids, **inputs, output_hidden_states=True)
         assert_same(forward(config, weights, ids, **inputs, output_hidden_states=True), theirs, mask)
 
 
-def test_padding_or_the_kind_of_mask_changes_a_text() -> None:
-    config, ids = tiny_config(), random_ids(1)
-    weights = init_weights(config, dtype=torch.float64)
+def test_padding_or_the_kind_of_mask_changes_a_text(device: str) -> None:
+    config, ids = tiny_config(), random_ids(1, device=device)
+    weights = init_weights(config, dtype=torch.float64, device=device)
     alone = forward(config, weights, ids).logits
-    padded = torch.cat((random_ids(1, 2, seed=1), ids, random_ids(1, 3, seed=2)), 1)
-    mask = torch.tensor([[0, 0, *[1] * N_TOKENS, 0, 0, 0]])
+    padded = torch.cat((random_ids(1, 2, seed=1, device=device), ids, random_ids(1, 3, seed=2, device=device)), 1)
+    mask = torch.tensor([[0, 0, *[1] * N_TOKENS, 0, 0, 0]], device=device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     for kind in (mask, mask.bool(), mask.double(), mask.int() * 7):
         logits = forward(config, weights, padded, kind, positions).logits
         assert relative_error(logits[:, 2:-3], alone) < 1e-13
 
 
-def test_outputs_come_in_another_dtype_than_in_transformers() -> None:
+def test_outputs_come_in_another_dtype_than_in_transformers(device: str) -> None:
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         config = tiny_config()
-        weights = init_weights(config, dtype=dtype)
-        ours = forward(config, weights, random_ids(), output_hidden_states=True)
+        weights = init_weights(config, dtype=dtype, device=device)
+        ours = forward(config, weights, random_ids(device=device), output_hidden_states=True)
         theirs = call(hf_model(config, weights), input_ids=random_ids(), output_hidden_states=True)
         assert ours.hidden_states is not None
         assert ours.logits.dtype == ours.last_hidden_state.dtype == theirs.logits.dtype == dtype
         assert {h.dtype for h in ours.hidden_states} == {h.dtype for h in theirs.hidden_states} == {dtype}
         # Half precision is held to a number on real weights; here it should just not be something else.
         assert relative_error(ours.logits, theirs.logits) < 0.1
-    assert forward(config, weights, random_ids()).hidden_states is None
+    assert forward(config, weights, random_ids(device=device)).hidden_states is None
 
 
 # LoRA
@@ -133,9 +136,11 @@ def bare_peft(config: Qwen2Config, weights: Qwen2Weights, spec: LoraSpec) -> Any
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 @pytest.mark.parametrize("changes", [{}, CONFIGS["one kv head for 7"]], ids=["2 of 4", "1 of 7"])
-def test_one_adapter_differs_from_peft(spec: LoraSpec, changes: dict[str, Any]) -> None:
-    config, ids, mask = tiny_config(**changes), random_ids(), torch.tensor(MASKS["both sides"])
-    weights, tensors = init_weights(config, dtype=torch.float64), random_lora(config, spec)
+def test_one_adapter_differs_from_peft(spec: LoraSpec, changes: dict[str, Any], device: str) -> None:
+    config, ids = tiny_config(**changes), random_ids(device=device)
+    mask = torch.tensor(MASKS["both sides"], device=device)
+    weights = init_weights(config, dtype=torch.float64, device=device)
+    tensors = random_lora(config, spec, device=device)
     lora = spec.bind(config, tensors)
     ours = forward(config, weights, ids, mask, lora=lora, output_hidden_states=True)
     model = bare_peft(config, weights, spec)
@@ -150,25 +155,27 @@ def test_one_adapter_differs_from_peft(spec: LoraSpec, changes: dict[str, Any]) 
     [(3, None), (2, [1, 0, 1]), (4, [3, 3, 0]), (1, None), (1, [0, 0, 0])],
     ids=["one each", "shared", "some unused", "one for all", "one, by index"],
 )
-def test_a_row_uses_another_adapter_than_its_own(n_adapters: int, index: list[int] | None) -> None:
-    config, spec, ids = tiny_config(), SPECS["patterns"], random_ids()
-    mask = torch.tensor(MASKS["left"])
-    weights, tensors = init_weights(config, dtype=torch.float64), random_lora(config, spec, n_adapters)
+def test_a_row_uses_another_adapter_than_its_own(n_adapters: int, index: list[int] | None, device: str) -> None:
+    config, spec, ids = tiny_config(), SPECS["patterns"], random_ids(device=device)
+    mask = torch.tensor(MASKS["left"], device=device)
+    weights = init_weights(config, dtype=torch.float64, device=device)
+    tensors = random_lora(config, spec, n_adapters, device=device)
     lora, model = spec.bind(config, tensors), bare_peft(config, weights, spec)
-    adapter_index = None if index is None else torch.tensor(index)
+    adapter_index = None if index is None else torch.tensor(index, device=device)
     ours = forward(config, weights, ids, mask, lora=lora, adapter_index=adapter_index)
     own = index or (range(N_ROWS) if n_adapters == N_ROWS else [0] * N_ROWS)
     for row, adapter in enumerate(own):
         inputs = {"input_ids": ids[row : row + 1], "attention_mask": mask[row : row + 1]}
         theirs = call(model, one_by_one(tensors)[adapter], **inputs)
         real = mask[row].bool()
-        assert relative_error(ours.logits[row][real], theirs.logits[0][real]) < 1e-13
+        assert relative_error(ours.logits[row][real], theirs.logits[0][real.cpu()]) < tolerance(device, 1e-13)
 
 
-def test_modules_without_tensors_are_not_bare() -> None:
-    config, spec, ids = tiny_config(), LoraSpec(rank=3), random_ids()
-    weights = init_weights(config, dtype=torch.float64)
-    tensors = {n: t for n, t in random_lora(config, spec).items() if "layers.1" in n or "up_proj" in n}
+def test_modules_without_tensors_are_not_bare(device: str) -> None:
+    config, spec, ids = tiny_config(), LoraSpec(rank=3), random_ids(device=device)
+    weights = init_weights(config, dtype=torch.float64, device=device)
+    every = random_lora(config, spec, device=device)
+    tensors = {name: tensor for name, tensor in every.items() if "layers.1" in name or "up_proj" in name}
     theirs = call(bare_peft(config, weights, spec), tensors, input_ids=ids, output_hidden_states=True)
     ours = forward(config, weights, ids, lora=spec.bind(config, tensors), output_hidden_states=True)
     assert_same(ours, theirs)
@@ -239,3 +246,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 def test_bad_input_is_not_named(inputs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         forward(CONFIG, WEIGHTS, **{"input_ids": IDS, **inputs})
+
+
+def test_weights_without_an_lm_head_are_refused() -> None:
+    without = replace(WEIGHTS, lm_head=None)
+    with pytest.raises(ValueError, match="weights have no lm_head, which logits need; expected load_pretrained with"):
+        forward(CONFIG, without, IDS)

@@ -278,6 +278,8 @@ def test_something_that_is_no_tensor_is_accepted(value: Any) -> None:
     with pytest.raises(ValueError, match=f"is a {type(value).__name__}, expected a torch.Tensor") as caught:
         RANK_2.bind(CONFIG, {**random_lora(CONFIG, RANK_2), Q_A: value})
     assert f"LoRA tensor {Q_A!r} " in str(caught.value)
+    with pytest.raises(ValueError, match=f"is a {type(value).__name__}, expected a torch.Tensor"):
+        RANK_2.bind(CONFIG, {**random_lora(CONFIG, RANK_2), Q_B: value})
 
 
 @pytest.mark.parametrize("tensors", [[], None, "adapter_model.safetensors", [{Q_A: torch.zeros(2, 24)}]])
@@ -389,3 +391,10 @@ def test_a_spec_that_does_not_fit_the_config_is_accepted(field: str, value: Any,
 def test_a_pattern_for_a_module_without_an_adapter_is_accepted() -> None:
     with pytest.raises(ValueError, match="alpha_pattern names 'q_proj', which fits none of the adapted"):
         LoraSpec(alpha_pattern={"q_proj": 2}, target_modules=["k_proj"]).shapes(CONFIG)
+
+
+def test_a_spec_is_of_rank_16_and_alpha_32_on_all_projections_and_layers_by_default() -> None:
+    shapes = LoraSpec().shapes(CONFIG)
+    assert len(shapes) == 2 * len(LoraSpec().target_modules) * CONFIG.num_hidden_layers == 14 * CONFIG.num_hidden_layers
+    assert {rows if ".lora_A." in name else columns for name, (rows, columns) in shapes.items()} == {16}
+    assert LoraSpec().rank_and_scaling(0, "q_proj") == (16, 2.0)

@@ -11,16 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_delta.losses import (
-    Schedule,
-    delta_cosine,
-    delta_loss,
-    delta_mse,
-    product_mse,
-    tensors_mse,
-    tokens_mse,
-    weighted_sum,
-)
+from lora_delta.generate.losses import delta_cosine, delta_loss, delta_mse, product_mse, tensors_mse, tokens_mse
+from lora_delta.generate.schedules import Schedule, learning_rate, weighted_sum
 from qwen_functional import LoraSpec
 from qwen_functional.lora import peft_name
 
@@ -51,7 +43,7 @@ def relative(value: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("shape", [(6,), (4, 6), (4, 2, 3, 6)])
-def test_the_loss_of_a_delta_is_another_than_its_formula(shape: tuple[int, ...]) -> None:
+def test_the_loss_of_a_delta_is_that_of_its_formula(shape: tuple[int, ...]) -> None:
     delta, target = randn(*shape), randn(*shape, seed=1)
     cosine = 1 - F.cosine_similarity(delta, target, dim=-1).mean()
     relative_mse = ((delta - target).norm(dim=-1) / target.norm(dim=-1)).square().mean()
@@ -64,7 +56,7 @@ def test_the_loss_of_a_delta_is_another_than_its_formula(shape: tuple[int, ...])
     assert delta_loss(delta, target, mse_weight=0) == delta_cosine(delta, target)
 
 
-def test_the_cosine_of_nearly_equal_deltas_is_lost_to_rounding() -> None:
+def test_the_cosine_of_nearly_equal_deltas_survives_rounding() -> None:
     delta, noise = randn(896, dtype=torch.float32), 1e-5 * randn(896, seed=1, dtype=torch.float32)
     exact = 1 - F.cosine_similarity(delta.double(), (delta + noise).double(), dim=0)
     assert 1e-12 < exact < 1e-9
@@ -74,7 +66,7 @@ def test_the_cosine_of_nearly_equal_deltas_is_lost_to_rounding() -> None:
 
 @pytest.mark.parametrize("zero", ["delta", "target", "both"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_a_delta_or_a_target_of_zero_has_a_bad_gradient(zero: str, dtype: torch.dtype) -> None:
+def test_a_delta_or_a_target_of_zero_has_a_finite_gradient(zero: str, dtype: torch.dtype) -> None:
     delta, target = randn(2, 6).to(dtype), randn(2, 6, seed=1).to(dtype)
     delta[0] *= zero == "target"
     target[0] *= zero == "delta"
@@ -91,7 +83,36 @@ def test_a_delta_or_a_target_of_zero_has_a_bad_gradient(zero: str, dtype: torch.
         assert gradient.isfinite().all()
 
 
-def test_a_loss_of_half_precision_is_computed_in_it() -> None:
+@pytest.mark.parametrize("length", [1e30, 1e18, 1.2e-19])
+def test_a_cosine_does_not_depend_on_lengths_whose_squares_float32_lacks(length: float) -> None:
+    delta, target = (F.normalize(randn(3, 6, seed=seed), dim=-1) for seed in (0, 1))
+    expected = 1 - F.cosine_similarity(delta, target, dim=-1).mean()
+    long, other = ((length * v).float().requires_grad_() for v in (delta, target))
+    loss = delta_cosine(long, other)
+    assert relative(loss, expected) < 1e-5
+    leaf = delta.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(1 - F.cosine_similarity(leaf, target, dim=-1).mean(), leaf)
+    (gradient,) = torch.autograd.grad(loss, long)
+    torch.testing.assert_close(gradient.double() * length, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_a_vector_shorter_than_the_root_of_the_smallest_number_has_no_angle() -> None:
+    delta, target = F.normalize(randn(2, 6), dim=-1).float(), randn(2, 6, seed=1).float()
+    shortest = torch.finfo(torch.float32).tiny ** 0.5
+    for short, other in ((delta, target), (target, delta)):
+        assert delta_cosine(0.9 * shortest * short / short.norm(dim=-1, keepdim=True), other) == 1
+        assert delta_cosine(1.1 * shortest * short / short.norm(dim=-1, keepdim=True), other) != 1
+
+
+def test_nan_in_a_delta_or_a_target_shows_in_every_loss() -> None:
+    delta, spoilt = randn(2, 6), randn(2, 6, seed=1)
+    spoilt[1, 3] = NAN
+    for loss in (delta_mse, delta_cosine):
+        assert loss(delta, spoilt).isnan()
+        assert loss(spoilt, delta).isnan()
+
+
+def test_a_loss_of_half_precision_is_computed_in_float32() -> None:
     delta, target = (300 * randn(4, 64, seed=seed) for seed in (0, 1))  # their squares overflow float16
     for loss in (delta_mse, delta_cosine, tokens_mse):
         value = loss(delta.half(), target.half())
@@ -107,7 +128,7 @@ def masked(*shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize("batch", [(), (2,)])
-def test_padding_of_the_target_counts_in_the_loss_of_tokens(batch: tuple[int, ...]) -> None:
+def test_padding_of_the_target_does_not_count_in_the_loss_of_tokens(batch: tuple[int, ...]) -> None:
     tokens, target = randn(*batch, 3, 5, 4), masked(*batch, 3, 5, 4)
     kept = ~target.isnan()
     loss = tokens_mse(tokens.requires_grad_(), target)
@@ -119,7 +140,7 @@ def test_padding_of_the_target_counts_in_the_loss_of_tokens(batch: tuple[int, ..
     assert not gradient[~kept].any()
 
 
-def test_what_is_generated_into_the_padding_reaches_the_loss_or_its_gradient() -> None:
+def test_what_is_generated_into_the_padding_reaches_neither_the_loss_nor_its_gradient() -> None:
     target = masked(3, 5, 4)
     tokens = randn(3, 5, 4)
     expected = tokens_mse(tokens, target)
@@ -133,7 +154,7 @@ def test_what_is_generated_into_the_padding_reaches_the_loss_or_its_gradient() -
 
 
 @pytest.mark.parametrize("batch", [(), (3,)])
-def test_the_loss_of_tensors_is_another_than_the_mean_over_their_elements(batch: tuple[int, ...]) -> None:
+def test_the_loss_of_tensors_is_the_mean_over_their_elements(batch: tuple[int, ...]) -> None:
     ours, theirs = adapter(*batch), adapter(*batch, seed=1)
     flat, target = (torch.cat([tensors[name].flatten() for name in ours]) for tensors in (ours, theirs))
     torch.testing.assert_close(tensors_mse(ours, theirs), F.mse_loss(flat, target), rtol=1e-12, atol=0)
@@ -144,7 +165,7 @@ def test_the_loss_of_tensors_is_another_than_the_mean_over_their_elements(batch:
 @pytest.mark.parametrize("batch", [0, 3])
 @pytest.mark.parametrize("ranks", [(3, 2), (2, 4)])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_the_loss_of_products_is_not_of_explicit_updates(batch: int, ranks: tuple[int, int], scaled: bool) -> None:
+def test_the_loss_of_products_is_that_of_explicit_updates(batch: int, ranks: tuple[int, int], scaled: bool) -> None:
     shape = (batch,) if batch else ()
     ours, theirs = adapter(*shape), adapter(*shape, seed=1, ranks=ranks)
     options: dict[str, Any] = {}
@@ -159,7 +180,7 @@ def test_the_loss_of_products_is_not_of_explicit_updates(batch: int, ranks: tupl
     torch.testing.assert_close(product_mse(ours, theirs, **options, normalize=True), expected, rtol=1e-12, atol=0)
 
 
-def test_the_loss_of_products_depends_on_the_gauge_or_scales_the_target_otherwise() -> None:
+def test_the_loss_of_products_depends_on_no_gauge_and_scales_the_target_by_its_spec() -> None:
     ours, theirs, M = adapter(ranks=(3, 3)), adapter(seed=1, ranks=(3, 3)), randn(3, 3, seed=5)
     spec = LoraSpec(rank=3, alpha=9)
     torch.testing.assert_close(product_mse(ours, theirs, spec=spec), 9 * product_mse(ours, theirs))
@@ -171,7 +192,7 @@ def test_the_loss_of_products_depends_on_the_gauge_or_scales_the_target_otherwis
 
 # Not nearer in another gauge: the rounding of the turned tensors to float32 is itself a distance.
 @pytest.mark.parametrize(("distance", "turn"), [(0.1, False), (1e-3, False), (1e-6, False), (0.1, True), (1e-4, True)])
-def test_the_distance_of_nearly_equal_products_is_lost_to_rounding(distance: float, turn: bool) -> None:
+def test_the_distance_of_nearly_equal_products_survives_rounding(distance: float, turn: bool) -> None:
     r, sizes = 16, (896, 1152)
     A, B = randn(r, sizes[0]) / 30, randn(sizes[1], r, seed=1) / 10
     other_A, other_B = A * (1 + distance * randn(*A.shape, seed=2)), B * (1 + distance * randn(*B.shape, seed=3))
@@ -191,7 +212,7 @@ def test_the_distance_of_nearly_equal_products_is_lost_to_rounding(distance: flo
     assert (gradient - exact).norm() < 1e-5 * exact.norm()
 
 
-def test_equal_products_have_a_loss_or_a_gradient_other_than_zero() -> None:
+def test_equal_products_have_a_loss_and_a_gradient_of_zero() -> None:
     ours = {name: tensor.float().requires_grad_() for name, tensor in adapter(2).items()}
     theirs = {name: tensor.detach().clone() for name, tensor in ours.items()}
     for normalize in (False, True):
@@ -200,7 +221,7 @@ def test_equal_products_have_a_loss_or_a_gradient_other_than_zero() -> None:
         assert not any(gradient.any() for gradient in torch.autograd.grad(loss, list(ours.values())))
 
 
-def test_a_product_of_zero_as_target_has_a_bad_gradient() -> None:
+def test_a_product_of_zero_as_target_has_a_finite_gradient() -> None:
     ours = {name: tensor.requires_grad_() for name, tensor in adapter(2).items()}
     theirs = adapter(2, seed=1)
     for name in (Q_B, UP_B):
@@ -212,7 +233,7 @@ def test_a_product_of_zero_as_target_has_a_bad_gradient() -> None:
     assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(loss, list(ours.values())))
 
 
-def test_the_loss_of_products_keeps_float64_copies_until_the_backward() -> None:
+def test_the_loss_of_products_keeps_no_float64_copies_until_the_backward() -> None:
     ours, theirs = ({name: t.float().requires_grad_() for name, t in adapter(seed=seed).items()} for seed in (0, 1))
 
     def keep(tensor: Tensor) -> Tensor:
@@ -246,7 +267,7 @@ GRADCHECKED: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
 
 
 @pytest.mark.parametrize("name", GRADCHECKED)
-def test_a_gradient_or_a_second_one_differs_from_finite_differences(name: str) -> None:
+def test_gradients_and_second_ones_are_those_of_finite_differences(name: str) -> None:
     loss, arguments = GRADCHECKED[name]
     leaves = [argument.clone().requires_grad_() for argument in arguments]
     assert torch.autograd.gradcheck(loss, leaves)
@@ -254,14 +275,14 @@ def test_a_gradient_or_a_second_one_differs_from_finite_differences(name: str) -
 
 
 @pytest.mark.parametrize("name", GRADCHECKED)
-def test_torch_func_gets_another_gradient_than_autograd(name: str) -> None:
+def test_torch_func_gets_the_gradient_of_autograd(name: str) -> None:
     loss, arguments = GRADCHECKED[name]
     leaf = arguments[0].clone().requires_grad_()
     (expected,) = torch.autograd.grad(loss(leaf, *arguments[1:]), leaf)
     torch.testing.assert_close(torch.func.grad(loss)(*arguments), expected)
 
 
-def test_a_loss_changes_its_inputs() -> None:
+def test_a_loss_leaves_its_inputs() -> None:
     for loss, arguments in GRADCHECKED.values():
         before = [argument.clone() for argument in arguments]
         loss(*arguments)
@@ -282,7 +303,7 @@ def test_a_loss_changes_its_inputs() -> None:
         (lambda: tokens_mse(randn(1, 2, 3), randn(1, 2, 3) * NAN), "target_tokens is NaN throughout, expected"),
     ],
 )
-def test_a_bad_delta_or_token_is_accepted(loss: Callable[[], Tensor], message: str) -> None:
+def test_a_bad_delta_or_token_is_refused(loss: Callable[[], Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         loss()
 
@@ -311,14 +332,14 @@ MIXED = {**adapter(2), UP_B: randn(3, 9, 2)}
         ({Q_A: randn(2, 3).long()}, {Q_A: randn(2, 3)}, f"'{Q_A}' has dtype torch.int64, expected a floating-point"),
     ],
 )
-def test_tensors_that_do_not_match_are_accepted(
+def test_tensors_that_do_not_match_are_refused(
     loss: Callable[..., Tensor], ours: dict[str, Tensor], theirs: dict[str, Tensor], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         loss(ours, theirs)
 
 
-def test_a_product_without_a_factor_or_of_another_rank_is_accepted() -> None:
+def test_a_product_without_a_factor_or_of_another_rank_is_refused() -> None:
     with pytest.raises(ValueError, match=f"'{UP_B}' is missing, expected the A and the B of each module"):
         product_mse(without(adapter(), UP_B), without(adapter(), UP_B))
     with pytest.raises(ValueError, match=r"shapes \(3, 5\) and \(7, 3\), expected rank 4"):
@@ -338,7 +359,7 @@ def test_a_product_without_a_factor_or_of_another_rank_is_accepted() -> None:
         (Schedule(3, "cosine", 6, start=1, begin=2), {0: 1, 2: 1, 4: 1.5, 5: 2, 6: 2.5, 8: 3}),
     ],
 )
-def test_a_weight_is_off_its_schedule(schedule: Schedule, expected: dict[int, float]) -> None:
+def test_a_weight_is_on_its_schedule(schedule: Schedule, expected: dict[int, float]) -> None:
     assert {step: schedule(step) for step in expected} == pytest.approx(expected, abs=1e-12)
     assert schedule(10**6) == schedule.weight
 
@@ -351,18 +372,38 @@ def test_a_weight_is_off_its_schedule(schedule: Schedule, expected: dict[int, fl
         ({"start": "1"}, "start is '1', expected a finite number"),
         ({"kind": "linear"}, "warmup_steps is 0, expected 1 or more for kind 'linear'"),
         ({"warmup_steps": 5}, "warmup_steps is 5, expected 0 for kind 'constant'"),
-        ({"kind": "cosine", "warmup_steps": 1.5}, "warmup_steps is 1.5, expected an integer of 0 or more"),
-        ({"begin": -1}, "begin is -1, expected an integer of 0 or more"),
+        ({"kind": "cosine", "warmup_steps": 1.5}, "warmup_steps is 1.5, expected an integer of at least 0"),
+        ({"begin": -1}, "begin is -1, expected an integer of at least 0"),
     ],
 )
-def test_a_bad_schedule_is_accepted(options: dict[str, Any], message: str) -> None:
+def test_a_bad_schedule_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Schedule(**{"weight": 1.0, **options})
-    with pytest.raises(ValueError, match="step is -1, expected an integer of 0 or more"):
+    with pytest.raises(ValueError, match="step is -1, expected an integer of at least 0"):
         Schedule(1)(-1)
 
 
-def test_a_weighted_sum_is_another_or_reports_weighted_or_attached_values() -> None:
+@pytest.mark.parametrize(("warmup", "steps"), [(50, 1000), (1, 10), (0, 7), (3, 4), (5, 5), (9, 4)])
+def test_the_learning_rate_is_a_line_up_and_a_cosine_down_to_a_tenth(warmup: int, steps: int) -> None:
+    factor = learning_rate(warmup, steps)
+    for step in range(steps):
+        if step < warmup:
+            expected = (step + 1) / warmup
+        else:
+            expected = 0.1 + 0.9 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+        assert factor(step) == pytest.approx(expected, rel=1e-12), step
+
+
+def test_the_learning_rates_first_and_last_steps() -> None:
+    factor = learning_rate(4, 12)
+    assert [factor(step) for step in (0, 3, 4)] == [0.25, 1, 1]
+    assert factor(8) == pytest.approx(0.55)
+    assert factor(11) == pytest.approx(0.1 + 0.45 * (1 - math.cos(math.pi / 8)))
+    assert factor(12) == pytest.approx(0.1)
+    assert factor(10**6) == pytest.approx(0.1)
+
+
+def test_a_weighted_sum_reports_values_unweighted_and_detached() -> None:
     x = torch.tensor(3.0, requires_grad=True)
     terms: dict[str, Any] = {"square": x**2, "cube": lambda: x**3}
     total, values = weighted_sum(terms, {"cube": Schedule(4, "linear", 4), "square": Schedule(0.5)}, step=1)
@@ -372,7 +413,7 @@ def test_a_weighted_sum_is_another_or_reports_weighted_or_attached_values() -> N
     assert torch.autograd.grad(total, x)[0] == 0.5 * 6 + 27
 
 
-def test_a_term_of_weight_zero_is_computed_or_spoils_the_sum() -> None:
+def test_a_term_of_weight_zero_is_not_computed_and_does_not_spoil_the_sum() -> None:
     x = torch.tensor(3.0, requires_grad=True)
     terms: dict[str, Any] = {"x": x, "nan": x * NAN, "never": lambda: pytest.fail("the term was computed")}
     total, values = weighted_sum(terms, {"x": Schedule(2), "nan": Schedule(0), "never": Schedule(1, begin=5)}, 4)
@@ -395,6 +436,12 @@ def test_a_term_of_weight_zero_is_computed_or_spoils_the_sum() -> None:
         ({"a": torch.tensor(1)}, {"a": Schedule(1)}, "loss 'a' has dtype torch.int64, expected a floating-point"),
     ],
 )
-def test_bad_terms_are_accepted(terms: dict[str, Any], schedules: dict[str, Schedule], message: str) -> None:
+def test_bad_terms_are_refused(terms: dict[str, Any], schedules: dict[str, Schedule], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         weighted_sum(terms, schedules, 7)
+
+
+def test_equal_products_have_a_loss_of_zero_under_a_scale_that_float32_rounds() -> None:
+    spec = LoraSpec(rank=3, alpha=1, rank_pattern={"up_proj": 2})
+    ours = {name: tensor.float() for name, tensor in adapter().items()}
+    assert product_mse(ours, {name: tensor.clone() for name, tensor in ours.items()}, spec=spec) == 0

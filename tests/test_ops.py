@@ -18,23 +18,21 @@ from transformers.models.qwen2.modeling_qwen2 import (
 )
 
 from qwen_functional import pack
-from qwen_functional.ops import linear as ops_linear
+from qwen_functional.backends import onednn
+from qwen_functional.backends.onednn import PackedWeight, can_pack, packing_pays
 from qwen_functional.ops.attention import MAX_KEPT_KEYS, attention, attention_vjp, kept_keys
 from qwen_functional.ops.linear import (
-    PackedWeight,
     Part,
-    can_pack,
     linear,
     linear_inner,
     linear_vjp_A,
     linear_vjp_B,
     linear_vjp_inner,
     linear_vjp_input,
-    packing_pays,
 )
-from qwen_functional.ops.rmsnorm import rmsnorm, rmsnorm_engine, rmsnorm_vjp
-from qwen_functional.ops.rope import rope, rope_engine, rope_frequencies, rope_tables, rope_vjp
-from qwen_functional.ops.swiglu import swiglu, swiglu_engine_, swiglu_partials_, swiglu_vjp_
+from qwen_functional.ops.rmsnorm import rmsnorm, rmsnorm_to, rmsnorm_vjp
+from qwen_functional.ops.rope import rope, rope_frequencies, rope_into, rope_tables, rope_vjp
+from qwen_functional.ops.swiglu import swiglu, swiglu_, swiglu_partials_, swiglu_vjp_
 from qwen_functional.packing import PackedTokens
 
 EXACT = 1e-13
@@ -58,7 +56,7 @@ def test_rmsnorm_or_its_vjp_differs_from_transformers() -> None:
     expected = norm(x)
     y, rstd = rmsnorm(x.detach(), norm.weight.detach(), 0.1)
     assert relative_error(y, expected) < EXACT
-    y, rstd = rmsnorm_engine(x.detach(), norm.weight.detach(), 0.1, x.dtype)
+    y, rstd = rmsnorm_to(x.detach(), norm.weight.detach(), 0.1, x.dtype)
     assert relative_error(y, expected) < EXACT
     dx = rmsnorm_vjp(dy, x.detach(), norm.weight.detach(), rstd)
     assert relative_error(dx, autograd(expected, dy, x)[0]) < EXACT
@@ -87,6 +85,10 @@ ROPES: dict[str, dict[str, Any]] = {
     "yarn, not truncated": {**YARN, "truncate": False},
     "yarn, ramp of no width": {**YARN, "beta_fast": 2.0, "beta_slow": 2.0, "truncate": False},
     "yarn, factor 1": {**YARN, "factor": 1.0},
+    "yarn, ramp beyond the last dimension": {
+        **YARN, "rope_theta": 5.0, "original_max_position_embeddings": 32768, "beta_fast": 200.0
+    },
+    "yarn, ramp before the first dimension": {**YARN, "beta_fast": 400.0},
 }
 
 
@@ -123,7 +125,7 @@ def test_rope_or_its_vjp_differs_from_transformers() -> None:
     # Written into a strided part of a larger buffer, as a block does.
     buffer = torch.zeros(2, 5, 4 * 8 + 3, dtype=torch.float64)
     out = buffer[..., :32].unflatten(-1, (4, 8)).transpose(1, 2)
-    assert relative_error(rope_engine(q.detach(), *tables, out=out), expected) < EXACT
+    assert relative_error(rope_into(q.detach(), *tables, out=out), expected) < EXACT
     rope_vjp(dq, *tables, out=out)
     assert relative_error(out, autograd(expected, dq, q)[0]) < EXACT
     assert not buffer[..., 32:].any(), "rope wrote outside its output"
@@ -138,7 +140,7 @@ def test_swiglu_or_its_vjp_differs_from_transformers_activation() -> None:
     expected = ACT2FN["silu"](gate) * up
     assert relative_error(swiglu(gate.detach(), up.detach()), expected) < EXACT
     gate_value, up_value = gate.detach(), up.detach()
-    assert relative_error(swiglu_engine_(gate_value.clone(), up_value), expected) < EXACT
+    assert relative_error(swiglu_(gate_value.clone(), up_value), expected) < EXACT
     product, *partials = swiglu_partials_(gate_value.clone(), up_value.clone())
     assert relative_error(product, expected) < EXACT
     found = swiglu_vjp_(dy, *partials)
@@ -224,18 +226,52 @@ def test_adapters_products_in_float32_differ_from_those_in_float64(
     shape: tuple[int, int, int], threshold: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of matrices as they are, transposed, cut out of wider ones, and shared by all adapters."""
-    monkeypatch.setattr(ops_linear, "ONE_BY_ONE", threshold)
+    if not can_pack(torch.float32, torch.device("cpu")):
+        pytest.skip("torch without oneDNN")
+    monkeypatch.setattr(onednn, "ONE_BY_ONE", threshold)
+    monkeypatch.setattr(onednn, "_packing_pays_in_float32", lambda: True)  # as on a processor where it does
     n, k, m = shape
     lefts = normal(3, n, k), normal(3, k, n).mT, normal(3, n, k + 3)[..., 1 : k + 1], normal(1, n, k).expand(3, n, k)
     rights = normal(3, k, m), normal(3, m, k).mT, normal(3, k, m + 3)[..., 1 : m + 1]
     for left in lefts:
         for right in rights:
             narrow = left.float(), right.float()
-            assert relative_error(ops_linear._product(*narrow), left @ right) < 1e-5
+            assert relative_error(onednn.product(*narrow), left @ right) < 1e-5
             out = torch.zeros(3, n, m + 4)
-            ops_linear._product(*narrow, out=out[..., 2 : m + 2])
+            onednn.product(*narrow, out=out[..., 2 : m + 2])
             assert relative_error(out[..., 2 : m + 2], left @ right) < 1e-5
             assert not out[..., [0, 1, -2, -1]].any(), "wrote beside its place"
+
+
+@pytest.mark.parametrize("pays", [True, False], ids=["AMD", "Intel"])
+def test_adapters_are_multiplied_one_by_one_where_that_pays(pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32, of large matrices, whose right one need not be copied."""
+    calls: list[Tensor] = []
+    multiply = onednn._multiply
+    monkeypatch.setattr(onednn, "ONE_BY_ONE", 7 * (5 + 6))
+    monkeypatch.setattr(onednn, "_packing_pays_in_float32", lambda: pays)
+
+    def counted(x: Tensor, weight: Tensor) -> Tensor:
+        calls.append(x)
+        return multiply(x, weight)
+
+    monkeypatch.setattr(onednn, "_multiply", counted)
+
+    def one_by_one(left: Tensor, right: Tensor) -> bool:
+        calls.clear()
+        onednn.product(left, right)
+        assert len(calls) in (0, left.shape[0])
+        return bool(calls)
+
+    left, right = normal(3, 5, 7).float(), normal(3, 7, 6).float()
+    assert one_by_one(left, right) is pays
+    assert one_by_one(left, right.mT.contiguous().mT) is pays
+    assert one_by_one(left.mT.contiguous().mT, right) is pays
+    assert not one_by_one(left[:, 1:], right)  # fewer numbers
+    assert not one_by_one(left, right[..., 1:])
+    assert not one_by_one(left[..., 1:], right[:, 1:])
+    assert not one_by_one(normal(3, 5, 7).float(), normal(3, 7, 9).float()[..., 1:7])  # cut out of a wider one
+    assert not one_by_one(normal(3, 5, 7), normal(3, 7, 6))
 
 
 def test_a_bare_projection_differs_from_torch() -> None:
@@ -297,7 +333,7 @@ def test_attention_or_its_vjp_differs_from_torch(
     k, v = (normal(n_adapters, kv_heads, n_tokens, head_dim, seed=seed) for seed in (1, 2))
     if tile_size is None:  # a few queries of all, as the last block has
         nodes = sorted(set(tokens.last))
-        tiles, q, seen = [tokens.readout_tile(nodes, window)], q[:, :, nodes], seen[nodes]
+        tiles, q, seen = [*tokens.readout_tiles(torch.tensor(nodes), window, 8)], q[:, :, nodes], seen[nodes]
     else:
         tiles = tokens.tiles(window, tile_size)
     do = normal(n_adapters, q.shape[2], kv_heads * group * head_dim, seed=3)
@@ -331,3 +367,11 @@ def test_a_tile_holds_keys_that_none_of_its_queries_sees() -> None:
         for tile in tokens.tiles(window, size=8):
             wanted = seen[tile.queries].any(0).nonzero().flatten()
             assert torch.equal(torch.arange(len(tokens))[tile.keys], wanted)
+
+
+def test_probabilities_are_kept_in_the_dtype_of_the_values() -> None:
+    tokens = pack([[1, 2, 3, 4], [1, 5]])
+    q, k = normal(2, 1, len(tokens), 2, 4).float(), normal(2, 1, len(tokens), 4, seed=1).float()
+    o, kept = attention(q, k, normal(2, 1, len(tokens), 4, seed=2).bfloat16(), tokens.tiles(), keep=True)
+    assert [one.dtype for one in kept if one is not None] == [torch.bfloat16] * len(tokens.tiles())
+    assert o.dtype == torch.bfloat16

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 
 from qwen_functional import PackedTokens, Qwen2Config, pack
 from qwen_functional.packing import AttentionTile
@@ -64,9 +65,11 @@ def relation(tile: AttentionTile, nodes: Sequence[int], n: int) -> set[tuple[int
     keys = keys_of(tile, n)
     if tile.blocked is None:
         return {(query, key) for query in nodes for key in keys}
-    assert tile.blocked.shape == (len(nodes), len(keys))
+    assert tile.blocked.shape == (len(nodes), len(keys) - tile.free)
     assert tile.blocked.dtype == torch.bool
-    return {(nodes[q], keys[k]) for q, k in (~tile.blocked).nonzero().tolist()}
+    assert tile.blocked[:, 0].any(), "a key that is free is looked at"
+    seen = F.pad(~tile.blocked, (tile.free, 0), value=True)
+    return {(nodes[q], keys[k]) for q, k in seen.nonzero().tolist()}
 
 
 def assert_lean(tile: AttentionTile, seen: set[tuple[int, int]], n: int) -> None:
@@ -173,7 +176,7 @@ def test_a_readout_tile_lets_a_query_see_anything_but_its_ancestors(
     n = len(tokens)
     any_nodes = st.lists(st.integers(0, n - 1), min_size=1, max_size=n, unique=True).map(sorted)
     nodes = data.draw(st.just(sorted(set(tokens.last))) | any_nodes)
-    tile = tokens.readout_tile(nodes, window)
+    (tile,) = tokens.readout_tiles(torch.tensor(nodes), window)
     assert tile.queries == slice(0, len(nodes))
     seen = relation(tile, nodes, n)
     assert seen == {(q, k) for q, k in expected_relation(tokens, window) if q in nodes}
@@ -196,7 +199,7 @@ def test_a_lone_sequence_is_not_plain_causal_attention() -> None:
         stop = min(start + 4, 10)
         assert (tile.queries, tile.keys) == (slice(start, stop), slice(0, stop))
         assert isinstance(tile.blocked, Tensor)
-        assert torch.equal(tile.blocked, torch.ones(stop - start, stop).triu(start + 1).bool())
+        assert torch.equal(tile.blocked, torch.ones(stop - start, stop).triu(start + 1).bool()[:, tile.free :])
 
 
 def test_moving_a_tile_changes_it() -> None:
@@ -222,7 +225,7 @@ def test_a_long_sequence_cannot_be_packed_or_tiled() -> None:
     tiles = tokens.tiles(window=100, size=500)
     assert max(tile.blocked.numel() for tile in tiles if tile.blocked is not None) <= 500 * 600
     assert tokens.tiles(size=2000)[-1].queries == slice(20_000, 20_010)
-    last = tokens.readout_tile(sorted(set(tokens.last)))
+    (last,) = tokens.readout_tiles(torch.tensor(sorted(set(tokens.last))))
     assert keys_of(last, n + 10) == list(range(n + 10))
     assert relation(last, sorted(tokens.last), n + 10) == {
         (last, key) for last in tokens.last for key in path(tokens, last)
@@ -280,3 +283,12 @@ def test_tokens_that_the_model_has_no_room_for_are_taken(sequences: list[list[in
 
 def test_tokens_that_just_fit_are_refused() -> None:
     pack([[0, 49], [3, 4, 5, 6, 7, 8]]).check_fits(CONFIG)
+
+
+@settings(max_examples=50)
+@given(SEQUENCES)
+def test_all_reads_are_every_prefix_of_the_first_sequence_then_of_the_next(sequences: list[list[int]]) -> None:
+    tokens = pack(sequences)
+    read = [prefix_of(tokens, node) for node in tokens.reads("all")]
+    assert read == [tuple(s[:end]) for s in sequences for end in range(1, len(s) + 1)]
+    assert [prefix_of(tokens, node) for node in tokens.reads("last")] == [tuple(s) for s in sequences]

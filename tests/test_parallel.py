@@ -14,11 +14,18 @@ from ranks import Ranks
 from reference import CONFIGS, SPECS, random_lora, relative_error, tiny_config
 from torch import Tensor
 
-from lora_delta.labels import model_fingerprint
-from qwen_functional import LoraSpec, Qwen2Config
+from lora_delta.labelling.settings import model_fingerprint
+from qwen_functional import LoraSpec, Qwen2Config, read_config
 
 PROBES = [[1, 2, 3, 4, 5], [1, 2, 6], [7, 8]]
 TOLERANCE = 1e-11
+
+
+EXAMPLES = [
+    [([3, 1, 4], [1, 5, 9]), ([3, 1, 4], [2, 6])],
+    [([1], [2, 3, 4, 5, 6, 7, 8])],
+    [([5, 5, 5], [5, 5]), ([5, 5, 5, 5], [1]), ([2], [2])],
+]
 
 
 def case_of(config: Qwen2Config, spec: LoraSpec | None = None, n: int | None = 3, **fields: Any) -> jobs.Case:
@@ -40,7 +47,7 @@ def assert_same(found: list[jobs.Values], expected: jobs.Values, tolerance: floa
 
 
 @pytest.mark.parametrize(
-    "name", ["grouped heads", "7 heads for each of 2", "head_dim given", "tied", "windows", "yarn"]
+    "name", ["grouped heads", "7 heads for each of 2", "head_dim given", "tied", "windows", "yarn", "qwen3"]
 )
 def test_a_model_split_over_two_ranks_gives_other_numbers(name: str, two_ranks: Ranks) -> None:
     case = case_of(tiny_config(**CONFIGS[name]))
@@ -88,13 +95,13 @@ def test_a_block_takes_more_than_two_sums_each_way(checkpoint: str, two_ranks: R
 
 def test_a_rank_holds_or_reads_more_than_its_part(two_ranks: Ranks, tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path / "model", num_hidden_layers=3)
-    config = Qwen2Config.from_json_file(folder / "config.json")
+    config = read_config(folder)
     case = case_of(config, dtype=torch.float32, folder=folder)
     whole = case.weights()
     matrices = sum(
         getattr(block, name).nbytes
         for block in whole.blocks
-        for name in ("qkv_proj", "qkv_bias", "o_proj", "gate_proj", "up_proj", "down_proj")
+        for name in ("qkv_proj", "qkv_bias", "o_proj", "gate_up_proj", "down_proj")
     )
     assert two_ranks.call(jobs.held_bytes, case) == [whole.nbytes() - matrices // 2] * 2
     assert_same(two_ranks.call(jobs.split_engine, case, {}), jobs.engine(case, whole), 1e-4)
@@ -167,7 +174,7 @@ def test_a_lora_of_zeros_has_a_delta_on_a_mesh(two_ranks: Ranks) -> None:
 @pytest.mark.real_checkpoint
 def test_a_real_model_split_over_two_ranks_differs(real_checkpoint: str, two_ranks: Ranks) -> None:
     folder = Path(real_checkpoint)
-    config = Qwen2Config.from_json_file(folder / "config.json")
+    config = read_config(folder)
     spec = LoraSpec()
     tensors: dict[str, Tensor] = random_lora(config, spec, 2, dtype=torch.float32, size=0.05)
     probes = [[785, 3974, 13876, 38835, 34208], [785, 3974, 264], [16, 17, 18]]
@@ -177,3 +184,13 @@ def test_a_real_model_split_over_two_ranks_differs(real_checkpoint: str, two_ran
     assert relative_error(found, value) <= 1e-5
     for name, gradient in gradients.items():
         assert relative_error(found_gradients[name], gradient) <= 1e-4, name
+
+
+@pytest.mark.parametrize("sizes", [{"dp": 2}, {"tp": 2}], ids=str)
+@pytest.mark.parametrize("mean_loss", [False, True])
+def test_the_lm_loss_of_split_adapters_or_of_a_split_model_is_that_of_one_process(
+    sizes: dict[str, int], mean_loss: bool, two_ranks: Ranks
+) -> None:
+    case = case_of(tiny_config())
+    found = two_ranks.call(jobs.split_lm_loss, case, sizes, mean_loss, EXAMPLES, {"checkpoint": "block"})
+    assert_same(found, jobs.lm_loss_of(case, case.weights(), None, mean_loss, EXAMPLES))

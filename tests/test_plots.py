@@ -1,4 +1,4 @@
-"""Pictures are written whole and in their size; the measures behind them against scikit-learn's."""
+"""Pictures are written whole and in their size; the measures behind them against their definitions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_delta.plots import plot_bars, plot_deltas, plot_loss_curves, project_2d, silhouette_score
+from lora_delta.plots.charts import plot_bars, plot_deltas, plot_loss_curves, project_2d, silhouette_score
 
 CURVES = {"train": [(0, 1.0), (10, 0.1), (20, math.nan), (30, 0.01)], "held out $x_1$": [(0, 2.0), (30, 0.5)]}
 BARS = {"math": {"base": 0.2, "ours": 0.6}, "code": {"base": math.nan, "ours": -0.1}}
@@ -29,49 +29,65 @@ def deltas(n: int = 40, hidden: int = 12, n_classes: int = 8) -> tuple[Tensor, l
 
 @pytest.mark.parametrize("shape", [(40, 12), (5, 30), (2, 3), (3, 2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_projection_is_another_than_scikit_learns_pca(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    decomposition = pytest.importorskip("sklearn.decomposition")
+def test_the_projection_is_onto_the_largest_singular_vectors(shape: tuple[int, int], dtype: torch.dtype) -> None:
     points = 3 + torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
-    pca = decomposition.PCA(2, svd_solver="full")
-    expected = torch.as_tensor(pca.fit_transform(points.double().numpy()))
     projected, explained = project_2d(points)
+    centred = points.double() - points.double().mean(0)
+    _, values, vectors = torch.linalg.svd(centred, full_matrices=False)
     assert projected.dtype == torch.float64
-    signs = torch.sign((projected * expected).sum(0))
+    expected = centred @ vectors[:2].T
+    signs = torch.where((projected * expected).sum(0) < 0, -1.0, 1.0).double()
     torch.testing.assert_close(projected * signs, expected, rtol=0, atol=1e-9)
-    torch.testing.assert_close(explained, torch.as_tensor(pca.explained_variance_ratio_), rtol=0, atol=1e-9)
+    torch.testing.assert_close(explained, values[:2].square() / values.square().sum(), rtol=0, atol=1e-9)
 
 
-def test_the_signs_of_a_projection_depend_on_the_order_of_the_deltas() -> None:
+def test_the_signs_of_a_projection_do_not_depend_on_the_order_of_the_deltas() -> None:
     points, _ = deltas()
     order = torch.randperm(len(points), generator=torch.Generator().manual_seed(2))
     torch.testing.assert_close(project_2d(points[order])[0], project_2d(points)[0][order])
 
 
-def test_equal_deltas_have_a_projection_that_is_not_zero() -> None:
+def test_equal_deltas_have_a_projection_of_zero() -> None:
     points, explained = project_2d(torch.ones(4, 3))
     assert not points.any()
     assert not explained.any()
 
 
+def silhouette_by_definition(points: Tensor, classes: list[str], metric: str) -> float:
+    rows = points.double()
+    if metric == "cosine":
+        rows = rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-300)
+        distances = 1 - rows @ rows.T
+    else:
+        distances = (rows[:, None] - rows[None]).norm(dim=2)
+    scores = []
+    for i, own in enumerate(classes):
+        means = {}
+        for name in set(classes):
+            members = [j for j, other in enumerate(classes) if other == name and j != i]
+            means[name] = float(distances[i, members].mean()) if members else math.nan
+        a, b = means.pop(own), min(means.values())
+        scores.append(0.0 if math.isnan(a) or max(a, b) < 1e-12 else (b - a) / max(a, b))
+    return sum(scores) / len(scores)
+
+
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 @pytest.mark.parametrize("n_classes", [2, 8, 39])
-def test_the_silhouette_is_another_than_scikit_learns(metric: str, n_classes: int) -> None:
-    metrics = pytest.importorskip("sklearn.metrics")
+def test_the_silhouette_is_that_of_its_definition(metric: str, n_classes: int) -> None:
     points, classes = deltas(n_classes=n_classes)
     points[3] = points[3 + n_classes] if n_classes < 10 else 0  # two that are equal, or one without a direction
-    expected = metrics.silhouette_score(points.double().numpy(), classes, metric=metric)
+    expected = silhouette_by_definition(points, classes, metric)
     assert silhouette_score(points, classes, metric) == pytest.approx(expected, abs=1e-9)
     numbers = torch.tensor([int(name.removeprefix("task ")) for name in classes])
     assert silhouette_score(points, numbers, metric) == silhouette_score(points, classes, metric)
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
-def test_one_alone_in_its_class_or_equal_points_spoil_the_silhouette(metric: str) -> None:
-    metrics = pytest.importorskip("sklearn.metrics")
+def test_one_alone_in_its_class_and_equal_points_count_0(metric: str) -> None:
     points, classes = torch.ones(5, 3, dtype=torch.float64), ["a", "a", "b", "b", "c"]
-    assert silhouette_score(points, classes, metric) == 0
+    assert silhouette_score(points, classes, metric) == pytest.approx(0, abs=1e-12)
     points[:3] = torch.randn(3, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    expected = metrics.silhouette_score(points.numpy(), classes, metric=metric)
+    expected = silhouette_by_definition(points, classes, metric)
     assert silhouette_score(points, classes, metric) == pytest.approx(expected, abs=1e-9)
 
 
@@ -89,7 +105,7 @@ def test_one_alone_in_its_class_or_equal_points_spoil_the_silhouette(metric: str
         (lambda: project_2d(torch.full((3, 2), math.inf)), "deltas is not finite: it holds NaN or infinity"),
     ],
 )
-def test_bad_points_are_accepted(compute: Callable[[], Any], message: str) -> None:
+def test_bad_points_are_refused(compute: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         compute()
 
@@ -125,7 +141,7 @@ PLOTS: dict[str, tuple[Callable[[Path], Path], tuple[int, int]]] = {
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", PLOTS)
-def test_a_plot_is_not_written_or_of_another_size_or_not_alone(
+def test_a_plot_is_written_alone_in_its_size_and_the_same_every_time(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     matplotlib = pytest.importorskip("matplotlib")
@@ -143,7 +159,7 @@ def test_a_plot_is_not_written_or_of_another_size_or_not_alone(
     assert matplotlib.rcParams.copy() == before
 
 
-def test_a_plot_that_fails_spoils_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plot_that_fails_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figure = pytest.importorskip("matplotlib.figure")
     path = plot_bars(BARS, tmp_path / "plot.png")
     before = path.read_bytes()
@@ -159,7 +175,7 @@ def test_a_plot_that_fails_spoils_the_one_before(tmp_path: Path, monkeypatch: py
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_the_title_shows_no_silhouette_or_that_of_the_projection(
+def test_the_title_shows_the_silhouette_of_the_deltas_themselves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     figure = pytest.importorskip("matplotlib.figure")
@@ -178,20 +194,35 @@ def test_the_title_shows_no_silhouette_or_that_of_the_projection(
     ]
 
 
-def test_labels_hide_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_legend_names_every_class_once_and_every_numbered_point(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     figure_module = pytest.importorskip("matplotlib.figure")
-    text = pytest.importorskip("matplotlib.text")
-    savefig = figure_module.Figure.savefig
-    boxes: list[Any] = []
+    figures: list[Any] = []
 
-    def measured(figure: Any, *arguments: Any, **options: Any) -> None:
-        savefig(figure, *arguments, **options)
-        boxes.extend(text.Text.get_window_extent(note) for note in figure.axes[0].texts)
+    def kept(figure: Any, file: Path, **_: Any) -> None:
+        figures.append(figure)
+        file.touch()
 
-    monkeypatch.setattr(figure_module.Figure, "savefig", measured)
-    drawn_deltas(tmp_path / "plot.png", classes=[f"task {i % 20}" for i in range(40)])
-    assert len(boxes) == 20
-    assert not [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
+    monkeypatch.setattr(figure_module.Figure, "savefig", kept)
+    points, classes = deltas()
+    drawn_deltas(tmp_path / "plot.png", names=[f"adapter {i}" for i in range(40)])
+    drawn_deltas(tmp_path / "plot.png")
+    texts = [[text.get_text() for text in figure.legends[0].get_texts()] for figure in figures]
+    expected, number = [], 0
+    for name in dict.fromkeys(classes):
+        expected.append(name)
+        for i in [i for i, other in enumerate(classes) if other == name]:
+            number += 1
+            expected.append(f"{number} adapter {i}")
+    assert texts == [expected, list(dict.fromkeys(classes))]
+    projected, _ = project_2d(points)
+    axes = figures[0].axes[0]
+    for note in axes.texts:
+        i = int(next(line for line in expected if line.startswith(f"{note.get_text()} adapter")).split()[-1])
+        assert note.xy == pytest.approx(tuple(projected[i].tolist()))
+    assert len(axes.texts) == 40
+    assert not figures[1].axes[0].texts
 
 
 @pytest.mark.parametrize(
@@ -208,16 +239,17 @@ def test_labels_hide_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         (lambda path: plot_bars({"a": {"x": -math.inf}}, path), "'x' of group 'a' is -inf, expected a finite number"),
     ],
 )
-def test_a_bad_plot_is_accepted_or_leaves_a_file(plot: Callable[[Path], Path], message: str, tmp_path: Path) -> None:
+def test_a_bad_plot_is_refused_and_leaves_no_file(plot: Callable[[Path], Path], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         plot(tmp_path / "plot.png")
     assert not list(tmp_path.iterdir())
 
 
-def test_the_error_without_matplotlib_names_no_way_to_install_it(
+def test_the_error_without_a_package_says_how_to_install_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"plots need matplotlib, pip install 'qwen-functional\[plots\]'"):
-        plot_bars(BARS, tmp_path / "plot.png")
+    for package, plot in (("scikit-learn", drawn_deltas), ("matplotlib", lambda path: plot_bars(BARS, path))):
+        monkeypatch.setitem(sys.modules, package.replace("scikit-", "sk"), None)
+        with pytest.raises(ImportError, match=rf"plots need {package}, pip install 'qwen-functional\[plots\]'"):
+            plot(tmp_path / "plot.png")
     assert not list(tmp_path.iterdir())

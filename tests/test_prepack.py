@@ -11,8 +11,9 @@ from torch import Tensor
 
 from lora_delta import DifferentiableDeltaCompute
 from qwen_functional import LoraSpec, Qwen2Weights, init_weights, pack
+from qwen_functional.backends import onednn
+from qwen_functional.backends.onednn import can_pack
 from qwen_functional.forward import forward_vjp
-from qwen_functional.ops.linear import can_pack
 
 SEQUENCES = [[1, 2, 3, 4, 5], [1, 2, 6], [7, 8]]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 0.05}
@@ -61,7 +62,7 @@ def test_the_packed_copies_take_another_size_than_is_said(dtype: torch.dtype) ->
     weights = init_weights(tiny_config(), dtype=dtype)
     packed = weights.prepack().packed
     assert packed is not None
-    matrices = [matrix for block in packed for matrix in vars(block).values()]
+    matrices = [matrix for block in packed for stack in block.values() for matrix in stack]
     held = [t for m in matrices for t in ([m] if isinstance(m, Tensor) else vars(m).values()) if isinstance(t, Tensor)]
     assert weights.prepack_nbytes() == sum(tensor.numel() * tensor.element_size() for tensor in held)
 
@@ -73,7 +74,7 @@ def test_the_packed_copies_take_another_size_than_is_said(dtype: torch.dtype) ->
 def test_a_delta_packs_against_its_argument(
     prepack: bool | str, free: int, packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lora_delta.delta.free_bytes", lambda device: free)
+    monkeypatch.setattr("lora_delta.passes.free_bytes", lambda device: free)
     config = tiny_config()
     delta = DifferentiableDeltaCompute(config, init_weights(config), SEQUENCES, prepack=prepack)
     assert (delta.weights.packed is not None) is packed
@@ -127,3 +128,21 @@ print(took, free_bytes(cpu) - during > 800 << 20)
     if took == "False":
         pytest.skip("the C library is not glibc")
     assert free_again == "True"
+
+
+@needs_onednn
+@pytest.mark.parametrize("one_by_one", [True, False])
+def test_a_product_that_is_written_somewhere_is_given_back(one_by_one: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "_one_by_one", lambda left, right: one_by_one)
+    left, right, out = torch.randn(2, 3, 4), torch.randn(2, 4, 5), torch.empty(2, 3, 5)
+    assert onednn.product(left, right, out=out) is out
+    assert relative_error(out, left @ right) <= 1e-6
+
+
+@needs_onednn
+def test_auto_packs_where_it_takes_a_quarter_of_the_free_memory_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config()
+    weights = init_weights(config)
+    for free, packed in ((4 * weights.prepack_nbytes(), True), (4 * weights.prepack_nbytes() - 4, False)):
+        monkeypatch.setattr("lora_delta.passes.free_bytes", lambda device, free=free: free)
+        assert (DifferentiableDeltaCompute(config, weights, SEQUENCES).weights.packed is not None) == packed

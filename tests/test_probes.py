@@ -11,10 +11,10 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from lora_delta.chat import load_chat_template
-from lora_delta.probes import create_domain_probes, create_generic_probes, create_mixed_probes
-from lora_delta.tokenization import load_tokenizer, tokenize_probes
-from qwen_functional.checkpoint import resolve_checkpoint
+from lora_delta.probes.chat import load_chat_template
+from lora_delta.probes.texts import create_domain_probes, create_generic_probes, create_mixed_probes
+from lora_delta.probes.tokenization import load_tokenizer, tokenize_probes
+from qwen_functional.hub import resolve_checkpoint
 
 SETS: dict[str, Callable[[], list[str]]] = {
     "generic": create_generic_probes,
@@ -41,7 +41,7 @@ CHAT = {
 }
 
 
-def test_a_probe_set_has_the_wrong_number_of_probes() -> None:
+def test_each_probe_set_has_its_number_of_probes() -> None:
     assert {name: len(create()) for name, create in SETS.items()} == {
         "generic": 5,
         "math": 5,
@@ -51,7 +51,7 @@ def test_a_probe_set_has_the_wrong_number_of_probes() -> None:
     }
 
 
-def test_mixed_probes_are_not_generic_then_math_then_code() -> None:
+def test_mixed_probes_are_generic_then_math_then_code() -> None:
     assert create_mixed_probes() == [
         *create_generic_probes(),
         *create_domain_probes("math"),
@@ -59,28 +59,28 @@ def test_mixed_probes_are_not_generic_then_math_then_code() -> None:
     ]
 
 
-def test_a_probe_appears_twice_or_has_blanks_around_it() -> None:
+def test_no_probe_appears_twice_or_has_blanks_around_it() -> None:
     probes = create_mixed_probes() + create_domain_probes("commonsense")
     assert len(set(probes)) == len(probes) == 20
     assert all(probe.strip() == probe != "" for probe in probes)
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_a_caller_can_change_the_probes_of_the_next_one(name: str) -> None:
+def test_what_a_caller_does_to_its_probes_does_not_reach_the_next_one(name: str) -> None:
     before = SETS[name]()
     SETS[name]().clear()
     assert SETS[name]() == before != []
 
 
 @pytest.mark.parametrize("domain", ["physics", "", "Math", None, ["math"]])
-def test_an_unknown_domain_is_accepted(domain: object) -> None:
+def test_an_unknown_domain_is_refused(domain: object) -> None:
     with pytest.raises(ValueError, match="'math', 'code', 'commonsense'"):
         create_domain_probes(domain)  # type: ignore[arg-type]
 
 
 @pytest.mark.real_checkpoint
 @pytest.mark.parametrize("name", SETS)
-def test_real_token_ids_or_counts_of_a_probe_set_differ_from_transformers(
+def test_real_token_ids_and_counts_of_a_probe_set_equal_transformers(
     real_checkpoint: str, name: str
 ) -> None:
     folder = resolve_checkpoint(real_checkpoint)
@@ -99,7 +99,7 @@ def test_real_token_ids_or_counts_of_a_probe_set_differ_from_transformers(
 
 @pytest.mark.real_checkpoint
 @pytest.mark.parametrize("name", SETS)
-def test_real_chat_token_ids_or_counts_of_a_probe_set_differ_from_transformers(
+def test_real_chat_token_ids_and_counts_of_a_probe_set_equal_transformers(
     real_checkpoint: str, name: str
 ) -> None:
     folder = resolve_checkpoint(real_checkpoint)
@@ -107,7 +107,7 @@ def test_real_chat_token_ids_or_counts_of_a_probe_set_differ_from_transformers(
     if theirs.chat_template is None:
         pytest.skip("this checkpoint has no chat template")
     template = load_chat_template(folder)
-    texts = [template.apply_chat_template(probe) for probe in SETS[name]()]
+    texts = template.render(SETS[name]())
     chats = [[{"role": "user", "content": probe}] for probe in SETS[name]()]
     got = tokenize_probes(ours, texts, 256, add_special_tokens=False)
     assert got.ids == theirs.apply_chat_template(chats, add_generation_prompt=True, return_dict=False)

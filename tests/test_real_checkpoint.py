@@ -24,11 +24,11 @@ from reference import (
 from torch import Tensor
 
 from lora_delta import create_generic_probes
-from lora_delta.tokenization import load_tokenizer, tokenize_probes
+from lora_delta.probes.tokenization import load_tokenizer, tokenize_probes
 from qwen_functional import LoraSpec, Qwen2Config, Qwen2Weights, load_pretrained, pack
-from qwen_functional.checkpoint import resolve_checkpoint
 from qwen_functional.dtypes import cpu_multiplies_bfloat16
 from qwen_functional.forward import forward, forward_vjp
+from qwen_functional.hub import resolve_checkpoint
 
 pytestmark = pytest.mark.real_checkpoint
 
@@ -120,31 +120,34 @@ def assert_no_worse(what: str, ours: float, theirs: float) -> None:
 # float32
 
 
-def test_forward_in_float32_differs_from_transformers(real_checkpoint: str, reference: Reference) -> None:
-    config, weights = load_pretrained(real_checkpoint, torch.float32)
+def test_forward_in_float32_differs_from_transformers(
+    real_checkpoint: str, reference: Reference, device: str
+) -> None:
+    config, weights = load_pretrained(real_checkpoint, torch.float32, device)
+    inputs = {name: tensor.to(device) for name, tensor in reference.padded().items()}
     with torch.no_grad():
-        output = forward(config, weights, **reference.padded(), output_hidden_states=True)
-    logits, hidden_states = at_real_tokens(output, reference.padded())
+        output = forward(config, weights, **inputs, output_hidden_states=True)
+    logits, hidden_states = at_real_tokens(output, inputs)
     pairs = zip(hidden_states, reference.hidden_states, strict=True)
     errors = [relative_error(mine, theirs) for mine, theirs in pairs]
     print(f"float32 forward: logits {relative_error(logits, reference.logits):.2g}, hidden {max(errors):.2g}")
     assert relative_error(logits, reference.logits) <= 1e-5
     assert max(errors) <= 1e-5, errors
-    lora = SPEC.bind(config, reference.tensors)
+    lora = SPEC.bind(config, {name: tensor.to(device) for name, tensor in reference.tensors.items()})
     for adapter, expected in enumerate(reference.value):
-        index = torch.full((len(reference.sequences),), adapter)
+        index = torch.full((len(reference.sequences),), adapter, device=device)
         with torch.no_grad():
-            under_lora = forward(config, weights, **reference.padded(), lora=lora, adapter_index=index)
+            under_lora = forward(config, weights, **inputs, lora=lora, adapter_index=index)
         found = relative_error(under_lora.last_hidden_state[:, -1], expected)
         print(f"float32 forward under adapter {adapter}: {found:.2g}")
         assert found <= 1e-5
 
 
-def test_forward_vjp_in_float32_differs_from_peft(real_checkpoint: str, reference: Reference) -> None:
-    config, weights = load_pretrained(real_checkpoint, torch.float32, lm_head=False)
-    lora = SPEC.bind(config, reference.tensors)
+def test_forward_vjp_in_float32_differs_from_peft(real_checkpoint: str, reference: Reference, device: str) -> None:
+    config, weights = load_pretrained(real_checkpoint, torch.float32, device, lm_head=False)
+    lora = SPEC.bind(config, {name: tensor.to(device) for name, tensor in reference.tensors.items()})
     value, vjp = forward_vjp(config, weights, pack(reference.sequences), lora)
-    gradients = vjp(reference.cotangent)
+    gradients = vjp(reference.cotangent.to(device))
     errors = errors_of_gradients(gradients, reference.gradients)
     print(f"float32 forward_vjp: value {relative_error(value, reference.value):.2g}, worst of {len(errors)} ", end="")
     print(f"gradients {max(errors.values()):.2g}, median {median(errors.values()):.2g}")

@@ -12,9 +12,9 @@ import transformers
 from reference import relative_error
 
 from lora_delta import DeltaLabels, DifferentiableDeltaCompute, load_peft_adapter, save_peft_adapter
-from lora_delta.labels import compute_labels
-from lora_delta.tokenization import load_tokenizer
-from qwen_functional.checkpoint import resolve_checkpoint
+from lora_delta.labelling.labels import compute_labels
+from lora_delta.probes.tokenization import load_tokenizer
+from qwen_functional.hub import resolve_checkpoint
 
 pytestmark = pytest.mark.real_checkpoint
 
@@ -42,7 +42,7 @@ def last_states(model: torch.nn.Module, sequences: list[list[int]]) -> torch.Ten
     return torch.stack(outputs)
 
 
-def test_labels_of_trained_adapters_differ_from_peft(real_checkpoint: str, tmp_path: Path) -> None:
+def test_labels_of_trained_adapters_equal_peft(real_checkpoint: str, device: str, tmp_path: Path) -> None:
     folder = resolve_checkpoint(real_checkpoint)
     tokenizer = load_tokenizer(folder)
     sequences = [tokenizer.encode(probe).ids for probe in PROBES]
@@ -67,7 +67,7 @@ def test_labels_of_trained_adapters_differ_from_peft(real_checkpoint: str, tmp_p
             logits[name] = model(lesson).logits
         bare = model.unload()
 
-    delta = DifferentiableDeltaCompute.from_pretrained(folder, PROBES, dtype=torch.float32)
+    delta = DifferentiableDeltaCompute.from_pretrained(folder, PROBES, dtype=torch.float32, device=device)
     report = compute_labels(delta, [tmp_path / "trained"], tmp_path / "labels", progress=False)
     labels = DeltaLabels(tmp_path / "labels")
     assert (report.failed, len(labels)) == ((), len(ADAPTERS))

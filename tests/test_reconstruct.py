@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +10,8 @@ import torch
 from test_tokens import SMALL, error, golden, random_lora, random_tokens, under
 from torch import Tensor, nn
 
-from lora_delta.reconstruct import SimpleLoRAReconstructor
-from lora_delta.tokens import FORMATS, TokenFormat
+from lora_delta.generate.reconstruct import SimpleLoRAReconstructor
+from lora_delta.generate.tokens import FORMATS, TokenFormat
 from qwen_functional import LoraSpec, Qwen2Config
 
 # Parameters of the base models, embeddings counted once; from their model cards.
@@ -30,7 +29,7 @@ def trained(format: TokenFormat, **options: Any) -> SimpleLoRAReconstructor:
     return module
 
 
-def test_a_new_module_differs_from_the_published_detokenizer() -> None:
+def test_a_new_module_is_the_published_detokenizer() -> None:
     format, file = golden("qwen2.5-0.5b")
     tensors = SimpleLoRAReconstructor.from_format(format)(file["generated_tokens"])
     for name, tensor in under("detokenized.", file).items():
@@ -38,7 +37,7 @@ def test_a_new_module_differs_from_the_published_detokenizer() -> None:
 
 
 @pytest.mark.parametrize("name", BASE_PARAMETERS)
-def test_the_module_has_over_a_hundredth_of_the_base_models_parameters(name: str) -> None:
+def test_the_module_has_at_most_a_hundredth_of_the_base_models_parameters(name: str) -> None:
     module = SimpleLoRAReconstructor.from_format(name)
     assert sum(parameter.numel() for parameter in module.parameters()) <= BASE_PARAMETERS[name] / 100
 
@@ -48,7 +47,7 @@ def correction(module: SimpleLoRAReconstructor, tokens: Tensor) -> Tensor:
     return torch.cat([part.flatten(-2) for part in module.correction(module.format.split(tokens))], -2).flatten(-3, -2)
 
 
-def test_the_correction_is_not_a_linear_layer_over_all_tokens() -> None:
+def test_the_correction_is_a_linear_layer_over_all_tokens() -> None:
     module = trained(TINY, width=3, mixing=2)
     shape = (TINY.n_tokens, *TINY.token_shape)
     zero = torch.zeros(shape, dtype=torch.float64)
@@ -65,7 +64,7 @@ def test_the_correction_is_not_a_linear_layer_over_all_tokens() -> None:
     assert (blocks.abs().amax((1, 3)) > 0).all(), "a chunk does not see some token"
 
 
-def test_without_mixing_a_chunk_sees_another_token() -> None:
+def test_without_mixing_a_chunk_sees_its_own_token_alone() -> None:
     module = trained(TINY, mixing=0)
     tokens = random_tokens(TINY)
     changed = tokens.clone()
@@ -74,7 +73,7 @@ def test_without_mixing_a_chunk_sees_another_token() -> None:
     assert moved.tolist() == [i == 3 for i in range(TINY.n_tokens)]
 
 
-def test_a_gradient_does_not_reach_a_parameter_or_the_tokens() -> None:
+def test_gradients_reach_every_parameter_and_the_tokens() -> None:
     module = trained(SMALL)
     tokens = random_tokens(SMALL, 2).requires_grad_()
     torch.stack([tensor.square().sum() for tensor in module(tokens).values()]).sum().backward()
@@ -83,7 +82,7 @@ def test_a_gradient_does_not_reach_a_parameter_or_the_tokens() -> None:
         assert (parameter.grad != 0).all(), name
 
 
-def test_gradients_differ_from_finite_differences() -> None:
+def test_gradients_are_those_of_finite_differences() -> None:
     module = trained(TINY, width=2, mixing=2)
     names, parameters = zip(*module.named_parameters(), strict=True)
 
@@ -93,7 +92,7 @@ def test_gradients_differ_from_finite_differences() -> None:
     assert torch.autograd.gradcheck(values, (random_tokens(TINY).requires_grad_(), *parameters))
 
 
-def test_one_of_a_batch_differs_from_the_same_alone() -> None:
+def test_one_of_a_batch_is_the_same_alone() -> None:
     module, tokens = trained(SMALL), random_tokens(SMALL, 3)
     together = module(tokens)
     assert {name: tuple(tensor.shape[1:]) for name, tensor in together.items()} == SMALL.shapes
@@ -101,7 +100,7 @@ def test_one_of_a_batch_differs_from_the_same_alone() -> None:
         torch.testing.assert_close({n: t[g] for n, t in together.items()}, module(tokens[g]))
 
 
-def test_training_does_not_beat_the_fixed_detokenizer() -> None:
+def test_training_beats_the_fixed_detokenizer() -> None:
     """Tokens that another generator writes: features reversed within a chunk, half as large, one layer shifted."""
     torch.manual_seed(0)
     targets = random_lora(SMALL, 16, dtype=torch.float32)
@@ -126,7 +125,7 @@ def test_training_does_not_beat_the_fixed_detokenizer() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_tokens_are_not_taken(dtype: torch.dtype) -> None:
+def test_half_precision_tokens_are_taken(dtype: torch.dtype) -> None:
     module, tokens = trained(SMALL).float(), random_tokens(SMALL).to(dtype)
     exact = module(tokens.float())
     for name, tensor in module(tokens).items():
@@ -134,7 +133,7 @@ def test_half_precision_tokens_are_not_taken(dtype: torch.dtype) -> None:
         torch.testing.assert_close(tensor, exact[name].to(dtype))
 
 
-def test_the_shapes_of_a_lora_spec_do_not_make_a_module() -> None:
+def test_the_shapes_of_a_lora_spec_make_a_module() -> None:
     config = Qwen2Config(hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2)
     shapes = LoraSpec(rank=4, target_modules=("q_proj", "down_proj")).shapes(config)
     module = SimpleLoRAReconstructor((2 * (4 + 5), 6, 6), shapes)
@@ -151,7 +150,7 @@ def test_the_shapes_of_a_lora_spec_do_not_make_a_module() -> None:
         ((SMALL.n_tokens, 4, 5), {}, "chunk_width is 3"),
     ],
 )
-def test_shapes_that_are_no_token_format_pass(
+def test_shapes_that_are_no_token_format_are_refused(
     token_shape: tuple[int, int, int], change: dict[str, tuple[int, int]], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -162,23 +161,30 @@ def test_shapes_that_are_no_token_format_pass(
     ("options", "message"),
     [({"width": 0}, "width is 0"), ({"mixing": -1}, "mixing is -1"), ({"format": "qwen2.5-7b"}, "not those of format")],
 )
-def test_bad_options_pass(options: dict[str, Any], message: str) -> None:
+def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SimpleLoRAReconstructor((SMALL.n_tokens, *SMALL.token_shape), SMALL.shapes, **options)
 
 
-def test_tokens_with_nan_pass() -> None:
+def test_tokens_with_nan_are_refused() -> None:
     tokens = random_tokens(SMALL)
     tokens[1, 0, 0] = float("nan")
     with pytest.raises(ValueError, match="token 1"):
         trained(SMALL)(tokens)
 
 
-def test_a_training_step_of_a_real_format_takes_long() -> None:
+def test_a_real_format_trains() -> None:
     format = FORMATS["qwen2.5-0.5b"]
     module, tokens = SimpleLoRAReconstructor.from_format(format), torch.randn(1, 4296, 10, 130, requires_grad=True)
-    start = time.perf_counter()
     torch.stack([tensor.square().mean() for tensor in module(tokens).values()]).sum().backward()
-    assert time.perf_counter() - start < 10
     assert tokens.grad is not None
     assert torch.isfinite(tokens.grad).all()
+
+
+def test_at_first_the_ways_down_keep_the_size_of_a_token_and_nothing_is_corrected() -> None:
+    torch.manual_seed(0)
+    module = SimpleLoRAReconstructor((SMALL.n_tokens, *SMALL.token_shape), SMALL.shapes, width=64)
+    for name, parameter in module.named_parameters():
+        if name.endswith("down"):
+            assert 0.9 < parameter.std() * parameter.shape[-2] ** 0.5 < 1.1, name
+    assert not correction(module, random_tokens(SMALL, 2).float()).any()

@@ -20,7 +20,7 @@ from qwen_functional.forward import forward_vjp
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import scale_plan
-from cost import Constants, Plan, meshes
+from cost import Constants, MeshStep, meshes
 from sizes import SIZES, named_config
 
 CONFIG, SPEC, N = tiny_config(vocab_size=67, num_hidden_layers=4), LoraSpec(rank=2), 3
@@ -29,8 +29,8 @@ TOKENS = pack(PROBES)
 CONSTANTS = Constants(1e12, 1e11, 1e10, 1e9, 1e-4, 1e9)
 
 
-def plan(**changes: int | str | bool | None) -> Plan:
-    made = Plan(CONFIG, SPEC, N, len(TOKENS), len(set(TOKENS.last)), itemsize=4)
+def step(**changes: int | str | bool | None) -> MeshStep:
+    made = MeshStep(CONFIG, SPEC, N, len(TOKENS), len(set(TOKENS.last)), itemsize=4)
     return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
 
 
@@ -40,20 +40,20 @@ def test_the_engine_multiplies_more_or_less_than_is_counted(checkpoint: str) -> 
     with Watch() as watch:
         value, vjp = forward_vjp(CONFIG, init_weights(CONFIG), TOKENS, lora, checkpoint=checkpoint)
         vjp(torch.ones_like(value))
-    assert plan(checkpoint=checkpoint).gemm_flop() == 2 * watch.work()
+    assert step(checkpoint=checkpoint).gemm_flop() == 2 * watch.work()
 
 
 def test_passes_are_not_counted_one_by_one() -> None:
     for name in ("gemm_flop", "low_rank_flop", "memory_bytes"):
-        whole, halves = (getattr(plan(adapters=8, per_pass=n), name)() for n in (None, 4))
+        whole, halves = (getattr(step(adapters=8, per_pass=n), name)() for n in (None, 4))
         assert halves == pytest.approx(whole, rel=0.1), name
-    assert plan(adapters=8, per_pass=4).memory()["kept"] == plan(adapters=4).memory()["kept"]
-    assert plan(adapters=8, per_pass=4).memory()["adapters"] == plan(adapters=8).memory()["adapters"]
+    assert step(adapters=8, per_pass=4).memory()["kept"] == step(adapters=4).memory()["kept"]
+    assert step(adapters=8, per_pass=4).memory()["adapters"] == step(adapters=8).memory()["adapters"]
 
 
 def test_more_bytes_are_summed_over_ranks_than_is_counted(two_ranks: Ranks) -> None:
     case = jobs.Case(CONFIG, SPEC, random_lora(CONFIG, SPEC, N, dtype=torch.float32), PROBES, torch.float32)
-    counted, summed = plan(tensor_parallel=2).sums(), two_ranks.call(jobs.summed_bytes, case)[0]
+    counted, summed = step(tensor_parallel=2).sums(), two_ranks.call(jobs.summed_bytes, case)[0]
     assert len(summed) == len(counted)
     # The last block sums fewer rows than are counted, and the gradients are float32 here as there.
     assert summed[-1] == counted[-1]
@@ -64,36 +64,36 @@ def test_a_rank_is_thought_to_hold_another_part(two_ranks: Ranks) -> None:
     case = jobs.Case(CONFIG, SPEC, {}, PROBES, torch.float32)
     held = two_ranks.call(jobs.held_bytes, case)[0]
     head = CONFIG.vocab_size * CONFIG.hidden_size * 4  # not tied here, and not needed
-    assert plan(tensor_parallel=2).memory()["weights"] == pytest.approx(held - head, rel=0.05)  # norms, biases
+    assert step(tensor_parallel=2).memory()["weights"] == pytest.approx(held - head, rel=0.05)  # norms, biases
 
 
 def test_ranks_do_not_share_the_work() -> None:
-    one, two = plan(adapters=8), plan(adapters=8, data_parallel=2)
+    one, two = step(adapters=8), step(adapters=8, data_parallel=2)
     assert two.gemm_flop() == pytest.approx(one.gemm_flop() / 2, rel=0.1)
     assert two.traffic() == 0
-    split = plan(adapters=8, tensor_parallel=2)
+    split = step(adapters=8, tensor_parallel=2)
     assert split.gemm_flop() == pytest.approx(one.gemm_flop() / 2)
     assert one.low_rank_flop() / 2 < split.low_rank_flop() < one.low_rank_flop()
     assert split.traffic() > 0
     with pytest.raises(ValueError, match=r"tensor parallelism over 4 ranks, expected \[1, 2\]"):
-        plan(tensor_parallel=4)
-    assert [(p.data_parallel, p.tensor_parallel) for p in meshes(plan(), 4)] == [(4, 1), (2, 2)]
+        step(tensor_parallel=4)
+    assert [(p.data_parallel, p.tensor_parallel) for p in meshes(step(), 4)] == [(4, 1), (2, 2)]
 
 
 def test_reading_adds_to_the_time_that_it_takes_meanwhile() -> None:
     slow = dataclasses.replace(CONSTANTS, disk=1e3)
-    streamed = plan(stream=True)
+    streamed = step(stream=True)
     assert streamed.seconds(slow)["total"] == streamed.seconds(slow)["reading"]
     assert streamed.bound(slow) == "reading"
-    assert streamed.seconds(CONSTANTS)["total"] >= plan().seconds(CONSTANTS)["total"]
-    assert plan().seconds(slow)["reading"] == 0
+    assert streamed.seconds(CONSTANTS)["total"] >= step().seconds(CONSTANTS)["total"]
+    assert step().seconds(slow)["reading"] == 0
 
 
 def test_a_published_size_has_other_numbers() -> None:
     billions = {"0.5b": 0.494, "1.5b": 1.54, "3b": 3.09, "7b": 7.62, "14b": 14.8, "32b": 32.8, "72b": 72.7}
     for size, parameters in billions.items():
         config = named_config(size)
-        blocks = config.num_hidden_layers * sum(Plan(config, SPEC, 1, 1, 1).matrices().values())
+        blocks = config.num_hidden_layers * MeshStep(config, SPEC, 1, 1, 1).block_bytes() // 2
         embeddings = (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size
         assert (blocks + embeddings) / 1e9 == pytest.approx(parameters, rel=0.01), size
     assert billions.keys() == SIZES.keys() - {"tiny"}
@@ -120,19 +120,41 @@ def test_the_plan_is_not_that_of_its_options(tmp_path: Path, capsys: pytest.Capt
     assert "is no file, expected one that --measure has written" in capsys.readouterr().err
 
 
+def test_a_process_takes_the_cpu_where_there_is_no_gpu_for_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def device(*options: str) -> str:
+        return scale_plan.arguments(["--measure", "constants.json", *options]).device
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert device() == device("--processes", "1") == "cuda"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert device() == "cpu"
+    assert device("--processes", "1") == "cuda"
+    with pytest.raises(SystemExit):
+        device("--device", "cuda")
+    assert "2 processes need a GPU each, found 1: expected --device cpu, or --processes 1" in capsys.readouterr().err
+    file = __file__  # any
+    assert scale_plan.arguments(["--validate", file]).device == "cpu"
+    assert scale_plan.arguments(["--constants", file, "--device", "cuda"]).device == "cuda"
+
+
 def test_measuring_or_validating_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On a tiny model, where no prediction is good: that the commands run and say so."""
     file = tmp_path / "constants.json"
-    assert scale_plan.main(["--measure", str(file), "--processes", "1", "2", "--measure-size", "tiny"]) == 0
+    on_cpu = ["--device", "cpu"]
+    options = ["--processes", "1", "2", "--measure-size", "tiny", *on_cpu]
+    assert scale_plan.main(["--measure", str(file), *options]) == 0
     record = json.loads(file.read_text())
     assert set(record["constants"]) == {"1", "2"}
     assert all(value > 0 for one in record["constants"].values() for value in one.values())
     monkeypatch.setattr(scale_plan, "VALIDATED", (("tiny", 2, 1, 1, "none"), ("tiny", 2, 1, 2, "block")))
     monkeypatch.setattr(scale_plan, "WITHIN", 1e9)
-    assert scale_plan.main(["--validate", str(file)]) == 0
+    assert scale_plan.main(["--validate", str(file), *on_cpu]) == 0
     assert capsys.readouterr().out.count("| tiny | 2 |") == 2
     monkeypatch.setattr(scale_plan, "WITHIN", 0.0)
-    assert scale_plan.main(["--validate", str(file)]) == 1
+    assert scale_plan.main(["--validate", str(file), *on_cpu]) == 1
     assert "NOT within" in capsys.readouterr().out

@@ -14,9 +14,10 @@ from ranks import Ranks
 from reference import random_lora, relative_error, tiny_config
 
 from lora_delta import DifferentiableDeltaCompute
-from lora_delta.losses import Schedule
-from lora_delta.tokens import TokenFormat
-from lora_delta.training import METRICS, TrainingOptions
+from lora_delta.generate.checkpoints import METRICS, newest_checkpoint
+from lora_delta.generate.options import TrainingOptions
+from lora_delta.generate.schedules import Schedule
+from lora_delta.generate.tokens import TokenFormat
 from qwen_functional import LoraSpec
 
 PROBES = [[1, 2, 3], [4, 5]]
@@ -63,7 +64,7 @@ def assert_same_run(found: Any, expected: Any, first: int = 0) -> None:
 @pytest.mark.parametrize(
     "changes", [{}, {"delta_every": 2}, {"losses": {"delta": Schedule(1.0)}, "delta_every": 2}], ids=str
 )
-def test_two_ranks_train_otherwise_than_one(
+def test_two_ranks_train_as_one(
     sizes: dict[str, int], changes: dict[str, Any], training: jobs.Training, two_ranks: Ranks
 ) -> None:
     changed = dataclasses.replace(training, options=dataclasses.replace(training.options, **changes))
@@ -75,7 +76,7 @@ def test_two_ranks_train_otherwise_than_one(
 
 
 @pytest.mark.parametrize("first_on", [1, 2])
-def test_a_checkpoint_does_not_resume_on_another_number_of_ranks(
+def test_a_checkpoint_resumes_on_another_number_of_ranks(
     first_on: int, training: jobs.Training, two_ranks: Ranks, tmp_path: Path
 ) -> None:
     expected, cut = training.run(None), dataclasses.replace(training, passes=9)  # in the fifth step of two each
@@ -85,11 +86,62 @@ def test_a_checkpoint_does_not_resume_on_another_number_of_ranks(
         resumed = two_ranks.call(jobs.trained, training, folder, {"dp": 2})
     else:
         assert two_ranks.call(jobs.trained, cut, folder, {"dp": 2}) == [None, None]
-        resumed = [training.run(folder)]
+        with pytest.warns(UserWarning, match="1 of steps after the checkpoint's 3, which are computed again"):
+            resumed = [training.run(folder)]
     for found in resumed:
         assert_same_run(found, expected)
     lines = (folder / METRICS).read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(training.options.steps))
+
+
+@pytest.mark.parametrize("sizes", [{"dp": 2}, {"tp": 2}], ids=str)
+def test_all_ranks_skip_a_step_whose_gradient_is_not_finite_on_one(
+    sizes: dict[str, int], training: jobs.Training, two_ranks: Ranks
+) -> None:
+    changed = dataclasses.replace(training, spoilt=(3, 10))  # in the second and the fifth step of two passes each
+    with pytest.warns(UserWarning, match="step 4 is not finite"):
+        expected = changed.run(None)
+    assert expected is not None
+    assert [step.get("skipped") for step in expected[0]] == [None, 1, None, None, 2, None]
+    for history, state in two_ranks.call(jobs.trained, changed, None, sizes):
+        assert [step.get("skipped") for step in history] == [None, 1, None, None, 2, None]
+        for name, tensor in expected[1].items():
+            assert relative_error(state[name], tensor) <= 1e-5, name
+
+
+@pytest.mark.parametrize("sizes", [{"dp": 2}, {"tp": 2}], ids=str)
+def test_all_ranks_end_after_the_same_step_when_one_is_interrupted(
+    sizes: dict[str, int], training: jobs.Training, two_ranks: Ranks, tmp_path: Path
+) -> None:
+    expected, folder = training.run(None), tmp_path / "run"
+    interrupted = dataclasses.replace(training, signalled=9)  # in the fifth step
+    assert two_ranks.call(jobs.trained, interrupted, folder, sizes) == [None, None]
+    found = newest_checkpoint(folder)
+    assert found is not None
+    assert found[1]["progress"]["steps"] == 5
+    for resumed in two_ranks.call(jobs.trained, training, folder, sizes):
+        assert_same_run(resumed, expected)
+
+
+def test_ranks_that_share_a_batch_draw_their_own_random_numbers_and_others_the_same(
+    training: jobs.Training, two_ranks: Ranks
+) -> None:
+    one, other = two_ranks.call(jobs.drawn, training, {"dp": 2})
+    assert len({*one, *other}) == 2 * 2 * training.options.steps  # in each step, pass and rank another
+    assert two_ranks.call(jobs.drawn, training, {"tp": 2}) == [one, one]  # of one rank that shares with nobody
+    alone: list[float] = []
+    dataclasses.replace(training, drawn=alone).run(None)
+    assert alone == one
+
+
+def test_all_ranks_refuse_what_the_first_one_refuses(
+    training: jobs.Training, two_ranks: Ranks, tmp_path: Path
+) -> None:
+    two_ranks.call(jobs.trained, training, tmp_path, {"dp": 2})
+    changed = dataclasses.replace(training, options=dataclasses.replace(training.options, seed=1))
+    with pytest.raises(AssertionError, match=r"rank 0 failed:(.|\n)*training\.seed is 0 there and 1 here"):
+        two_ranks.call(jobs.trained, changed, tmp_path, {"dp": 2})
+    two_ranks.call(jobs.trained, training, tmp_path, {"dp": 2})  # nobody waits for another
 
 
 @pytest.mark.parametrize(
@@ -97,7 +149,7 @@ def test_a_checkpoint_does_not_resume_on_another_number_of_ranks(
     [({"batch_size": 3}, "batch_size is 3"), ({"delta_batch_size": 1}, "delta_batch_size is 1")],
     ids=str,
 )
-def test_ranks_share_a_batch_unevenly(
+def test_batches_that_ranks_cannot_share_evenly_are_refused(
     changes: dict[str, Any], what: str, training: jobs.Training, two_ranks: Ranks
 ) -> None:
     changed = dataclasses.replace(training, options=dataclasses.replace(training.options, **changes))

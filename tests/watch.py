@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -47,8 +47,9 @@ class Watch(TorchDispatchMode):
         """Multiplications in all GEMMs."""
         return sum(rows * n_in * out for rows, n_in, out in self.gemms)
 
-    def held(self) -> int:
-        """Bytes of what was made and lives still."""
+    def held(self, beside: Iterable[Tensor] = ()) -> int:
+        """Bytes of what was made and lives still; views of what is given in ``beside`` left out."""
         alive = [tensor for tensor in (ref() for ref in self.made) if tensor is not None]
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in alive}
-        return sum(storage.nbytes() for storage in storages.values())
+        others = {tensor.untyped_storage().data_ptr() for tensor in beside}
+        return sum(storage.nbytes() for place, storage in storages.items() if place not in others)

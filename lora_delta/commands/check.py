@@ -8,8 +8,10 @@ import json
 import shutil
 import textwrap
 
+from qwen_functional.dtypes import DTYPES
+
 from ..check import CheckResult, run_check
-from . import DTYPES
+from ..distributed import usable_device
 
 
 def add(subcommands: argparse._SubParsersAction) -> None:
@@ -20,7 +22,7 @@ def add(subcommands: argparse._SubParsersAction) -> None:
         description="Checks gradient flow, delta sensitivity, flat memory and mixed precision on a base model. "
         "Exit status 1 when anything fails.",
     )
-    check.add_argument("--model", help="hub id or folder of a Qwen2 checkpoint (default: a small embedded one)")
+    check.add_argument("--model", help="hub id or folder of a Qwen2 or Qwen3 (default: a small embedded one)")
     check.add_argument("--dtype", choices=DTYPES, default="float32", help="of the base weights (default: %(default)s)")
     check.add_argument("--rank", type=int, default=16, help="of the LoRA (default: %(default)s)")
     check.add_argument("--device", help="default: a GPU where there is one, else the CPU")
@@ -36,13 +38,14 @@ def add(subcommands: argparse._SubParsersAction) -> None:
 
 def _check(options: argparse.Namespace) -> int:
     results: list[CheckResult] = []
+    device = usable_device(options.device)
     if not options.json:
         print(f"{options.model or 'embedded checkpoint'}, {options.dtype}, rank {options.rank}", flush=True)
     for result in run_check(
         options.model,
         dtype=DTYPES[options.dtype],
         rank=options.rank,
-        device=options.device,
+        device=device,
         steps=options.steps,
         against_peft=options.against_peft,
     ):

@@ -23,6 +23,7 @@ def add(subcommands: argparse._SubParsersAction) -> None:
     demo.add_argument("--teacher-steps", type=int, default=100, help="training of the teachers (default: %(default)s)")
     demo.add_argument("--steps", type=int, default=400, help="training of each generator (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default: %(default)s)")
+    demo.add_argument("--device", help="default: a GPU where there is one, else the CPU")
     demo.add_argument("--json", action="store_true", help="print the record as JSON instead of the table")
     demo.add_argument("--quiet", action="store_true", help="no progress bars")
     demo.set_defaults(run=_demo)
@@ -30,25 +31,30 @@ def add(subcommands: argparse._SubParsersAction) -> None:
 
 def _demo(options: argparse.Namespace) -> int:
     from ..demo import run_demo
+    from ..distributed import usable_device
 
     for name in ("teacher_steps", "steps"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected at least 1")
+    if options.out.exists() and not options.out.is_dir():
+        raise ValueError(f"--out names {options.out}, which is a file: expected a new folder")
     if options.out.exists() and any(options.out.iterdir()):
         raise ValueError(f"--out names {options.out}, which is not empty: expected a new folder")
+    device = usable_device(options.device)
     keep_freed_memory()
-    plots = find_spec("matplotlib") is not None
+    plots = all(find_spec(package) for package in ("matplotlib", "sklearn"))
     record = run_demo(
         options.out,
         teacher_steps=options.teacher_steps,
         steps=options.steps,
         seed=options.seed,
+        device=device,
         plots=plots,
         progress=not options.quiet,
         say=lambda line: print(line, file=sys.stderr if options.json else sys.stdout, flush=True),
     )
     if not plots:
-        print("no pictures: they need matplotlib, pip install 'qwen-functional[plots]'", file=sys.stderr)
+        print("no pictures: they need pip install 'qwen-functional[plots]'", file=sys.stderr)
     if options.json:
         print(json.dumps(record, indent=1))
     return 0

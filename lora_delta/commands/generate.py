@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ def add(subcommands: argparse._SubParsersAction) -> None:
         "generate",
         help="write PEFT adapters from prompts with a trained generator",
         description="Writes one PEFT adapter folder for each line of FILE: a prompt, or JSON "
-        '{"name": "...", "prompts": ["...", "..."]}.',
+        '{"name": "...", "prompts": ["...", "..."]}, whose name is that of the folder.',
     )
     generate.add_argument("--run", type=Path, required=True, dest="folder", help="what lora-delta train has written")
     generate.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="text or JSON lines")
@@ -35,30 +34,33 @@ def add(subcommands: argparse._SubParsersAction) -> None:
 def _generate(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from ..adapters import save_peft_adapter
-    from ..conditions import Condition
-    from ..runs import load_run, read_prompts
+    from ..files import folder_lock
+    from ..generate.conditions import Condition
+    from ..generate.prompts import FolderNames, read_prompts
+    from ..generate.runs import load_run
+    from ..peft.adapters import save_peft_adapter
 
-    prompts = read_prompts(options.prompts, key="name")
-    names = {name: re.sub(r"[^\w.-]+", "_", name) for name in prompts}
-    if len(set(names.values())) < len(names):
-        raise ValueError(f"{options.prompts} gives names that are the same folder, expected different ones")
+    prompts = read_prompts(options.prompts, "name", FolderNames())
+    for name in prompts:
+        if (options.out / name).is_symlink():
+            raise ValueError(f"{options.out / name} is a link, expected a folder, or none yet")
     keep_freed_memory()
     run = load_run(options.folder, options.device)
     written = []
     entries = list(prompts.items())
     bar = tqdm(total=len(entries), desc="generate", unit=" adapters", disable=options.quiet)
-    for start in range(0, len(entries), _PER_BATCH):
-        batch = entries[start : start + _PER_BATCH]
-        condition = Condition.collate([torch.cat(run.encoder(texts)) for _, texts in batch]).to(run.weights.device)
-        with torch.no_grad():
+    with folder_lock(options.out), bar, torch.no_grad():
+        for start in range(0, len(entries), _PER_BATCH):
+            batch = entries[start : start + _PER_BATCH]
+            condition = Condition.collate([torch.cat(run.encoder(texts)) for _, texts in batch]).to(run.weights.device)
             tensors = run.format.detokenize(run.generator(condition.states, condition.mask))
-        for index, (name, _) in enumerate(batch):
-            folder = options.out / names[name]
-            one = {key: tensor[index].cpu().contiguous() for key, tensor in tensors.items()}
-            save_peft_adapter(folder, run.spec, one, base_model=options.base_model or run.base)
-            written.append(str(folder))
-            bar.update()
-    bar.close()
+            for index, (name, _) in enumerate(batch):
+                one = {key: tensor[index].cpu().contiguous() for key, tensor in tensors.items()}
+                try:
+                    save_peft_adapter(options.out / name, run.spec, one, base_model=options.base_model or run.base)
+                except ValueError as error:
+                    raise ValueError(f"adapter {name!r}: {error}") from error
+                written.append(str(options.out / name))
+                bar.update()
     print(json.dumps(written, indent=1) if options.json else f"wrote {len(written)} adapters to {options.out}")
     return 0

@@ -8,16 +8,15 @@ import json
 import sys
 from pathlib import Path
 
+from qwen_functional.dtypes import DTYPES
+from qwen_functional.files import parse_json, read_lines
 from qwen_functional.memory import keep_freed_memory
 
-from ..adapters import find_adapters
 from ..delta import POOLINGS, DifferentiableDeltaCompute
 from ..distributed import process_group
-from ..labels import LabelReport, compute_labels
-from ..probes import create_generic_probes
-from . import DTYPES
-
-_INTERRUPTED = 130  # what a shell says of a program that Ctrl-C ended
+from ..labelling.labels import LabelReport, compute_labels
+from ..peft.adapters import find_adapters
+from ..probes.texts import create_generic_probes
 
 
 def add(subcommands: argparse._SubParsersAction) -> None:
@@ -35,12 +34,17 @@ def add(subcommands: argparse._SubParsersAction) -> None:
         metavar="ADAPTER",
         help="a PEFT adapter's folder, a folder of them, a glob, a .txt file with one per line, or a hub id",
     )
-    label.add_argument("--model", required=True, help="hub id or folder of the base model, a Qwen2 checkpoint")
+    label.add_argument("--model", required=True, help="hub id or folder of the base model, a Qwen2 or Qwen3 checkpoint")
     label.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for the labels, new or begun before")
     label.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the base weights (default: %(default)s)")
     label.add_argument("--device", help="default: a GPU where there is one, else the CPU")
     label.add_argument("--probes", type=Path, metavar="FILE", help="texts, one per line (default: five generic ones)")
     label.add_argument("--chat", action="store_true", help="put each probe into the model's chat template")
+    label.add_argument(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        help="further variables for that template: '{\"enable_thinking\": false}' for a Qwen3 that does not think",
+    )
     label.add_argument("--max-length", type=int, default=256, help="tokens of a probe, at most (default: %(default)s)")
     label.add_argument(
         "--layer",
@@ -65,6 +69,8 @@ def _label(options: argparse.Namespace) -> int:
     keep_freed_memory()
     find_adapters(options.adapters)  # before anything large is read
     probes = create_generic_probes() if options.probes is None else _probes(options.probes)
+    given = options.chat_template_kwargs
+    variables = None if given is None else parse_json(given, "--chat-template-kwargs", "a JSON object")
     with process_group(options.device) as ranks:
         delta = DifferentiableDeltaCompute.from_pretrained(
             options.model,
@@ -74,6 +80,7 @@ def _label(options: argparse.Namespace) -> int:
             stream=options.stream or False,
             max_length=options.max_length,
             chat=options.chat,
+            chat_template_kwargs=variables,
             layer=_layers(options.layer),
             pooling=options.pooling,
             adapters_per_pass=options.adapters_per_pass,
@@ -88,16 +95,11 @@ def _label(options: argparse.Namespace) -> int:
                 options.adapters,
                 options.out,
                 model=options.model,
-                probes=probes,
-                chat=options.chat,
-                max_length=options.max_length,
                 progress=not options.quiet,
             )
-        except KeyboardInterrupt:
-            where = options.out
-            if speaks:
-                print(f"interrupted: what was finished is in {where}; the same command goes on there", file=sys.stderr)
-            return _INTERRUPTED
+        except KeyboardInterrupt as error:
+            error.add_note(f"what was finished is in {options.out}, and the same command goes on there")
+            raise
         if speaks:
             facts = json.dumps(_facts(report, options.out), indent=1) if options.json else _summary(report, options.out)
             print(facts, flush=True)
@@ -105,11 +107,7 @@ def _label(options: argparse.Namespace) -> int:
 
 
 def _probes(path: Path) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--probes names {path}, which cannot be read as text: {error}") from error
-    probes = [line for line in lines if line.strip()]
+    probes = [line for line in read_lines(path, "a text file with one probe per line") if line.strip()]
     if not probes:
         raise ValueError(f"--probes names {path}, which holds no text, expected one probe per line")
     return probes
@@ -127,7 +125,8 @@ def _facts(report: LabelReport, out: Path) -> dict[str, object]:
     failed = [dataclasses.asdict(failure) for failure in report.failed]
     rate = len(report.computed) / report.seconds if report.seconds else None
     counts = {"labels": report.labels, "computed": len(report.computed), "reused": len(report.reused)}
-    return {"out": str(out), **counts, "failed": failed, "seconds": report.seconds, "labels_per_second": rate}
+    more = {"zero": list(report.zero), "failed": failed}
+    return {"out": str(out), **counts, **more, "seconds": report.seconds, "labels_per_second": rate}
 
 
 def _summary(report: LabelReport, out: Path) -> str:

@@ -6,6 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
+from qwen_functional.files import read_json_object
+
 
 def add(subcommands: argparse._SubParsersAction) -> None:
     """Register the subcommand."""
@@ -23,8 +25,8 @@ def add(subcommands: argparse._SubParsersAction) -> None:
 
 
 def _plot(options: argparse.Namespace) -> int:
-    from ..label_table import DeltaLabels
-    from ..plots import plot_deltas, silhouette_score
+    from ..labelling.table import DeltaLabels
+    from ..plots.charts import plot_deltas, silhouette_score
 
     labels = DeltaLabels(options.labels)
     classes = None
@@ -33,7 +35,8 @@ def _plot(options: argparse.Namespace) -> int:
     deltas = labels.tensor.flatten(1)
     out = options.out or options.labels / "deltas.png"
     plot_deltas(deltas, classes, None if len(labels) > 60 else [Path(name).name for name in labels.names], path=out)
-    score = None if classes is None else float(silhouette_score(deltas, classes))
+    measured = classes is not None and 2 <= len(set(classes)) < len(classes)
+    score = silhouette_score(deltas, classes) if classes is not None and measured else None
     if options.json:
         print(json.dumps({"picture": str(out), "adapters": len(labels), "silhouette_score": score}))
     else:
@@ -42,11 +45,9 @@ def _plot(options: argparse.Namespace) -> int:
 
 
 def _classes(path: Path, names: list[str]) -> list[str]:
-    try:
-        classes = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--classes names {path}, which cannot be read as JSON: {error}") from error
+    classes = read_json_object(path, "a JSON object {adapter's name or source: class}")
     missing = [name for name in names if name not in classes]
     if missing:
-        raise ValueError(f"--classes lacks {missing[0]!r} and {len(missing) - 1} others, expected a class for each")
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(f"--classes lacks {missing[0]!r}{more}, expected a class for each adapter")
     return [str(classes[name]) for name in names]

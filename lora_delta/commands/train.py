@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 
@@ -17,28 +18,34 @@ def add(subcommands: argparse._SubParsersAction) -> None:
         "train",
         help="train a generator from prompts to LoRA weights, by weights and by deltas",
         description="Trains the reference generator on labelled teachers as a TOML file says; the module "
-        "lora_delta.runs shows one. Run again, it goes on from its last checkpoint, under torchrun on any number of "
-        "processes.",
+        "lora_delta.generate.run_config shows one. Run again, it goes on from its last checkpoint, under torchrun on "
+        "any number of processes.",
     )
     train.add_argument("config", type=Path, metavar="CONFIG.toml")
+    train.add_argument("--device", help="default: the file's, else a GPU where there is one, else the CPU")
     train.add_argument("--json", action="store_true", help="print the last step's metrics as JSON")
     train.add_argument("--quiet", action="store_true", help="no progress bar")
     train.set_defaults(run=_train)
 
 
 def _train(options: argparse.Namespace) -> int:
-    from ..runs import RunConfig, train_run
+    from ..generate.run_config import RunConfig
+    from ..generate.runs import train_run
 
     config = RunConfig.from_toml(options.config)
+    if options.device is not None:
+        config = dataclasses.replace(config, device=options.device)
     keep_freed_memory()
     with process_group(config.device) as ranks:
         history = train_run(config, ranks, progress=not options.quiet)
     if ranks.rank > 0:
         return 0
-    last = history[-1]
+    last = history[-1] if history else {}  # the log of a run that has ended may be lost
     if options.json:
         print(json.dumps(last, indent=1))
     else:
         terms = ", ".join(f"{name} {last[name]:.4f}" for name in ("loss", "weights", "delta") if name in last)
-        print(f"{len(history)} steps, at the last one {terms}; {config.out} holds the run")
+        skipped = sum("skipped" in metrics for metrics in history)
+        also = f", {skipped} of them skipped" if skipped else ""
+        print(f"{config.training.steps} steps{also}, at the last one {terms or 'no loss'}; {config.out} holds the run")
     return 0

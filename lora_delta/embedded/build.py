@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -72,7 +71,7 @@ def trained_weights(config: Qwen2Config, tokenizer: Tokenizer, steps: int = STEP
     weights = init_weights(config, seed=0)
     assert isinstance(weights.embed_tokens, Tensor)
     parameters = [weights.embed_tokens, weights.norm]
-    parameters += [getattr(block, field.name) for block in weights.blocks for field in fields(block)]
+    parameters += [tensor for block in weights.blocks for tensor in block.tensors().values()]
     for parameter in parameters:
         parameter.requires_grad_()
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05)

@@ -73,7 +73,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1)
 
 
-def rope_engine(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
+def rope_into(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
     """The same, written to ``out`` (..., head_dim), of any strides; computed in the dtype of cos and sin."""
     x = x.to(cos.dtype)
     x1, x2 = x.chunk(2, -1)
@@ -86,4 +86,4 @@ def rope_engine(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
 
 def rope_vjp(dy: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
     """``[dy₁ cos + dy₂ sin, dy₂ cos − dy₁ sin]``: the rotation back; written to ``out`` (..., head_dim)."""
-    return rope_engine(dy, cos, -sin, out)
+    return rope_into(dy, cos, -sin, out)

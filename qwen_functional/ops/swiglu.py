@@ -12,7 +12,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def swiglu_engine_(gate: Tensor, up: Tensor) -> Tensor:
+def swiglu_(gate: Tensor, up: Tensor) -> Tensor:
     """The same, written over ``gate``."""
     return torch.ops.aten.silu.out(gate, out=gate).mul_(up)
 

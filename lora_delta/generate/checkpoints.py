@@ -1,0 +1,264 @@
+"""The folder of a training run, and going on in it.
+
+    run.json                  what the run depends on, for readers and for ``lora-delta generate``
+    metrics.jsonl             a line for each step
+    checkpoint.pt             the state after a step, replaced as a whole
+    checkpoint.previous.pt    the one before: if checkpoint.pt is damaged, the run goes on from here
+
+The checkpoint is the truth: the log is mended to it. Both are read by ``torch.load`` and as JSON lines.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import nn
+
+from ..distributed import Ranks
+from ..files import folder_lock, replaces, write_json
+from ..identity import Identity
+
+RUN, METRICS, CHECKPOINT, PREVIOUS = "run.json", "metrics.jsonl", "checkpoint.pt", "checkpoint.previous.pt"
+_HOLDS = {"identity": dict, "progress": dict, "generator": dict, "optimizer": dict, "schedule": dict}
+
+Metrics = dict[str, float]
+
+
+@dataclass
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+        steps: that are behind it, skipped ones included.
+        skipped: of these, how many have changed nothing, since the loss or the gradient was not finite.
+        skipped_in_a_row: how many of these have been the latest ones.
+    """
+
+    steps: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+
+
+class RunFolder:
+    """A run's folder while it is held; :meth:`held` makes one.
+
+    Attributes:
+        progress: of the state in the folder.
+        history: metrics of the steps before that, as far as the log has them.
+    """
+
+    def __init__(self, folder: Path, identity: Identity, ranks: Ranks) -> None:
+        self.folder, self.identity, self.ranks = folder, identity, ranks
+        self.history: list[Metrics] = []
+        self._state: dict[str, Any] | None = None
+        self._log: TextIO | None = None
+        self._is_whole = False  # what checkpoint.pt holds, as far as we know
+
+    @classmethod
+    @contextmanager
+    def held(
+        cls,
+        folder: str | Path,
+        identity: Identity,
+        ranks: Ranks | None = None,
+        about: Mapping[str, Any] | None = None,
+    ) -> Iterator[RunFolder]:
+        """Hold a folder, new or of a run that is to go on, for one job of however many ranks.
+
+        Args:
+            identity: what the run depends on.
+            ranks: of the job; all of them make this call.
+            about: further facts for ``run.json``.
+
+        Raises:
+            ValueError: another job holds the folder; its run depends on something else, and then nothing is written;
+                no checkpoint in it is whole.
+        """
+        run = cls(Path(folder), identity, ranks or Ranks())
+        with ExitStack() as stack:
+
+            def begin() -> tuple[str | None, list[Metrics]]:
+                stack.enter_context(folder_lock(run.folder))
+                found = newest_checkpoint(run.folder)
+                if found is not None:
+                    path, run._state = found
+                    advice = "Go on with what it was made with, or take another folder."
+                    identity.require_same(run._state["identity"], path, advice)
+                    run._is_whole = path.name == CHECKPOINT
+                log = run.folder / METRICS
+                if log.is_symlink() or (log.exists() and not log.is_file()):  # a pipe may never open
+                    raise ValueError(f"{log} is not a file of its own, expected the log of a run")
+                history = _mend(log, run.progress.steps)
+                write_json(run.folder / RUN, {**(about or {}), "identity": identity.facts})
+                run._log = stack.enter_context(log.open("a", encoding="utf-8"))
+                return None if found is None else found[0].name, history
+
+            name, run.history = run.ranks.first(begin)
+            if name is not None and run._state is None:
+                run._state = read_checkpoint(run.folder / name)
+            yield run
+
+    @property
+    def progress(self) -> Progress:
+        return Progress() if self._state is None else Progress(**self._state["progress"])
+
+    def resume(
+        self,
+        generator: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
+    ) -> Progress:
+        """Give them the state in the folder, if there is one.
+
+        Raises:
+            ValueError: it is that of another module.
+        """
+        progress = self.progress
+        if self._state is not None:
+            try:
+                generator.load_state_dict(self._state["generator"])
+                optimizer.load_state_dict(self._state["optimizer"])
+                schedule.load_state_dict(self._state["schedule"])
+            except Exception as error:  # whatever a state of another shape makes them raise
+                raise ValueError(f"{self.folder} has a checkpoint of another generator: {_line(error)}") from error
+            self._state = {"progress": asdict(progress)}  # the tensors have been copied
+        return progress
+
+    def write(self, metrics: Metrics) -> None:
+        """Add a step to the log."""
+        if self._log is not None:
+            self._log.write(json.dumps(metrics) + "\n")
+            self._log.flush()
+
+    def save(
+        self,
+        generator: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
+        progress: Progress,
+    ) -> None:
+        """Replace the checkpoint, and keep the one before."""
+        if self._log is None:  # the first rank's task
+            return
+        os.fsync(self._log.fileno())  # after a power cut the log is not to lag behind the checkpoint
+        state = {
+            "identity": self.identity.facts,
+            "progress": asdict(progress),
+            "generator": generator.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict(),
+        }
+        path, previous = self.folder / CHECKPOINT, self.folder / PREVIOUS
+        with replaces(path) as unfinished:
+            torch.save(state, unfinished)
+            if self._is_whole:
+                previous.unlink(missing_ok=True)
+                try:
+                    os.link(path, previous)  # so that there is a checkpoint.pt at every moment
+                except OSError:  # a file system without hard links
+                    path.replace(previous)
+        self._is_whole = True
+
+
+def newest_checkpoint(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint in a folder that is whole, and its state; None where there has been none yet.
+
+    Raises:
+        ValueError: there are some, and none is whole.
+    """
+    path, previous = Path(folder) / CHECKPOINT, Path(folder) / PREVIOUS
+    if not path.exists() and not previous.exists():
+        return None
+    try:
+        return path, read_checkpoint(path)
+    except ValueError as error:
+        try:
+            state = read_checkpoint(previous)
+        except ValueError:
+            raise error from None
+        warnings.warn(f"{error}; the one before, after {state['progress']['steps']} steps, is taken", stacklevel=2)
+        return previous, state
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint's state, on the CPU wherever it was made.
+
+    Raises:
+        ValueError: no such file, or not one byte for byte as it was written.
+        OSError: it cannot be read.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist, expected a checkpoint of a training run")
+    path.open("rb").close()  # whatever is raised from here on is about what it holds
+    try:
+        with zipfile.ZipFile(path) as records:  # torch writes a CRC-32 for each record, and does not look at it
+            if sum(record.file_size for record in records.infolist()) > path.stat().st_size:  # nor compresses any
+                raise ValueError("its records hold more than the file: they are compressed, or share their bytes")
+            if damaged := records.testzip():
+                raise ValueError(f"the checksum of {damaged} is another")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or any(not isinstance(state.get(key), kind) for key, kind in _HOLDS.items()):
+            raise ValueError(f"it does not hold {', '.join(_HOLDS)}")
+        if any(type(value) is not int or value < 0 for value in asdict(Progress(**state["progress"])).values()):
+            raise ValueError(f"its progress is {state['progress']}")
+    except Exception as error:  # zipfile and torch raise whatever garbage leads them to
+        raise ValueError(f"{path} is damaged, or no checkpoint of a training run: {_line(error)}") from error
+    return state
+
+
+def _mend(path: Path, steps: int) -> list[Metrics]:
+    """The log's metrics of the steps before ``steps``; the file then has these and no others, and a warning says so."""
+    content = path.read_bytes() if path.is_file() else b""
+    kept: dict[int, Metrics] = {}
+    unreadable, later = 0, 0
+    for line in content.split(b"\n"):
+        metrics = _metrics(line)
+        if metrics is None:
+            unreadable += bool(line)
+        elif metrics["step"] >= steps:
+            later += 1
+        else:
+            kept.setdefault(int(metrics["step"]), metrics)
+    history = [kept[step] for step in sorted(kept)]
+    mended = "".join(json.dumps(metrics) + "\n" for metrics in history).encode()
+    if mended != content:
+        with replaces(path) as unfinished:
+            unfinished.write_bytes(mended)
+    odd = {
+        f"{later} of steps after the checkpoint's {steps}, which are computed again": later,
+        f"{unreadable} that cannot be read": unreadable,
+        f"none of {steps - len(history)} steps before the checkpoint": steps - len(history),
+    }
+    if mended != content or len(history) < steps:
+        found = "; ".join(words for words, count in odd.items() if count) or "some twice, or not in their order"
+        warnings.warn(f"{path} is mended to the checkpoint: among its lines are {found}", stacklevel=2)
+    return history
+
+
+def _metrics(line: bytes) -> Metrics | None:
+    try:
+        metrics = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(metrics, dict) or type(metrics.get("step")) is not int or metrics["step"] < 0:
+        return None
+    return metrics if all(_is_number(value) for value in metrics.values()) else None
+
+
+def _is_number(value: object) -> bool:
+    return (type(value) is float and math.isfinite(value)) or (type(value) is int and abs(value) < 1 << 63)
+
+
+def _line(error: Exception, limit: int = 200) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"

@@ -1,0 +1,136 @@
+"""What a generator is conditioned on: prompts, as the hidden states that the base model itself gives them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import overload
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from qwen_functional import Qwen2Config, Qwen2Weights, pack
+from qwen_functional.forward import forward_vjp
+from qwen_functional.plan import checked_layers
+
+from ..probes.tokenization import check_probes, tokenize_probes
+
+# So few that a GPU, which reads all weights for each pass, computes the neighbours of a prompt in the same time.
+_PROMPTS_PER_PASS = 8
+KEEP_BYTES = 2 * 1024**3
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A batch of conditions, padded to the longest.
+
+    Attributes:
+        states: (N, T, H) float32.
+        mask: (N, T) bool, true where there is a token.
+    """
+
+    states: Tensor
+    mask: Tensor
+
+    def to(self, device: torch.device | str) -> Condition:
+        return Condition(self.states.to(device), self.mask.to(device))
+
+    @classmethod
+    def collate(cls, states: Sequence[Tensor]) -> Condition:
+        """Of N tensors (T_i, H)."""
+        padded = torch.nn.utils.rnn.pad_sequence(list(states), batch_first=True)
+        lengths = torch.tensor([len(one) for one in states], device=padded.device)
+        return cls(padded, torch.arange(padded.shape[1], device=padded.device) < lengths[:, None])
+
+
+class PromptEncoder:
+    """Prompts to the bare model's hidden states of all their tokens, through the engine.
+
+    A list of prompts is computed in passes of eight, the same ones whichever of the prompts is asked for: the states of
+    a prompt depend on the others of its pass by rounding, and so they depend on nothing but the list. What was computed
+    is kept, pass by pass, up to a number of bytes; what was used longest ago goes first.
+
+    Args:
+        layer: after which block, as in :func:`qwen_functional.forward.forward_vjp`.
+        max_length: longer prompts are cut to so many tokens.
+        keep_bytes: of the states that are kept.
+
+    Raises:
+        ValueError: a layer that the model does not have, or no room for a token.
+    """
+
+    def __init__(
+        self,
+        config: Qwen2Config,
+        weights: Qwen2Weights,
+        tokenizer: Tokenizer,
+        *,
+        layer: int = -1,
+        max_length: int = 128,
+        keep_bytes: int = KEEP_BYTES,
+    ) -> None:
+        (self.layer,) = checked_layers(config, layer)
+        self.config, self.weights, self.tokenizer = config, weights, tokenizer
+        self.max_length, self.keep_bytes = max_length, keep_bytes
+        self._kept: OrderedDict[tuple[str, ...], list[Tensor]] = OrderedDict()
+        self._bytes = 0
+
+    def __call__(self, prompts: Sequence[str]) -> list[Tensor]:
+        """(T_i, H) float32 on the CPU for each prompt.
+
+        Raises:
+            ValueError: no prompts, or an empty one.
+        """
+        return list(self.lazily(prompts))
+
+    def lazily(self, prompts: Sequence[str]) -> PromptStates:
+        """The same as a sequence that computes what it is asked for.
+
+        Raises:
+            ValueError: as above; when an item is asked for, a prompt without tokens.
+        """
+        check_probes(prompts)
+        return PromptStates(self, tuple(prompts))
+
+    def states_of(self, texts: tuple[str, ...]) -> list[Tensor]:
+        """Of one pass."""
+        states = self._kept.pop(texts, None)
+        if states is None:
+            states = self._computed(texts)
+            self._bytes += _nbytes(states)
+        self._kept[texts] = states
+        while self._bytes > self.keep_bytes:
+            self._bytes -= _nbytes(self._kept.popitem(last=False)[1])
+        return states
+
+    def _computed(self, texts: tuple[str, ...]) -> list[Tensor]:
+        ids = tokenize_probes(self.tokenizer, texts, self.max_length).ids
+        value, _ = forward_vjp(self.config, self.weights, pack(ids), layer=self.layer, read="all", wrt=())
+        return [states.cpu() for states in value[0].float().split([len(one) for one in ids])]
+
+
+class PromptStates(Sequence[Tensor]):
+    """The states of a list of prompts, by :meth:`PromptEncoder.lazily`."""
+
+    def __init__(self, encoder: PromptEncoder, prompts: tuple[str, ...]) -> None:
+        self.encoder, self.prompts = encoder, prompts
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Tensor]: ...
+    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
+        if isinstance(index, slice):
+            return [self[one] for one in range(*index.indices(len(self)))]
+        position = range(len(self))[index]  # negative ones too, or IndexError
+        start = position - position % _PROMPTS_PER_PASS
+        return self.encoder.states_of(self.prompts[start : start + _PROMPTS_PER_PASS])[position - start]
+
+
+def _nbytes(states: Sequence[Tensor]) -> int:
+    return sum(one.nbytes for one in states)

@@ -1,0 +1,275 @@
+"""What a generator is trained on: losses of deltas, of tokens and of LoRA tensors.
+
+Pure functions, differentiable to any order in both arguments. Half precision is computed in float32; a loss is a
+scalar in float32, or in float64 where an input is float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from qwen_functional import LoraSpec
+from qwen_functional.dtypes import accumulation_dtype
+from qwen_functional.finite import is_symbolic
+from qwen_functional.lora import parse_name, peft_name
+
+
+def delta_mse(delta: Tensor, target: Tensor, *, normalize: bool = False) -> Tensor:
+    """Mean square of ``delta − target``, over all elements, and so over adapters.
+
+    Args:
+        delta, target: (H,), (G, H) or (G, …, H), as :class:`DifferentiableDeltaCompute` gives them.
+        normalize: the mean over vectors of ``‖delta − target‖² / ‖target‖²`` instead: a target counts the same however
+            long it is, and a delta of zero costs 1. A target of zero has no length to divide by; there the divisor
+            is H, which is the plain mean square.
+
+    Raises:
+        ValueError: different shapes or devices, no elements, or a tensor that is not floating point.
+    """
+    delta, target = _checked_pair("delta", delta, target)
+    if not normalize:
+        return (delta - target).square().mean()
+    error, scale = (delta - target).square().sum(-1), target.square().sum(-1)
+    return (error / _nonzero_or(scale, delta.shape[-1])).mean()
+
+
+def delta_cosine(delta: Tensor, target: Tensor) -> Tensor:
+    """1 − cosine similarity along the last dimension, mean over all vectors: from 0, the same way, to 2, opposite.
+
+    Where either vector is zero there is no angle: the loss is 1 there, as with ``F.cosine_similarity``, and the
+    gradient zero. So alone it moves no generator away from a LoRA of zeros.
+
+    Args:
+        delta, target: (H,), (G, H) or (G, …, H).
+
+    Raises:
+        ValueError: as :func:`delta_mse`.
+    """
+    delta, target = _checked_pair("delta", delta, target)
+    tiny = torch.finfo(delta.dtype).tiny
+    # NaN counts as an angle, or it would hide behind a loss of 1.
+    has_angle = ~((delta.square().sum(-1) <= tiny) | (target.square().sum(-1) <= tiny))[..., None]
+    # A long vector's squares overflow: its largest entry comes to 1 before. where() stands before the norm: a gradient
+    # of 0/0 would pass through a where() behind it, as 0 · NaN.
+    largest = [torch.where(has_angle, v.detach().abs().amax(-1, keepdim=True), 1.0) for v in (delta, target)]
+    units = [torch.where(has_angle, v / scale, 1.0) for v, scale in zip((delta, target), largest, strict=True)]
+    units = [v / torch.linalg.vector_norm(v, dim=-1, keepdim=True) for v in units]
+    # Half the squared distance of unit vectors is 1 − cos, without the cancellation near 0.
+    distance = (units[0] - units[1]).square().sum(-1) / 2
+    return torch.where(has_angle[..., 0], distance, 1.0).mean()
+
+
+def delta_loss(
+    delta: Tensor, target: Tensor, *, mse_weight: float = 1.0, cosine_weight: float = 1.0, normalize: bool = False
+) -> Tensor:
+    """``mse_weight · delta_mse + cosine_weight · delta_cosine``; a part of weight 0 is not computed.
+
+    Args:
+        delta, target, normalize: see :func:`delta_mse`.
+
+    Raises:
+        ValueError: a weight that is negative or not finite, both weights 0, or as :func:`delta_mse`.
+    """
+    for name, weight in (("mse_weight", mse_weight), ("cosine_weight", cosine_weight)):
+        if not math.isfinite(weight) or weight < 0:
+            raise ValueError(f"{name} is {weight!r}, expected a finite number of 0 or more")
+    parts = []
+    if mse_weight:
+        parts.append(mse_weight * delta_mse(delta, target, normalize=normalize))
+    if cosine_weight:
+        parts.append(cosine_weight * delta_cosine(delta, target))
+    if not parts:
+        raise ValueError("mse_weight and cosine_weight are both 0, expected one above 0")
+    return torch.stack(parts).sum()
+
+
+def tokens_mse(tokens: Tensor, target_tokens: Tensor) -> Tensor:
+    """Mean square error of Drag-and-Drop tokens, over the elements that the target has: its NaN are padding.
+
+    What a generator writes into the padding costs nothing and gets a gradient of zero, be it NaN.
+
+    Args:
+        tokens, target_tokens: (L, h, w) or (G, L, h, w).
+
+    Raises:
+        ValueError: a target that is NaN throughout, or as :func:`delta_mse`.
+    """
+    tokens, target_tokens = _checked_pair("tokens", tokens, target_tokens)
+    kept = ~target_tokens.isnan()
+    count = kept.sum()
+    if not is_symbolic(count) and not count:
+        raise ValueError("target_tokens is NaN throughout, expected padding around numbers")
+    # Safe with NaN: a difference passes gradients on unscaled, so the zeros of where() stay zeros.
+    return torch.where(kept, tokens - target_tokens, 0.0).square().sum() / count
+
+
+def tensors_mse(tensors: Mapping[str, Tensor], target_tensors: Mapping[str, Tensor]) -> Tensor:
+    """Mean square error of LoRA tensors, over all elements of all tensors.
+
+    Args:
+        tensors, target_tensors: {name: (r, in) or (out, r)}, or with G in front; names in any spelling that
+            :meth:`LoraSpec.bind` reads.
+
+    Raises:
+        ValueError: names that differ or fit nothing, no tensors, or, with its name, as :func:`delta_mse`.
+    """
+    pairs = _checked_pairs(tensors, target_tensors, same_shape=True)
+    total = torch.stack([(ours - theirs).square().sum() for ours, theirs in pairs.values()]).sum()
+    return total / sum(ours.numel() for ours, _ in pairs.values())
+
+
+def product_mse(
+    tensors: Mapping[str, Tensor],
+    target_tensors: Mapping[str, Tensor],
+    *,
+    spec: LoraSpec | None = None,
+    target_spec: LoraSpec | None = None,
+    normalize: bool = False,
+) -> Tensor:
+    """Mean square error of the weight updates ``ΔW = s · B A``, over all their elements.
+
+    Blind to the gauge: ``B M`` and ``M⁻¹ A`` are the same update. No ΔW is formed: the work and the memory are those
+    of (rank × rank) Gram matrices, in float64, so that little is lost where two updates are nearly
+    equal. Nothing is lost where their tensors are nearly equal as well.
+
+    Args:
+        tensors, target_tensors: {name: (r, in) or (out, r)}, or with G in front; the same modules in both. Their
+            ranks may differ.
+        spec: whose scaling, alpha / r, both updates have; by default 1.
+        target_spec: that of the target, where it is another.
+        normalize: ``Σ ‖ΔW − ΔW_target‖² / Σ ‖ΔW_target‖²``, summed over an adapter's modules, and the mean of that over
+            adapters. A target of zero has no length to divide by; there the divisor is its number of elements.
+
+    Raises:
+        ValueError: an A without its B or of another rank, a rank that is not the spec's, or as :func:`tensors_mse`.
+    """
+    pairs = _checked_pairs(tensors, target_tensors, same_shape=False)
+    specs = spec, target_spec if target_spec is not None else spec
+    errors, scales, size = [], [], 0
+    for layer, projection in {key[:2]: None for key in pairs}:
+        names = [peft_name(layer, projection, side) for side in "AB"]
+        for side, name in zip("AB", names, strict=True):
+            if (layer, projection, side) not in pairs:
+                raise ValueError(f"LoRA tensor {name!r} is missing, expected the A and the B of each module")
+        (A, target_A), (B, target_B) = (pairs[layer, projection, side] for side in "AB")
+        scalings = []
+        for a, b, its_spec in zip((A, target_A), (B, target_B), specs, strict=True):
+            rank, scaling = its_spec.rank_and_scaling(layer, projection) if its_spec else (a.shape[-2], 1.0)
+            if a.shape[-2] != rank or b.shape[-1] != rank:
+                shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
+                raise ValueError(f"LoRA tensors {names[0]!r} and its B have shapes {shapes}, expected rank {rank}")
+            scalings.append(scaling)
+        error, scale = _recomputed(_squared_distance, A, B, target_A, target_B, *scalings)
+        errors.append(error)
+        scales.append(scale)
+        size += A.shape[-1] * B.shape[-2]
+    error = torch.stack(errors).sum(0)  # () or (G,)
+    loss = (error / (_nonzero_or(torch.stack(scales).sum(0), size) if normalize else size)).mean()
+    return loss.to(next(iter(pairs.values()))[0].dtype)
+
+
+def _squared_distance(
+    A: Tensor, B: Tensor, target_A: Tensor, target_B: Tensor, scaling: float, target_scaling: float
+) -> tuple[Tensor, Tensor]:
+    """``‖s B A − s' B' A'‖²`` and ``‖s' B' A'‖²``, each () or (G,), in float64."""
+    A, B, target_A, target_B = A.double(), scaling * B.double(), target_A.double(), target_scaling * target_B.double()
+    if A.shape == target_A.shape:
+        # B A − B' A' = ½ (B − B') (A + A') + ½ (B + B') (A − A'): differences of the tensors are taken before they
+        # are multiplied, which cancels nothing where they are nearly equal, and is exactly 0 where they are equal.
+        left, right = torch.cat((B - target_B, B + target_B), -1), torch.cat((A + target_A, A - target_A), -2) / 2
+    else:
+        left, right = torch.cat((B, -target_B), -1), torch.cat((A, target_A), -2)
+    return _product_norm2(left, right).clamp(min=0), _product_norm2(target_B, target_A)
+
+
+def _product_norm2(left: Tensor, right: Tensor) -> Tensor:
+    """``‖L R‖² = tr(LᵀL · R Rᵀ)``: (…, out, R), (…, R, in) to (…)."""
+    return ((left.mT @ left) * (right @ right.mT)).sum((-2, -1))
+
+
+def _recomputed(function: Callable[..., tuple[Tensor, Tensor]], *arguments: Tensor | float) -> tuple[Tensor, Tensor]:
+    """The function's value; its float64 copies are made again for the gradient, instead of kept.
+
+    Not inside torch.func transforms, which take no hooks on saved tensors.
+    """
+    if any(isinstance(argument, Tensor) and is_symbolic(argument) for argument in arguments):
+        return function(*arguments)
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+
+def _nonzero_or(scale: Tensor, instead: int) -> Tensor:
+    """A divisor that is never zero: ``instead`` where the scale is."""
+    return torch.where(scale > torch.finfo(scale.dtype).tiny, scale, float(instead))
+
+
+def check_float(name: str, tensor: object) -> None:
+    """Raises ``ValueError`` unless ``tensor`` is a floating-point tensor."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} has dtype {tensor.dtype}, expected a floating-point dtype")
+
+
+def _checked_pair(name: str, ours: Tensor, theirs: Tensor, same_shape: bool = True) -> tuple[Tensor, Tensor]:
+    """Both in the dtype of the loss."""
+    for which, tensor in ((name, ours), (f"the target of {name}", theirs)):
+        check_float(which, tensor)
+        if not tensor.numel() or not tensor.dim():
+            raise ValueError(f"{which} has shape {tuple(tensor.shape)}, expected one dimension or more, none empty")
+    if same_shape and ours.shape != theirs.shape:
+        raise ValueError(f"{name} has shape {tuple(ours.shape)}, its target {tuple(theirs.shape)}: expected the same")
+    if ours.device != theirs.device:
+        raise ValueError(f"{name} is on {ours.device}, its target on {theirs.device}: expected the same")
+    dtype = accumulation_dtype(torch.promote_types(ours.dtype, theirs.dtype))
+    return ours.to(dtype), theirs.to(dtype)
+
+
+def _checked_pairs(
+    tensors: Mapping[str, Tensor], target_tensors: Mapping[str, Tensor], same_shape: bool
+) -> dict[tuple[int, str, str], tuple[Tensor, Tensor]]:
+    """{(layer, projection, side): (tensor, target)} after all checks; shapes may differ in rank at most."""
+    ours, theirs = (_by_place(given) for given in (tensors, target_tensors))
+    for place in ours | theirs:
+        if place not in ours or place not in theirs:
+            have, lack = ("tensors", "target_tensors") if place in ours else ("target_tensors", "tensors")
+            raise ValueError(f"LoRA tensor {peft_name(*place)!r} is in {have} and not in {lack}, expected both")
+    if not ours:
+        raise ValueError("tensors is empty, expected LoRA tensors")
+    pairs = {}
+    for place in ours:
+        name = f"LoRA tensor {peft_name(*place)!r}"
+        a, b = pairs[place] = _checked_pair(name, ours[place], theirs[place], same_shape)
+        free = -2 if place[2] == "A" else -1  # the rank's dimension
+        if a.dim() not in (2, 3) or a.dim() != b.dim() or _without(a, free) != _without(b, free):
+            shapes = f"{tuple(a.shape)}, its target {tuple(b.shape)}"
+            raise ValueError(f"{name} has shape {shapes}: expected two or three dimensions that differ in rank at most")
+    first = next(iter(pairs.values()))[0].shape
+    for place, (a, _) in pairs.items():
+        if a.shape[:-2] != first[:-2]:
+            shape = tuple(a.shape)
+            raise ValueError(f"LoRA tensor {peft_name(*place)!r} has shape {shape}, expected G as in {tuple(first)}")
+    return pairs
+
+
+def _without(tensor: Tensor, dimension: int) -> list[int]:
+    shape = list(tensor.shape)
+    del shape[dimension]
+    return shape
+
+
+def _by_place(tensors: Mapping[str, Tensor]) -> dict[tuple[int, str, str], Tensor]:
+    places: dict[tuple[int, str, str], Tensor] = {}
+    for name, tensor in tensors.items():
+        place = parse_name(name) if isinstance(name, str) else None
+        if place is None:
+            example = peft_name(0, "q_proj", "A")
+            raise ValueError(f"LoRA tensor {name!r} fits nothing; expected names such as {example!r}")
+        if place in places:
+            raise ValueError(f"LoRA tensor {name!r} is given twice, in two spellings")
+        places[place] = tensor
+    return places

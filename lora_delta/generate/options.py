@@ -1,0 +1,71 @@
+"""How a generator is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .fields import check_fields, option
+from .schedules import Schedule
+
+TERMS = ("weights", "delta")
+_NO_MATTER = ("checkpoint_every", "max_skipped_steps")  # to what comes out
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How to train.
+
+    Attributes:
+        batch_size: teachers in a micro-batch; a step has ``accumulate`` of them.
+        prompts_per_condition: how many of a teacher's prompts, drawn anew each time, make its condition.
+        delta_batch_size: the delta loss takes so many of a micro-batch, in every ``delta_every``-th step: it costs
+            a pass of the whole base model.
+        learning_rate, warmup_steps: of AdamW; a line up in the first steps, then a cosine down to a tenth.
+        clip: the gradient's norm, over all parameters, is cut to this.
+        losses: the weight of ``"weights"``, a mean squared error over tokens, and of ``"delta"``, by step.
+        mse_weight, cosine_weight: of the two parts of the delta loss, mean squared error and one minus the cosine:
+            see :func:`lora_delta.generate.losses.delta_loss`.
+        bf16: run the generator under autocast to bfloat16; its parameters stay float32.
+        checkpoint_every: steps between checkpoints, the last one aside.
+        max_skipped_steps: a step whose loss or gradient is not finite changes nothing; so many in a row end the run.
+
+    Raises:
+        ValueError: a value of another type, or out of its range; losses of other names, or all of weight 0.
+    """
+
+    steps: int = option(1000, least=1)
+    batch_size: int = option(16, least=1)
+    prompts_per_condition: int = option(1, least=1)
+    delta_batch_size: int = option(4, least=1)
+    delta_every: int = option(1, least=1)
+    accumulate: int = option(1, least=1)
+    learning_rate: float = option(1e-3, above=0, most=1)
+    warmup_steps: int = option(50, least=0)
+    weight_decay: float = option(0.01, least=0, most=1)
+    clip: float = option(1.0, above=0, most=1e9)
+    bf16: bool = False
+    seed: int = option(0, least=0, most=2**40)
+    checkpoint_every: int = option(200, least=1)
+    max_skipped_steps: int = option(10, least=1)
+    losses: Mapping[str, Schedule] = option(
+        lambda: {"weights": Schedule(1.0), "delta": Schedule(1.0, "linear", warmup_steps=100)}
+    )
+    mse_weight: float = option(1.0, least=0)
+    cosine_weight: float = option(1.0, least=0)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        unknown = sorted(set(self.losses) - set(TERMS))
+        if unknown or not self.losses:
+            raise ValueError(f"losses names {unknown or 'nothing'}, expected some of {TERMS}")
+        if not any(schedule.weight or schedule.start for schedule in self.losses.values()):
+            raise ValueError("losses are all of weight 0, expected one that is not")
+        if "delta" in self.losses and not self.mse_weight and not self.cosine_weight:
+            raise ValueError("mse_weight and cosine_weight are both 0, expected one above 0")
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What decides the outcome, as JSON holds it."""
+        return {name: value for name, value in asdict(self).items() if name not in _NO_MATTER}

@@ -1,0 +1,98 @@
+"""Files of prompts, and the names in them."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+
+from qwen_functional.files import parse_json, read_lines
+
+from ..files import UNFINISHED
+from ..probes.tokenization import check_text, shortened
+
+_MOST_BYTES = 1 << 32  # of a file
+_MOST_NAME_BYTES = 200  # of 255 that file systems take: a file that is being written has a longer name
+# Not in file names everywhere: separators, what Windows keeps for itself, control characters, half of a pair.
+_ODD = re.compile(r'[/\\:*?"<>|\x00-\x1f\x7f\ud800-\udfff]')
+_DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?", re.IGNORECASE)
+
+
+def read_prompts(
+    path: Path, key: str = "adapter", check_name: Callable[[str], None] | None = None
+) -> dict[str, list[str]]:
+    """{name: prompts} from JSON lines ``{key: name, "prompts": [...]}``, or from plain text, a prompt a line.
+
+    Plain lines are named ``prompt-0000`` and so on.
+
+    Args:
+        check_name: raises ``ValueError`` for a name that is off.
+
+    Raises:
+        ValueError: no such file, no prompts in it, or a line that is off, by its number.
+    """
+    numbered = [
+        (number, line)
+        for number, line in enumerate(read_lines(path, "prompts, one per line", _MOST_BYTES), 1)
+        if line.strip()
+    ]
+    if not numbered:
+        raise ValueError(f"{path} holds no prompts, expected one per line")
+    read: dict[str, list[str]] = {}
+    plain = not numbered[0][1].lstrip().startswith("{")
+    for number, line in numbered:
+        where = f"line {number} of {path}"
+        name, prompts = (f"prompt-{len(read):04d}", [line]) if plain else _entry(line, key, where)
+        if name in read:
+            raise ValueError(f"{where} names {shortened(name)} again, expected a new {key!r} in each line")
+        try:
+            if check_name is not None:
+                check_name(name)
+            for index, prompt in enumerate(prompts):
+                check_text(prompt, f"prompt {index}")
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        read[name] = prompts
+    return read
+
+
+def _entry(line: str, key: str, where: str) -> tuple[str, list[str]]:
+    expected = f'{{"{key}": a name, "prompts": [...]}}'
+    entry = parse_json(line, where, expected)
+    name, prompts = (entry.get(key), entry.get("prompts")) if isinstance(entry, dict) else (None, None)
+    if not isinstance(name, str) or not isinstance(prompts, list) or not prompts:
+        raise ValueError(f"{where} is {shortened(line)}, expected {expected}")
+    return name, prompts
+
+
+class FolderNames:
+    """Checks names that are to become folders beside each other, on any system; a call takes one."""
+
+    def __init__(self) -> None:
+        self._taken: dict[str, str] = {}
+
+    def __call__(self, name: str) -> None:
+        """Take a name.
+
+        Raises:
+            ValueError: it is empty, begins with a dot (``..`` does), ends with a dot or a blank, holds a separator or
+                another character that some system refuses, is too long or a device of Windows, or differs from one
+                before by upper and lower case or by how accents are written, of which some systems make one.
+        """
+        problem = None
+        if not name or name != name.strip() or name[0] == "." or name[-1] == "." or name.endswith(UNFINISHED):
+            problem = "a name that neither begins nor ends with a dot or a blank"
+        elif odd := _ODD.search(name):
+            problem = f"a name without {odd[0]!r}"
+        elif _DEVICES.fullmatch(name):
+            problem = "a name that is no device of Windows"
+        elif len(name.encode()) > _MOST_NAME_BYTES:
+            problem = f"a name of at most {_MOST_NAME_BYTES} bytes"
+        if problem is not None:
+            raise ValueError(f"{shortened(name)} names a folder, expected {problem}")
+        folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+        if folded in self._taken:
+            before = shortened(self._taken[folded])
+            raise ValueError(f"{shortened(name)} and {before} are one folder on some systems, expected others")
+        self._taken[folded] = name

@@ -1,0 +1,1 @@
+"""Folders of PEFT adapters, in and out, and the comparison of gradients with PEFT's own."""

@@ -1,0 +1,142 @@
+"""What a teacher says of a text's next tokens: its states, or the likeliest ones and their log-probabilities."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from qwen_functional.dtypes import accumulation_dtype
+
+from .files import replaces
+
+ROWS = 256  # of logits at a time
+_FORMAT = "lora-delta top-k 1"
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Of T tokens that follow each other.
+
+    Attributes:
+        indices: (T, k) integer, tokens.
+        log_probs: (T, k) float, at most 0: of the softmax over the whole vocabulary at that temperature.
+        temperature: by which logits were divided.
+    """
+
+    indices: Tensor
+    log_probs: Tensor
+    temperature: float = 1.0
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @classmethod
+    def of_states(cls, h: Tensor, weight: Tensor, k: int, temperature: float = 1.0) -> TopK:
+        """From hidden states (T, H) after the final norm and the lm_head (V, H); on the CPU, float32."""
+        indices, log_probs = [], []
+        for start in range(0, len(h), ROWS):
+            z = torch.mm(h[start : start + ROWS], weight.T).to(accumulation_dtype(h.dtype)).div_(temperature)
+            most = z.topk(k)
+            indices.append(most.indices.int().cpu())
+            log_probs.append((most.values - z.logsumexp(-1, keepdim=True)).clamp_(max=0).cpu())
+        return cls(torch.cat(indices), torch.cat(log_probs), temperature)
+
+    def split(self, lengths: Sequence[int]) -> list[TopK]:
+        """Several texts' own."""
+        parts = zip(self.indices.split(list(lengths)), self.log_probs.split(list(lengths)), strict=True)
+        return [TopK(indices, log_probs, self.temperature) for indices, log_probs in parts]
+
+    def check(self, n_tokens: int, vocab_size: int, name: str) -> None:
+        """Raises ``ValueError``, which says ``name``, where it is not of so many tokens of such a vocabulary."""
+        shape = tuple(self.indices.shape)
+        if len(shape) != 2 or shape[0] != n_tokens or tuple(self.log_probs.shape) != shape or not shape[1]:
+            found = f"indices {shape} and log_probs {tuple(self.log_probs.shape)}"
+            raise ValueError(f"{name} has {found}, expected ({n_tokens}, k) each, as the completion has tokens")
+        if self.indices.is_floating_point() or self.indices.dtype == torch.bool:
+            raise ValueError(f"{name} has indices of {self.indices.dtype}, expected integers")
+        low, high = int(self.indices.min()), int(self.indices.max())
+        if low < 0 or high >= vocab_size:
+            bad = low if low < 0 else high
+            raise ValueError(f"{name} names token {bad}, expected 0 to {vocab_size - 1}: is it of another tokenizer?")
+        # −inf is a probability of 0; NaN is nothing.
+        if bool(self.log_probs.isnan().any()) or float(self.log_probs.max()) > 0:
+            raise ValueError(f"{name} has log_probs up to {float(self.log_probs.max()):.3g}, expected at most 0")
+        if not self.temperature > 0:
+            raise ValueError(f"{name} has temperature {self.temperature!r}, expected above 0")
+
+
+@dataclass(frozen=True)
+class States:
+    """Of T tokens that follow each other, the states from which the model's own head makes the whole distribution.
+
+    Attributes:
+        states: (T, H), after the final norm.
+        temperature: by which logits are divided.
+    """
+
+    states: Tensor
+    temperature: float = 1.0
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def check(self, n_tokens: int, hidden_size: int, name: str) -> None:
+        """Raises ``ValueError``, which says ``name``, where it is not of so many tokens of such a model."""
+        if tuple(self.states.shape) != (n_tokens, hidden_size):
+            shape = tuple(self.states.shape)
+            raise ValueError(f"{name} has states {shape}, expected {(n_tokens, hidden_size)}, as the completion")
+        if not self.temperature > 0:
+            raise ValueError(f"{name} has temperature {self.temperature!r}, expected above 0")
+
+
+def save_top_k(path: str | Path, texts: Sequence[TopK], vocab_size: int) -> None:
+    """Write what a teacher says of some texts to one file, whole or not at all: safetensors, float16 and int32.
+
+    Raises:
+        ValueError: no texts, or of different k or temperature.
+    """
+    kinds = {(one.indices.shape[1], one.temperature) for one in texts}
+    if len(kinds) != 1:
+        raise ValueError(f"texts are of (k, temperature) {sorted(kinds)}, expected one")
+    ((_, temperature),) = kinds
+    tensors = {
+        "indices": torch.cat([one.indices.int() for one in texts]).cpu(),
+        "log_probs": torch.cat([one.log_probs.half() for one in texts]).cpu(),
+        "lengths": torch.tensor([len(one) for one in texts], dtype=torch.int64),
+    }
+    facts = {"format": _FORMAT, "temperature": json.dumps(temperature), "vocab_size": str(vocab_size)}
+    with replaces(Path(path)) as unfinished:
+        unfinished.write_bytes(save(tensors, metadata=facts))
+
+
+def load_top_k(path: str | Path, vocab_size: int | None = None) -> list[TopK]:
+    """What :func:`save_top_k` wrote, text by text, in float32.
+
+    Raises:
+        ValueError: no such file, another one, or one of another vocabulary than ``vocab_size``; what it holds is not
+            what a teacher says.
+    """
+    if not Path(path).is_file():  # a pipe may never open
+        raise ValueError(f"{path} is not a file, expected one of a teacher's log-probabilities")
+    try:
+        with safe_open(str(path), "pt") as file:
+            facts = file.metadata() or {}
+            if facts.get("format") != _FORMAT:
+                raise ValueError(f"its format is {facts.get('format')!r:.100}, expected {_FORMAT!r}")
+            size, temperature = int(facts["vocab_size"]), float(facts["temperature"])
+            indices, log_probs, lengths = (file.get_tensor(name) for name in ("indices", "log_probs", "lengths"))
+        if vocab_size not in (None, size):
+            raise ValueError(f"it is of a vocabulary of {size}, expected {vocab_size} as the model")
+        whole = TopK(indices, log_probs.float(), temperature)
+        whole.check(int(lengths.sum()), size, "it")
+        return whole.split(lengths.tolist())
+    except Exception as error:  # whatever garbage leads the library to
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path} is no file of a teacher's log-probabilities: {reason}") from error

@@ -1,0 +1,204 @@
+"""What is made of the hidden states that are read out, with its vjp. The engine's way back starts here.
+
+A head says which tokens it reads and after which blocks; a plan binds it to the rows that it reads for all its heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .dtypes import accumulation_dtype
+from .ops.lm_head import StateTargets, Targets, lm_head_divergence, lm_head_loss
+from .ops.rmsnorm import rmsnorm, rmsnorm_vjp
+from .packing import PackedTokens, check_ids
+
+if TYPE_CHECKING:
+    from .plan import Plan
+
+
+class Head(Protocol):
+    """A function of hidden states.
+
+    Attributes:
+        layer: after which blocks it reads; as for :func:`forward_vjp`.
+    """
+
+    @property
+    def layer(self) -> int | Sequence[int]: ...
+
+    def reads(self, tokens: PackedTokens, index: int) -> Tensor:
+        """The nodes (P,) that it reads of a row: that of adapter ``index``, or the one of all adapters."""
+
+    def bind(self, plan: Plan, row_of: Tensor) -> Bound:
+        """The head of a plan; ``row_of`` (P,) or (ΣP,): which of all rows that are read out each of its reads is."""
+
+
+class Bound(Protocol):
+    """A head of a plan."""
+
+    def __call__(self, states: dict[int, Tensor], keep: bool) -> tuple[Tensor, Any]:
+        """The value, and with ``keep`` what the vjp needs.
+
+        ``states``: {layer: (G or 1, R, H)}, the residual stream at the rows that are read, of each block that a head
+        reads and of the top one; (1, ΣR, H) where each adapter has texts of its own.
+        """
+
+    def vjp(self, cotangent: Tensor, kept: Any) -> dict[int, Tensor]:
+        """{layer: cotangent (G, R, H) of the residual stream}."""
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """The hidden states themselves: after some blocks, and (−1) after the final norm.
+
+    Its value is (G, P, H), or (G, layers, P, H) for a sequence of layers; where each adapter has texts of its own (ΣP,
+    H) or (layers, ΣP, H), those of one adapter after the other's.
+
+    Args:
+        layer, read: as for :func:`forward_vjp`.
+    """
+
+    layer: int | Sequence[int] = -1
+    read: str = "last"
+
+    def reads(self, tokens: PackedTokens, index: int) -> Tensor:
+        return tokens.reads(self.read)
+
+    def bind(self, plan: Plan, row_of: Tensor) -> Bound:
+        return _BoundHidden(self, plan, row_of)
+
+
+class _BoundHidden:
+    def __init__(self, head: Hidden, plan: Plan, row_of: Tensor) -> None:
+        self.single = isinstance(head.layer, int)
+        self.layers: tuple[int, ...] = (head.layer,) if isinstance(head.layer, int) else tuple(head.layer)
+        self.row_of, self.top, self.own_texts = row_of, plan.top, plan.own_texts
+        self.n_adapters = 1 if plan.own_texts else plan.n_adapters
+        self.norm, self.eps = plan.weights.norm, plan.config.rms_norm_eps
+
+    def __call__(self, states: dict[int, Tensor], keep: bool) -> tuple[Tensor, Any]:
+        top = states[self.top]
+        values = [rmsnorm(top, self.norm, self.eps)[0] if layer == -1 else states[layer] for layer in self.layers]
+        value = torch.stack([one[:, self.row_of].expand(self.n_adapters, -1, -1) for one in values], dim=1)
+        value = value[0] if self.own_texts else value
+        return value.squeeze(-3) if self.single else value, top
+
+    def vjp(self, cotangent: Tensor, top: Tensor) -> dict[int, Tensor]:
+        cotangent = cotangent.unsqueeze(-3) if self.single else cotangent
+        cotangent = cotangent[None] if self.own_texts else cotangent
+        # Sequences may end at the same node: sum what they send back.
+        shape = (*cotangent.shape[:2], top.shape[1], cotangent.shape[3])
+        d_read = torch.zeros(shape, dtype=top.dtype, device=top.device)
+        if d_read.is_cuda:  # index_add_ adds in any order there
+            to_row = torch.arange(shape[2], device=self.row_of.device)[:, None] == self.row_of
+            d_read = to_row.to(d_read.dtype) @ cotangent.to(d_read)
+        else:
+            d_read.index_add_(2, self.row_of, cotangent.to(d_read))
+        below: dict[int, Tensor] = {}
+        for index, layer in enumerate(self.layers):
+            d, at = d_read[:, index].contiguous(), layer  # as kernels read it
+            if layer == -1:
+                rstd = rmsnorm(top, self.norm, self.eps)[1]
+                d, at = rmsnorm_vjp(d, top, self.norm, rstd), self.top
+            below[at] = below[at] + d if at in below else d
+        return below
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """The language model's loss of tokens that are known, or of a distribution over the next ones.
+
+    Its value is (G,): for each adapter the sum over its targets of weight times loss, see :class:`Targets`, or
+    :class:`StateTargets` for what a teacher's states say; float32, or float64 for float64 weights. Logits are made for
+    the rows that have a target, a few at a time, and never kept.
+
+    Args:
+        targets: of each adapter, or one of all adapters where they have the same texts; all of one kind.
+        label_smoothing: ε of the loss ``(1 − ε) · cross-entropy + ε · mean over the vocabulary of −log p``; not for
+            what a teacher's states say.
+        temperature: by which logits are divided.
+    """
+
+    targets: Sequence[Targets] | Sequence[StateTargets]
+    label_smoothing: float = 0.0
+    temperature: float = 1.0
+    layer: int = -1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing is {self.label_smoothing!r}, expected from 0 to below 1")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature is {self.temperature!r}, expected above 0")
+
+    def reads(self, tokens: PackedTokens, index: int) -> Tensor:
+        if index >= len(self.targets):
+            raise ValueError(f"there are {len(self.targets)} targets, expected those of each row of tokens")
+        rows = self.targets[index].rows
+        if not len(rows) or int(rows.min()) < 0 or int(rows.max()) >= len(tokens):
+            what = f"{int(rows.min())} to {int(rows.max())}" if len(rows) else "none"
+            raise ValueError(f"targets {index} are of rows {what}, expected some of 0 to {len(tokens) - 1}")
+        return rows
+
+    def bind(self, plan: Plan, row_of: Tensor) -> Bound:
+        return _BoundTokenLoss(self, plan, row_of)
+
+
+class _BoundTokenLoss:
+    def __init__(self, head: TokenLoss, plan: Plan, row_of: Tensor) -> None:
+        if plan.weights.lm_head is None:
+            raise ValueError("weights have no lm_head, which a loss needs; expected load_pretrained with lm_head=True")
+        n = plan.n_adapters if plan.own_texts else 1
+        if len(head.targets) != n:
+            raise ValueError(f"there are {len(head.targets)} targets, expected {n}, one for each row of tokens")
+        n_rows = sum(len(tables.rows) for tables in plan.tables)
+        adapters = torch.arange(n).repeat_interleave(torch.tensor([len(one.rows) for one in head.targets]))
+        kind: Any = type(head.targets[0])
+        rows, targets = row_of.cpu(), kind.joined(head.targets)
+        if not plan.own_texts:  # the same for each adapter
+            n = plan.n_adapters
+            adapters = torch.arange(n).repeat_interleave(len(rows))
+            rows = (rows + n_rows * torch.arange(n)[:, None]).flatten()
+            targets = kind.joined([targets] * n)
+        config, weights = plan.config, plan.weights
+        if kind is Targets:
+            check_ids(targets.indices, config.vocab_size)
+        elif head.label_smoothing:
+            smoothing = head.label_smoothing
+            raise ValueError(f"label_smoothing is {smoothing!r}, expected 0 for what a teacher's states say")
+        self.head, self.weights, self.eps, self.top = head, weights, config.rms_norm_eps, plan.top
+        self.n_adapters = plan.n_adapters
+        self.widen = 1 if plan.own_texts else plan.n_adapters
+        self.n_rows, self.adapters = n_rows, adapters.to(weights.device)
+        self.targets = targets.at(rows).to(weights.device)
+        of_row = torch.zeros(n_rows * self.widen, dtype=torch.int64, device=weights.device)
+        of_row[self.targets.rows] = self.adapters
+        self.adapter_of_row = of_row
+
+    def __call__(self, states: dict[int, Tensor], keep: bool) -> tuple[Tensor, Any]:
+        top, weights = states[self.top], self.weights
+        normed, rstd = rmsnorm(top, weights.norm, self.eps)
+        h = normed.expand(self.widen, -1, -1).reshape(-1, top.shape[2]).to(weights.compute_dtype)
+        matrix = weights.lm_head
+        assert matrix is not None
+        E = matrix.to(weights.compute_dtype)
+        temperature = self.head.temperature
+        if isinstance(self.targets, StateTargets):
+            losses, dh = lm_head_divergence(h, E, self.targets, temperature=temperature, keep=keep)
+        else:
+            smoothing = self.head.label_smoothing
+            losses, dh = lm_head_loss(
+                h, E, self.targets, label_smoothing=smoothing, temperature=temperature, keep=keep
+            )
+        value = torch.zeros(self.n_adapters, dtype=accumulation_dtype(h.dtype), device=h.device)
+        value.index_add_(0, self.adapters, losses.to(value.dtype))
+        return value, (top, rstd, dh) if keep else None
+
+    def vjp(self, cotangent: Tensor, kept: Any) -> dict[int, Tensor]:
+        top, rstd, dh = kept
+        d = (dh * cotangent.to(dh.dtype)[self.adapter_of_row, None]).view(self.widen, self.n_rows, -1)
+        return {self.top: rmsnorm_vjp(d.to(top.dtype), top, self.weights.norm, rstd)}

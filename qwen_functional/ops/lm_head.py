@@ -1,0 +1,218 @@
+"""The language model's loss of the rows that have a target, through a frozen head, and its gradient in one pass.
+
+For logits z = h Eᵀ / τ, ``loss = c + m · logsumexp(z) − Σ p z``: cross-entropy where p is one for the right token, and
+KL(p ‖ softmax(z)) with c = Σ p log p and the mass m = Σ p where p is a distribution, or its largest probabilities. The
+gradient is ``dz = m · softmax(z) − p``, and ``dh = dz E / τ``. Logits of a few rows are made at a time and written over
+by dz: no (rows, vocabulary) tensor is ever whole, and what is held besides h and dh does not grow with the rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..dtypes import accumulation_dtype
+
+ROWS = 256  # at a time: enough for a GEMM
+# Of logits that are looked at together, on a CPU: they are in a cache from the first pass over them to the last.
+_CACHED = 1 << 20
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What rows should predict: T targets, each of a row, several of one row where a text goes on in several ways.
+
+    Attributes:
+        rows: (T,) int64, the row, or the node, of each.
+        indices: (T, k) int64, tokens.
+        probs: (T, k) float, their probabilities: 1 for the one token that follows, or those of a teacher. What is left
+            out of a teacher's does not count.
+        weights: (T,) float, at least 0: by which each loss is multiplied.
+    """
+
+    rows: Tensor
+    indices: Tensor
+    probs: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of_tokens(cls, rows: Tensor, tokens: Tensor, weights: Tensor) -> Targets:
+        """Of the one token (T,) that follows each row: cross-entropy."""
+        return cls(rows, tokens[:, None], torch.ones(len(tokens), 1, dtype=torch.float64), weights)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Targets]) -> Targets:
+        """One after the other; of fewer tokens padded by ones of probability 0."""
+        k = max((part.indices.shape[1] for part in parts), default=1)
+
+        def wide(tensor: Tensor) -> Tensor:
+            return torch.nn.functional.pad(tensor, (0, k - tensor.shape[1]))
+
+        return cls(
+            torch.cat([part.rows for part in parts]),
+            torch.cat([wide(part.indices) for part in parts]),
+            torch.cat([wide(part.probs) for part in parts]),
+            torch.cat([part.weights for part in parts]),
+        )
+
+    def at(self, rows: Tensor) -> Targets:
+        """The same of other rows."""
+        return replace(self, rows=rows)
+
+    def to(self, device: torch.device) -> Targets:
+        return Targets(*(t.to(device) for t in (self.rows, self.indices, self.probs, self.weights)))
+
+
+@dataclass(frozen=True)
+class StateTargets:
+    """What rows should predict, as a teacher's own states say it: T targets, each of a row.
+
+    Attributes:
+        rows: (T,) int64, the row, or the node, of each.
+        states: (T, H), the teacher's hidden states after the final norm, from which the same head makes its logits.
+        weights: (T,) float, at least 0: by which each loss is multiplied.
+    """
+
+    rows: Tensor
+    states: Tensor
+    weights: Tensor
+
+    @classmethod
+    def joined(cls, parts: Sequence[StateTargets]) -> StateTargets:
+        """One after the other."""
+        each = zip(*((part.rows, part.states, part.weights) for part in parts), strict=True)
+        return cls(*(torch.cat(tensors) for tensors in each))
+
+    def at(self, rows: Tensor) -> StateTargets:
+        """The same of other rows."""
+        return replace(self, rows=rows)
+
+    def to(self, device: torch.device) -> StateTargets:
+        return StateTargets(self.rows.to(device), self.states.to(device), self.weights.to(device))
+
+
+def lm_head_divergence(
+    h: Tensor, weight: Tensor, targets: StateTargets, *, temperature: float = 1.0, keep: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """The weighted KL(teacher ‖ softmax(h Eᵀ / τ)) of each target over the whole vocabulary; as :func:`lm_head_loss`.
+
+    Neither's logits are kept: those of a few targets are made at a time, of both.
+    """
+    dtype = accumulation_dtype(h.dtype)
+    weights = targets.weights.to(dtype)
+    losses = torch.empty(len(targets.rows), dtype=dtype, device=h.device)
+    dh = torch.zeros(h.shape, dtype=dtype, device=h.device) if keep else None
+    size = min(max(1, ROWS // 2), len(losses))
+    own, theirs = (h.new_empty(size, len(weight)) for _ in range(2))
+    for start in range(0, len(losses), size):
+        chunk = slice(start, min(start + size, len(losses)))
+        rows = targets.rows[chunk]
+        z = torch.mm(h[rows], weight.T, out=own[: len(rows)])
+        t = torch.mm(targets.states[chunk].to(h.dtype), weight.T, out=theirs[: len(rows)])
+        for first in range(0, len(rows), _step(z)):
+            few = slice(first, min(first + _step(z), len(rows)))
+            log_p, log_q = (logits[few].to(dtype).div_(temperature).log_softmax(-1) for logits in (t, z))
+            p = log_p.exp()
+            losses[start + few.start : start + few.stop] = (p * (log_p - log_q)).sum(-1)
+            if dh is not None:
+                z[few] = log_q.exp_().sub_(p)
+        if dh is not None:
+            d = torch.mm(z, weight).to(dtype) * (weights[chunk] / temperature)[:, None]
+            dh.index_add_(0, rows, d)
+    return losses * weights, dh
+
+
+def lm_head_loss(
+    h: Tensor,
+    weight: Tensor,
+    targets: Targets,
+    *,
+    label_smoothing: float = 0.0,
+    temperature: float = 1.0,
+    keep: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """The weighted loss of each target, and the gradient of their sum.
+
+    Args:
+        h: (R, H), in the dtype of the products; targets name its rows.
+        weight: (V, H), the head.
+        label_smoothing: ε: p becomes (1 − ε) p + ε m / V.
+        keep: whether the gradient is wanted.
+
+    Returns:
+        losses (T,), and dh (R, H), both float32 (float64 for float64); None for dh without ``keep``.
+    """
+    dtype = accumulation_dtype(h.dtype)
+    rows, order = targets.rows.sort(stable=True)
+    indices, probs, weights = targets.indices[order], targets.probs[order].to(dtype), targets.weights[order].to(dtype)
+    mass, entropy = probs.sum(1), torch.special.xlogy(probs, probs).sum(1)
+    kept, mean = 1 - label_smoothing, weight.mean(0, dtype=dtype) if label_smoothing else None
+    present, counts = rows.unique_consecutive(return_counts=True)
+    local = torch.arange(len(present), device=rows.device).repeat_interleave(counts)
+    of_row = torch.zeros(len(present), dtype=dtype, device=h.device).index_add_(0, local, weights * mass)
+    losses = torch.empty(len(rows), dtype=dtype, device=h.device)
+    dh = torch.zeros(h.shape, dtype=dtype, device=h.device) if keep else None
+    ends = torch.cat((counts.new_zeros(1), counts.cumsum(0))).tolist()
+    buffer = h.new_empty(min(ROWS, len(present)), len(weight))
+    for start in range(0, len(present), ROWS):
+        chunk = slice(start, min(start + ROWS, len(present)))
+        own = slice(ends[chunk.start], ends[chunk.stop])  # the chunk's targets
+        at, tokens = local[own] - start, indices[own]
+        read = h[present[chunk]]
+        z = torch.mm(read, weight.T, out=buffer[: len(read)])
+        if temperature != 1:
+            z.mul_(1 / temperature)
+        asked = z[at[:, None], tokens].to(dtype)
+        most, log_sum = _softmax_(z) if keep else _log_sum(z)
+        asked -= most[at][:, None]  # measured from the largest: where the model is sure, little is left to rounding
+        loss = entropy[own] + mass[own] * log_sum[at] - kept * (probs[own] * asked).sum(1)
+        if mean is not None:
+            loss -= label_smoothing * mass[own] * ((read.to(dtype) @ mean) / temperature - most)[at]
+        losses[own] = loss * weights[own]
+        if dh is None:
+            continue
+        # Each row's dz over its weight of softmax. A token's own entry is softmax − p in full precision: where the two
+        # are nearly equal, of a narrow dtype nothing would be left.
+        share = weights[own, None] * probs[own] * kept / of_row[chunk][at][:, None].clamp(min=torch.finfo(dtype).tiny)
+        where, place = (at[:, None] * len(weight) + tokens).flatten().unique(return_inverse=True)
+        taken = torch.zeros(len(where), dtype=dtype, device=h.device).index_add_(0, place, share.flatten())
+        softmax = torch.empty_like(taken)
+        softmax[place] = (asked - log_sum[at][:, None]).exp_().flatten()  # the same wherever a token is named twice
+        z.view(-1)[where] = (softmax - taken).to(z.dtype)
+        d = torch.mm(z, weight).to(dtype)
+        if mean is not None:
+            d -= label_smoothing * mean
+        dh[present[chunk]] = d * (of_row[chunk] / temperature)[:, None]
+    back = torch.empty_like(losses)
+    back[order] = losses
+    return back, dh
+
+
+def _softmax_(z: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax in place of (n, V), and what :func:`_log_sum` gives; computed in the accumulation dtype."""
+    parts, step = [], _step(z)
+    for start in range(0, len(z), step):
+        part = z[start : start + step]
+        wide = part.to(accumulation_dtype(z.dtype))
+        softmax = wide.softmax(-1)
+        parts.append((wide.amax(-1), -softmax.amax(-1).log()))  # the largest probability is one over the sum
+        part.copy_(softmax)
+    return torch.cat([most for most, _ in parts]), torch.cat([log_sum for _, log_sum in parts])
+
+
+def _log_sum(z: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest entry of each row (n,), and the logarithm of the sum of exp of all less it."""
+    step, parts = _step(z), []
+    for start in range(0, len(z), step):
+        wide = z[start : start + step].to(accumulation_dtype(z.dtype))
+        most = wide.amax(-1)
+        parts.append((most, (wide - most[:, None]).exp_().sum(-1).log()))
+    return torch.cat([most for most, _ in parts]), torch.cat([log_sum for _, log_sum in parts])
+
+
+def _step(z: Tensor) -> int:
+    return max(1, math.ceil(_CACHED / z.shape[1] / 4)) if z.device.type == "cpu" else len(z)

@@ -1,0 +1,99 @@
+"""What a block needs to know of a packed row: tables on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import Qwen2Config
+from .ops.rope import rope_tables
+from .packing import AttentionTile, PackedTokens
+
+
+@dataclass(frozen=True)
+class Row:
+    """The row as one block sees it: rope tables, who attends to whom, and which rows to go on with.
+
+    ``rows`` None is all S; else the (R,) nodes that are read out, and the block computes o_proj and MLP for them alone.
+    ``tiles`` are of those queries, and empty on a backend that attends by ``end``.
+    """
+
+    q_rope: tuple[Tensor, Tensor]  # cos, sin (S or R, 1, head_dim/2), times 1/sqrt(head_dim)
+    k_rope: tuple[Tensor, Tensor]  # cos, sin (S, head_dim/2)
+    tiles: Sequence[AttentionTile]
+    rows: Tensor | None
+    end: Tensor  # (S,) int32, one past each node's subtree
+    nodes: Tensor  # (S,) int32, 0 to S - 1
+    positions: Tensor  # (S,) int32
+    window: int | None
+
+
+class Tables:
+    """A packed row on the device.
+
+    Args:
+        tokens: the row.
+        read: (R,) the nodes that are read out, ascending.
+        top: the highest block that is computed; with ``apart`` it goes on with the nodes that are read out alone.
+        dtype: of the rope tables.
+        by_tile: whether attention is cut into tiles, else it goes by ``end``.
+
+    Attributes:
+        ids: (S,) int64.
+        rows: ``read`` on the device.
+        row_at: by layer.
+    """
+
+    def __init__(
+        self,
+        config: Qwen2Config,
+        tokens: PackedTokens,
+        read: Tensor,
+        top: int,
+        *,
+        apart: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        by_tile: bool,
+    ) -> None:
+        self._config, self._top, self._apart, self._by_tile = config, top, apart, by_tile
+        self.rows, self.ids = read.to(device), tokens.input_ids.to(device)
+        self.end = tokens.end.to(torch.int32).to(device)
+        self.positions = tokens.positions.to(torch.int32).to(device)
+        self.nodes = torch.arange(len(tokens), dtype=torch.int32, device=device)
+        self.rope = rope_tables(config, tokens.positions, dtype, device)
+        cos, sin = (table * config.head_dim**-0.5 for table in self.rope)
+        self.q_rope = cos[:, None], sin[:, None]
+        self._see(tokens, read)
+
+    def _see(self, tokens: PackedTokens, read: Tensor) -> None:
+        """The row as each layer sees it: all of it by sliding window, and in the top block the read-out nodes alone."""
+        windows: dict[int | None, Row] = {}
+
+        def row(window: int | None, at: Tensor | None) -> Row:
+            tiles: list[AttentionTile] = []
+            if self._by_tile:
+                made = tokens.tiles(window) if at is None else tokens.readout_tiles(at, window)
+                tiles = [tile.to(self.ids.device) for tile in made]
+            rows = None if at is None else self.rows
+            cos, sin = self.q_rope if at is None else (table[self.rows] for table in self.q_rope)
+            return Row((cos, sin), self.rope, tiles, rows, self.end, self.nodes, self.positions, window)
+
+        for layer in range(self._top):
+            window = self._config.window(layer)
+            if window not in windows:
+                windows[window] = row(window, None)
+        top = row(self._config.window(self._top), read if self._apart else None)
+        self.row_at = [*(windows[self._config.window(layer)] for layer in range(self._top)), top]
+
+    def fill(self, made: Tables, tokens: PackedTokens, read: Tensor) -> None:
+        """Take the values of tables of the same sizes into the tensors that are here: what was captured reads these."""
+        for old, new in zip(self.tensors(), made.tensors(), strict=True):
+            old.copy_(new)
+        self._see(tokens, read)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.ids, self.end, self.positions, self.nodes, self.rows, *self.rope, *self.q_rope

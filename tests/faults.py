@@ -1,0 +1,265 @@
+"""``label``, ``train`` and ``generate`` under kill -9, signals, disks that fail and files that a power cut has left.
+
+    python tests/faults.py --times 50 --seed 0     # prints what happened, how often, and what was wrong
+
+Each trial is a command in a forked process that something happens to, at a moment drawn from the trial's seed; then the
+same command again, undisturbed. What it leaves must be, bit for bit, what a command leaves to which nothing happened.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+from fault_bench import Bench, Command, Fault, Process, contents
+
+
+@dataclass
+class Count:
+    """What happened in the trials of a scenario, and what was wrong, each with its seed."""
+
+    happened: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+
+
+def _raises(number: int) -> Callable[[], object]:
+    def raises() -> None:
+        raise OSError(number, os.strerror(number))
+
+    return raises
+
+
+def _dies() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+# Scenarios. Each is given a bench, a command's name, a folder and what it draws from; it returns what happened. What is
+# wrong is raised, as a Wrong.
+
+
+class Wrong(Exception):
+    """Something that must not be."""
+
+
+def _signalled(command: Command, folder: Path, chance: Random, number: int) -> tuple[int, str]:
+    """Run a command that gets a signal, at some time or right before some change to the folder."""
+    if chance.random() < 0.5:
+        fault = Fault(folder / command.out, chance.randrange(command.changes), lambda: os.kill(os.getpid(), number))
+        return Process(command.arguments(folder), folder / "said", fault).end()
+    process = Process(command.arguments(folder), folder / "said")
+    time.sleep(chance.uniform(0.05, 1) * command.seconds)
+    process.send(number)
+    return process.end()
+
+
+def kill(bench: Bench, name: str, folder: Path, chance: Random) -> str:
+    """kill -9 at some time, or right before some change to the folder, up to three times."""
+    command = bench.commands[name]
+    ended = [_signalled(command, folder, chance, signal.SIGKILL)[0] for _ in range(chance.choice((1, 1, 2, 3)))]
+    if set(ended) - {0, -signal.SIGKILL}:
+        raise Wrong(f"ended with {ended}: {(folder / 'said').read_text()[-400:]}")
+    return f"killed {sum(status != 0 for status in ended)} times"
+
+
+def interrupt(bench: Bench, name: str, folder: Path, chance: Random) -> str:
+    """Ctrl-C or SIGTERM at some time: exit 130 or 143, a line, and all steps that were made are saved."""
+    command = bench.commands[name]
+    number, status = chance.choice(((signal.SIGINT, 130), (signal.SIGTERM, 143)))
+    ended, said = _signalled(command, folder, chance, number)
+    unheard = ended == -signal.SIGTERM and not (folder / command.out).exists()  # before the command began
+    if (ended not in (0, status) and not unheard) or "Traceback" in said:
+        raise Wrong(f"{number.name}: ended with {ended}: {said[-400:]}")
+    checkpoint = folder / command.out / "checkpoint.pt"
+    metrics = folder / command.out / "metrics.jsonl"
+    if name == "train" and metrics.exists():
+        made = len(metrics.read_text().splitlines())
+        saved = torch.load(checkpoint, weights_only=True)["progress"]["steps"] if checkpoint.exists() else 0
+        if made != saved:
+            raise Wrong(f"{number.name}: {made} steps were made and {saved} are saved")
+    return f"{number.name}, {'in time' if ended else 'too late'}"
+
+
+def failing_disk(bench: Bench, name: str, folder: Path, chance: Random) -> str:
+    """From some change on the disk is full or can only be read: a line and exit 2, and nothing is lost."""
+    command = bench.commands[name]
+    number = chance.choice((errno.ENOSPC, errno.EROFS, errno.EIO))
+    fault = Fault(folder / command.out, chance.randrange(command.changes), _raises(number), stays=True)
+    ended, said = Process(command.arguments(folder), folder / "said", fault).end()
+    _check_refusal(name, ended, said, os.strerror(number))
+    return f"{errno.errorcode[number]}, exit {ended}"
+
+
+def full_disk(bench: Bench, name: str, folder: Path, chance: Random) -> str:
+    """A file system that has room for a part of what is written, and more later."""
+    command = bench.commands[name]
+    size = sum(path.stat().st_size for path in (bench.reference / command.out).rglob("*"))
+    out = folder / command.out
+    out.mkdir()
+    room = (1 + int(size * chance.random()) // 4096) * 4096
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", out], capture_output=True)
+    if mounted.returncode:
+        return "nothing: this system lets us mount nothing"
+    try:
+        ended, said = Process(command.arguments(folder), folder / "said").end()
+        shutil.copytree(out, folder / "kept")
+    finally:
+        subprocess.run(["umount", out], check=True)
+    _check_refusal(name, ended, said, "")
+    out.rmdir()
+    (folder / "kept").rename(out)
+    return f"exit {ended}"
+
+
+def _check_refusal(name: str, ended: int, said: str, words: str) -> None:
+    lines = said.splitlines()
+    clear = len(lines) == 1 and lines[0].startswith(f"lora-delta {name}: ") and words in said
+    if ended and not (ended == 2 and clear):
+        raise Wrong(f"ended with {ended}: {said[-400:]}")
+
+
+def two_writers(bench: Bench, name: str, folder: Path, chance: Random) -> str:
+    """A second one while the first is at work: it is refused in a line, and the first one is not disturbed."""
+    command = bench.commands[name]
+    stop = Fault(
+        folder / command.out, chance.randrange(2, command.changes - 2), lambda: os.kill(os.getpid(), signal.SIGSTOP)
+    )
+    first = Process(command.arguments(folder), folder / "first", stop)
+    os.waitid(os.P_PID, first.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+    ended, said = Process(command.arguments(folder), folder / "said").end()
+    first.send(signal.SIGCONT)
+    first_ended, first_said = first.end()
+    if ended != 2 or len(said.splitlines()) != 1 or "in use" not in said:
+        raise Wrong(f"the second one ended with {ended}: {said[-400:]}")
+    if first_ended:
+        raise Wrong(f"the first one ended with {first_ended}: {first_said[-400:]}")
+    if wrong := bench.differs(name, folder / command.out):
+        raise Wrong(f"after the first one: {wrong}")
+    return "the second one was refused"
+
+
+def power_cut(bench: Bench, name: str, folder: Path, chance: Random) -> str:
+    """Killed, and then a file is empty, half, gone, or has lines too many: mended, or a line that names it."""
+    command, out = bench.commands[name], folder / bench.commands[name].out
+    fault = Fault(out, chance.randrange(command.changes // 2, command.changes), _dies)
+    Process(command.arguments(folder), folder / "said", fault).end()
+    files = sorted(path for path in out.rglob("*") if path.is_file() and path.name != ".lock")
+    if not files:
+        return "nothing was there"
+    file = chance.choice(files)
+    data, how = file.read_bytes(), chance.choice(("empty", "half", "gone", "longer"))
+    if how == "longer" and file.suffix != ".jsonl":
+        how = "half"
+    file.unlink()  # it may have another name besides
+    match how:
+        case "empty":
+            file.write_bytes(b"")
+        case "half":
+            file.write_bytes(data[: chance.randrange(len(data) or 1)])
+        case "longer":
+            lines = data.splitlines(keepends=True)
+            file.write_bytes(data + b"".join(lines[-chance.randrange(1, 3) :]) + chance.choice((b"", b'{"step": 9')))
+    what = "generated file" if name == "generate" else _generic(file.relative_to(out))
+    before = contents(out)
+    ended, said = Process(command.arguments(folder), folder / "said").end()
+    if ended == 0:
+        lines_are_lost = file.name == "metrics.jsonl"
+        if wrong := _log_differs(command, out) if lines_are_lost else bench.differs(name, out):
+            raise Wrong(f"{what} {how}: {wrong}")
+        if file.name in ("checkpoint.pt", "metrics.jsonl") and file.name not in said:
+            raise Wrong(f"{what} {how}: nothing is said of it: {said[-400:]}")
+        if lines_are_lost:
+            shutil.rmtree(out)
+        return f"{what} {how}: mended"
+    _check_refusal(name, ended, said, file.name)
+    after = {path: content for path, content in contents(out).items() if not path.endswith((".lock", ".unfinished"))}
+    if {path: content for path, content in before.items() if path in after} != after:
+        raise Wrong(f"{what} {how}: a command that was refused has written")
+    shutil.rmtree(out)
+    return f"{what} {how}: said"
+
+
+def _log_differs(command: Command, out: Path) -> str:
+    """What lines a log has, they are right, and the checkpoint is; lost lines stay lost."""
+    state, log = command.result(out)
+    expected, whole = command.expected
+    return "" if state == expected and log.items() <= whole.items() else "the result is another one"
+
+
+def _generic(path: Path) -> str:
+    return "/".join("".join("#" if c.isdigit() else c for c in part.split("-")[0]) for part in path.parts)
+
+
+SCENARIOS: dict[str, Callable[[Bench, str, Path, Random], str]] = {
+    "kill": kill,
+    "interrupt": interrupt,
+    "failing disk": failing_disk,
+    "full disk": full_disk,
+    "two writers": two_writers,
+    "power cut": power_cut,
+}
+
+
+def trials(bench: Bench, scenario: str, name: str, seeds: Sequence[int]) -> Count:
+    """Let something happen to a command, once for each seed, and finish it each time."""
+    count = Count()
+    for seed in seeds:
+        folder = bench.folder(f"{scenario}-{name}-{seed}".replace(" ", "-"))
+        try:
+            what = SCENARIOS[scenario](bench, name, folder, Random(f"{scenario}:{name}:{seed}"))
+            if wrong := bench.finishes(name, folder):
+                raise Wrong(f"{what}: {wrong}")
+            count.happened[what] += 1
+        except Wrong as wrong:
+            count.happened["wrong"] += 1
+            count.wrong.append(f"{scenario} {name} {seed}: {wrong}")
+        finally:
+            shutil.rmtree(folder)
+    return count
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status 1 where something was wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--times", type=int, default=50, help="trials of each scenario and command")
+    parser.add_argument("--seed", type=int, default=0, help="of the first one")
+    parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
+    parser.add_argument("--commands", nargs="+", choices=("label", "train", "generate"),
+                        default=["label", "train", "generate"])  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print what was wrong as JSON, by scenario and command")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    counts: dict[str, Count] = {}
+    shared = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=shared) as root:
+        bench = Bench(Path(root).resolve())
+        for scenario in options.scenarios:
+            for name in options.commands:
+                seeds = range(options.seed, options.seed + options.times)
+                count = counts[f"{scenario} {name}"] = trials(bench, scenario, name, seeds)
+                if not options.json:
+                    print(f"{scenario}, {name}: {dict(count.happened)}", *count.wrong, sep="\n  ", flush=True)
+    if options.json:
+        print(json.dumps({key: [dict(count.happened), count.wrong] for key, count in counts.items()}))
+    return int(any(count.wrong for count in counts.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
