@@ -91,6 +91,7 @@ class _BoundHidden:
     def vjp(self, cotangent: Tensor, top: Tensor) -> dict[int, Tensor]:
         cotangent = cotangent.unsqueeze(-3) if self.single else cotangent
         cotangent = cotangent[None] if self.own_texts else cotangent
+        cotangent = cotangent.transpose(0, 1)  # layers first: of each a tensor of its own, as kernels read it
         # Sequences may end at the same node: sum what they send back.
         shape = (*cotangent.shape[:2], top.shape[1], cotangent.shape[3])
         d_read = torch.zeros(shape, dtype=top.dtype, device=top.device)
@@ -101,7 +102,7 @@ class _BoundHidden:
             d_read.index_add_(2, self.row_of, cotangent.to(d_read))
         below: dict[int, Tensor] = {}
         for index, layer in enumerate(self.layers):
-            d, at = d_read[:, index].contiguous(), layer  # as kernels read it
+            d, at = d_read[index], layer
             if layer == -1:
                 rstd = rmsnorm(top, self.norm, self.eps)[1]
                 d, at = rmsnorm_vjp(d, top, self.norm, rstd), self.top
