@@ -32,9 +32,10 @@ from .embedded.tasks import TASKS, Task, example, padded, word
 from .files import write_json
 from .generate.conditions import Condition, PromptEncoder
 from .generate.generator import LoRAGenerator
+from .generate.options import TrainingOptions
 from .generate.schedules import Schedule
 from .generate.tokens import TokenFormat
-from .generate.training import TrainingOptions, train
+from .generate.training import train
 from .labelling.labels import compute_labels
 from .labelling.table import DeltaLabels
 from .peft.adapters import save_peft_adapter
@@ -217,7 +218,7 @@ def run_demo(
         generators[name].fit(tokens[: len(seen)])
         options = TrainingOptions(steps=steps, losses=losses, delta_batch_size=8, learning_rate=3e-3, seed=seed)
         histories[name] = train(
-            generators[name], data, delta, format, options, out=out / "runs" / name, progress=progress,
+            generators[name], data, options, format=format, delta=delta, out=out / "runs" / name, progress=progress,
             label=f"generator, {name}",
         )  # fmt: skip
         seconds[f"generator, {name}"] = time.perf_counter() - part

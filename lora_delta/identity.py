@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _MISSING = "nothing"
+_NAMED = 6  # differences in a message
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,11 @@ class Identity:
         if not differing:
             return
         words = []
-        for name, theirs, ours in differing:
+        for name, theirs, ours in differing[:_NAMED]:
             also = f" ({self.shown[name]})" if self.shown and name in self.shown else ""
             words.append(f"{name} is {_short(theirs)} there and {_short(ours)} here{also}")
+        if len(differing) > _NAMED:
+            words.append(f"and {len(differing) - _NAMED} more")
         raise ValueError(f"{where} was made otherwise: {'; '.join(words)}. {advice}")
 
 

@@ -26,9 +26,14 @@ from .passes import AdapterPasses, check_pass_options, prepacked
 from .teachers import States, TopK
 
 REDUCTIONS = ("token", "example")
-Example = tuple[Sequence[int], Sequence[int]]  # the ids of a prompt, and of its completion
+Ids = Sequence[int] | Tensor
+Example = tuple[Ids, Ids]  # the ids of a prompt, and of its completion
 Examples = Sequence[Sequence[Example]]  # of each adapter
 Teacher = Sequence[Sequence[TopK | States]]  # of each example, one kind for all
+
+
+def _mean(losses: Tensor, adapters: slice) -> Tensor:
+    return losses.mean()
 
 
 class DifferentiableLMLoss(Frozen):
@@ -134,6 +139,8 @@ class DifferentiableLMLoss(Frozen):
         tensors: Mapping[str, Tensor],
         examples: Examples,
         teacher: Teacher | None = None,
+        *,
+        cross_entropy: bool = False,
     ) -> Tensor:
         """The loss (G,) of each adapter on its examples, in nats; float32, or float64 for float64 weights.
 
@@ -144,13 +151,14 @@ class DifferentiableLMLoss(Frozen):
             teacher: for each example what a teacher says of the completion's tokens, :meth:`states` or :meth:`top_k`;
                 the loss is then KL(teacher ‖ adapted model). What a top k leaves out does not count: the value can be
                 below zero.
+            cross_entropy: with a teacher, give (G, 2): the KL, and beside it the cross-entropy, of the same pass.
 
         Raises:
             ValueError: adapters without examples, an empty completion, ids outside the vocabulary, a text longer than
                 the model's positions, a teacher of other examples; or as :meth:`LoraSpec.bind`.
         """
         lora = self._bound(tensors, examples)
-        value = autograd.values(self._passes(examples, teacher), lora)
+        value = autograd.values(self._passes(examples, teacher, cross_entropy), lora)
         return value if lora.batched else value[0]
 
     @opaque
@@ -160,8 +168,10 @@ class DifferentiableLMLoss(Frozen):
         examples: Examples,
         teacher: Teacher | None = None,
         *,
+        cross_entropy: bool = False,
+        loss: Callable[[Tensor, slice], Tensor] = _mean,
         over: str = "adapters",
-        n_tokens: int | None = None,
+        n_tokens: float | None = None,
     ) -> Tensor:
         """The mean loss of all adapters, a scalar: each pass goes forwards and back before the next one begins.
 
@@ -169,6 +179,9 @@ class DifferentiableLMLoss(Frozen):
         passes computes nearly all of them twice.
 
         Args:
+            cross_entropy: as in :meth:`forward`.
+            loss: a scalar, the mean over some adapters, of their losses (g,) or (g, 2), and of which adapters they are:
+                such as a weighted sum of KL and cross-entropy.
             over: ``"adapters"``, or ``"tokens"`` for the mean over all completions' tokens of the batch, whatever
                 ``reduction`` is.
             n_tokens: for the latter, by how many to divide: of all batches that are accumulated, say. By default those
@@ -183,8 +196,8 @@ class DifferentiableLMLoss(Frozen):
         total = None
         if over == "tokens":
             total = (self.n_targets(examples) if n_tokens is None else n_tokens) / lora.n_adapters
-        passes = self._passes(examples, teacher, total)
-        return autograd.mean_loss(passes, lora, lambda losses, adapters: losses.mean())
+        passes = self._passes(examples, teacher, cross_entropy, total)
+        return autograd.mean_loss(passes, lora, loss)
 
     @staticmethod
     def n_targets(examples: Examples) -> int:
@@ -245,10 +258,18 @@ class DifferentiableLMLoss(Frozen):
         return lora
 
     def _passes(
-        self, examples: Examples, teacher: Teacher | None, n_tokens: float | None = None
+        self,
+        examples: Examples,
+        teacher: Teacher | None,
+        cross_entropy: bool = False,
+        n_tokens: float | None = None,
     ) -> _LMPasses:
+        if cross_entropy and teacher is None:
+            raise ValueError("cross_entropy is True without a teacher, expected False: the loss is the cross-entropy")
         texts = [_Texts.of(own, index) for index, own in enumerate(examples)]
-        return _LMPasses(self, texts, _targets(texts, teacher, self.config, self.reduction, n_tokens))
+        wanted: list[Teacher | None] = [teacher, None] if cross_entropy else [teacher]
+        targets = [_targets(texts, one, self.config, self.reduction, n_tokens) for one in wanted]
+        return _LMPasses(self, texts, targets)
 
 
 class _Texts:
@@ -287,9 +308,9 @@ def _targets(
     config: Qwen2Config,
     reduction: str,
     n_tokens: float | None,
-) -> Callable[[Sequence[PackedTokens], slice], tuple[list[Any], float]]:
-    """The targets of the adapters in a slice, and the temperature of their teacher; all checked here."""
-    temperature = 1.0
+) -> Callable[[Sequence[PackedTokens], slice], tuple[list[Any], float | None]]:
+    """The targets of the adapters in a slice, and the temperature of a teacher; all checked here."""
+    temperature = None
     if teacher is not None:
         if len(teacher) != len(texts):
             raise ValueError(f"teacher is of {len(teacher)} adapters, expected {len(texts)} as the examples")
@@ -307,7 +328,7 @@ def _targets(
             raise ValueError(f"teacher is of temperatures {sorted(temperatures)}, expected one")
         (temperature,) = temperatures
 
-    def of(trees: Sequence[PackedTokens], adapters: slice) -> tuple[list[Any], float]:
+    def of(trees: Sequence[PackedTokens], adapters: slice) -> tuple[list[Any], float | None]:
         made = list[Any]()
         for index, tree in zip(range(len(texts))[adapters], trees, strict=True):
             own = texts[index]
@@ -337,9 +358,9 @@ def _targets(
 
 
 class _LMPasses(AdapterPasses):
-    """The losses (G,) of one call's adapters."""
+    """The losses of one call's adapters: (G,) of one kind, or (G, kinds)."""
 
-    def __init__(self, lm: DifferentiableLMLoss, texts: list[_Texts], targets: Callable) -> None:
+    def __init__(self, lm: DifferentiableLMLoss, texts: list[_Texts], targets: list[Callable]) -> None:
         super().__init__(**lm._passes_options)
         self.config, self.weights, self.smoothing, self.engine = lm.config, lm.weights, lm.label_smoothing, lm._engine
         self.texts, self.targets = texts, targets
@@ -353,19 +374,25 @@ class _LMPasses(AdapterPasses):
 
     @property
     def one(self) -> Tensor:
-        return torch.zeros((), dtype=accumulation_dtype(self.weights.compute_dtype), device=self.weights.device)
+        dtype, device = accumulation_dtype(self.weights.compute_dtype), self.weights.device
+        return torch.zeros([len(self.targets)] * (len(self.targets) > 1), dtype=dtype, device=device)
 
     def base(self, lora: Lora) -> Tensor:
-        return self.one.expand(lora.n_adapters)
+        return self.one.expand(lora.n_adapters, *self.one.shape)
 
     def run(self, lora: Lora, adapters: slice, wanted: Sequence[str] | None) -> tuple[Tensor, Callable]:
         trees = self.trees[adapters]
-        targets, temperature = self.targets(trees, adapters)
-        heads = [TokenLoss(targets, self.smoothing, temperature)]
-        (value,), vjp = forward_vjp(
+        heads = []
+        for of in self.targets:
+            targets, temperature = of(trees, adapters)
+            smoothing = self.smoothing if temperature is None or len(self.targets) == 1 else 0.0
+            heads.append(TokenLoss(targets, smoothing, temperature or 1.0))
+        values, vjp = forward_vjp(
             self.config, self.weights, trees, lora[adapters], heads=heads, wrt=wanted, **self.engine
         )
-        return value, lambda cotangent: vjp((cotangent,))
+        if len(heads) == 1:
+            return values[0], lambda cotangent: vjp((cotangent,))
+        return torch.stack(values, -1), lambda cotangent: vjp([one.contiguous() for one in cotangent.unbind(-1)])
 
     def states(self, lora: Lora, index: int, temperature: float) -> list[States]:
         """Of one adapter's completions."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +46,24 @@ class Shares:
     def own(self, n: int) -> slice:
         """Which of n adapters are this rank's; none where there are fewer than ranks."""
         return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
+
+    def balanced(self, costs: Sequence[float]) -> list[int]:
+        """Which of some items are this rank's, in their order: of n a rank each n / size, and costs as even as can be.
+
+        As even as giving the largest ones first, each to the rank that has least, makes them. Where nothing costs,
+        they are those of :meth:`own`.
+        """
+        n = len(costs)
+        if self.size == 1 or not any(costs):
+            return list(range(n))[self.own(n)]
+        room = [n * (rank + 1) // self.size - n * rank // self.size for rank in range(self.size)]
+        given: list[list[int]] = [[] for _ in room]
+        totals = [0.0] * self.size
+        for item in sorted(range(n), key=lambda i: -costs[i]):
+            rank = min((rank for rank in range(self.size) if len(given[rank]) < room[rank]), key=totals.__getitem__)
+            given[rank].append(item)
+            totals[rank] += costs[item]
+        return sorted(given[self.rank])
 
     def whole(self, part: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """All ranks' rows (n, ...), of this rank's, which may be none."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -18,6 +20,7 @@ from .files import replaces
 
 ROWS = 256  # of logits at a time
 _FORMAT = "lora-delta top-k 1"
+_TENSORS = ("indices", "log_probs")
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,76 @@ def save_top_k(path: str | Path, texts: Sequence[TopK], vocab_size: int) -> None
         unfinished.write_bytes(save(tensors, metadata=facts))
 
 
+class StoredTopK:
+    """What :func:`save_top_k` wrote, of which each text is read when it is asked for.
+
+    Attributes:
+        lengths: (N,) tokens of each text.
+        temperature: by which logits were divided.
+        sha256: of the file.
+
+    Raises:
+        ValueError: no such file, another one, or one of another vocabulary than ``vocab_size``.
+    """
+
+    def __init__(self, path: str | Path, vocab_size: int | None = None) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():  # a pipe may never open
+            raise ValueError(f"{path} is not a file, expected one of a teacher's log-probabilities")
+        with self.path.open("rb") as content:
+            self.sha256 = hashlib.file_digest(content, "sha256").hexdigest()
+        try:
+            with safe_open(str(path), "pt") as file:
+                facts = file.metadata() or {}
+                if facts.get("format") != _FORMAT:
+                    raise ValueError(f"its format is {facts.get('format')!r:.100}, expected {_FORMAT!r}")
+                size, self.temperature = int(facts["vocab_size"]), float(facts["temperature"])
+                self.lengths = file.get_tensor("lengths")
+                shapes = [tuple(file.get_slice(name).get_shape()) for name in _TENSORS]
+            if vocab_size not in (None, size):
+                raise ValueError(f"it is of a vocabulary of {size}, expected {vocab_size} as the model")
+            rows, least = int(self.lengths.sum()), int(self.lengths.min()) if len(self.lengths) else 0
+            if least < 0 or self.lengths.dim() != 1 or shapes[0] != shapes[1] or shapes[0][:1] != (rows,):
+                expected = f"({rows}, k) each for its {len(self.lengths)} texts"
+                raise ValueError(f"its shapes are {shapes}, expected {expected}")
+        except Exception as error:  # whatever garbage leads the library to
+            raise _no_file(path, error) from error
+        self.vocab_size = size
+        self._ends = self.lengths.cumsum(0)
+        self._file: Any = None
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> TopK:
+        """Of a text, in float32.
+
+        Raises:
+            ValueError: what is there is not what a teacher says.
+        """
+        end = int(self._ends[range(len(self))[index]])
+        start = end - int(self.lengths[index])
+        try:
+            if self._file is None:
+                self._file = safe_open(str(self.path), "pt").__enter__()
+            indices, log_probs = (self._file.get_slice(name)[start:end] for name in _TENSORS)
+            said = TopK(indices, log_probs.float(), self.temperature)
+            said.check(end - start, self.vocab_size, f"text {index}")
+        except Exception as error:
+            raise _no_file(self.path, error) from error
+        return said
+
+    def require_lengths(self, lengths: Tensor, what: str) -> None:
+        """Raises ``ValueError``, which says ``what``, where the texts are of other lengths."""
+        if len(lengths) != len(self.lengths):
+            raise ValueError(f"{self.path} is of {len(self.lengths)} texts, expected {len(lengths)} as {what}")
+        odd = (lengths != self.lengths).nonzero()
+        if len(odd):
+            index = int(odd[0])
+            found, wanted = int(self.lengths[index]), int(lengths[index])
+            raise ValueError(f"{self.path} has {found} tokens for text {index}, expected {wanted} as {what}")
+
+
 def load_top_k(path: str | Path, vocab_size: int | None = None) -> list[TopK]:
     """What :func:`save_top_k` wrote, text by text, in float32.
 
@@ -123,20 +196,10 @@ def load_top_k(path: str | Path, vocab_size: int | None = None) -> list[TopK]:
         ValueError: no such file, another one, or one of another vocabulary than ``vocab_size``; what it holds is not
             what a teacher says.
     """
-    if not Path(path).is_file():  # a pipe may never open
-        raise ValueError(f"{path} is not a file, expected one of a teacher's log-probabilities")
-    try:
-        with safe_open(str(path), "pt") as file:
-            facts = file.metadata() or {}
-            if facts.get("format") != _FORMAT:
-                raise ValueError(f"its format is {facts.get('format')!r:.100}, expected {_FORMAT!r}")
-            size, temperature = int(facts["vocab_size"]), float(facts["temperature"])
-            indices, log_probs, lengths = (file.get_tensor(name) for name in ("indices", "log_probs", "lengths"))
-        if vocab_size not in (None, size):
-            raise ValueError(f"it is of a vocabulary of {size}, expected {vocab_size} as the model")
-        whole = TopK(indices, log_probs.float(), temperature)
-        whole.check(int(lengths.sum()), size, "it")
-        return whole.split(lengths.tolist())
-    except Exception as error:  # whatever garbage leads the library to
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path} is no file of a teacher's log-probabilities: {reason}") from error
+    stored = StoredTopK(path, vocab_size)
+    return [stored[index] for index in range(len(stored))]
+
+
+def _no_file(path: str | Path, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return ValueError(f"{path} is no file of a teacher's log-probabilities: {reason}")

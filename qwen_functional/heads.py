@@ -97,7 +97,7 @@ class _BoundHidden:
         d_read = torch.zeros(shape, dtype=top.dtype, device=top.device)
         if d_read.is_cuda:  # index_add_ adds in any order there
             to_row = torch.arange(shape[2], device=self.row_of.device)[:, None] == self.row_of
-            d_read = to_row.to(d_read.dtype) @ cotangent.to(d_read)
+            torch.matmul(to_row.to(d_read.dtype), cotangent.to(d_read), out=d_read)
         else:
             d_read.index_add_(2, self.row_of, cotangent.to(d_read))
         below: dict[int, Tensor] = {}

@@ -250,7 +250,7 @@ class Training:
         generator.register_forward_pre_hook(count)
         try:
             history = train(
-                generator, self.teachers, delta, format, self.options, out=out, progress=False, mesh=mesh
+                generator, self.teachers, self.options, format=format, delta=delta, out=out, progress=False, mesh=mesh
             )
         except (CutOff, KeyboardInterrupt):
             return None

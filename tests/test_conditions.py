@@ -19,7 +19,7 @@ from qwen_functional import load_pretrained
 PROMPTS = ["write it backwards", "write it", "a", "write it backwards"]
 
 
-def encoder_on(device: str, **options: int) -> PromptEncoder:
+def encoder_on(device: str, **options: Any) -> PromptEncoder:
     folder = embedded_checkpoint()
     config, weights = load_pretrained(folder, dtype=torch.float32, device=device)
     return PromptEncoder(config, weights, load_tokenizer(folder), **options)

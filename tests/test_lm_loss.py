@@ -378,7 +378,7 @@ def test_files_that_no_teacher_wrote_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="its format is None, expected 'lora-delta top-k 1'"):
         load_top_k(path)
     save_top_k(path, [top(3, indices=torch.full((3, 2), 70))], 61)
-    with pytest.raises(ValueError, match="it names token 70, expected 0 to 60"):
+    with pytest.raises(ValueError, match="text 0 names token 70, expected 0 to 60"):
         load_top_k(path)
     for texts, message in (([], r"\[\]"), ([top(1), top(1, k=3)], r"\[\(2, 1.0\), \(3, 1.0\)\]")):
         with pytest.raises(ValueError, match=rf"texts are of \(k, temperature\) {message}, expected one"):

@@ -307,9 +307,8 @@ def test_every_flipped_bit_of_a_checkpoint_is_found_or_changes_nothing_that_is_r
         assert torch.equal(read["generator"].pop("weight"), torch.arange(5.0))
         assert torch.equal(read["optimizer"]["state"][0].pop("exp_avg"), torch.ones(5))
         read["generator"]["weight"] = read["optimizer"]["state"][0]["exp_avg"] = None
-        assert repr(read).replace("None", "") == repr(state).replace("tensor([0., 1., 2., 3., 4.])", "").replace(
-            "tensor([1., 1., 1., 1., 1.])", ""
-        )
+        expected = repr(state).replace("tensor([0., 1., 2., 3., 4.])", "None")
+        assert repr(read) == expected.replace("tensor([1., 1., 1., 1., 1.])", "None")
     assert found > len(content) // 11 // 4
 
 
@@ -353,7 +352,6 @@ def test_a_checkpoint_that_holds_something_else_is_refused(
     ("changes", "message"),
     [
         ({"learning_rate": 0.5}, r"training\.learning_rate is 0\.001 there and 0\.5 here"),
-        ({"steps": 7}, r"training\.steps is 6 there and 7 here"),
         ({"losses": {"delta": BOTH["delta"]}}, r"training\.losses\.weights is .* there and nothing here"),
         ({"seed": 1, "clip": 2}, r"training\.clip is 1\.0 there and 2\.0 here; .*training\.seed is 0 there and 1 here"),
     ],
@@ -378,7 +376,8 @@ def test_a_run_on_fewer_teachers_or_of_another_generator_is_refused(case: Case, 
     with pytest.raises(ValueError, match="teachers is 5 there and 4 here"):
         case.train(case.generator(), ASKED, tmp_path, case.teachers[:4])
     other = LoRAGenerator(case.format, 6, width=32, depth=1, heads=2).to(case.device)
-    with pytest.raises(ValueError, match=r"generator\.layer_embedding is \[2, 1, 64\] there and \[2, 1, 32\] here"):
+    differing = r"generator\.mixtures\.0\.weight is \[16, 64\] there and \[16, 32\] here.* and \d+ more"
+    with pytest.raises(ValueError, match=differing):
         case.train(other, ASKED, tmp_path)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from training_case import BOTH, CONDITION_SIZE, DELTA, N_TEACHERS, WEIGHTS, Case
 
 from lora_delta import DifferentiableDeltaCompute
 from lora_delta.embedded import embedded_checkpoint
-from lora_delta.generate.checkpoints import newest_checkpoint
+from lora_delta.generate.checkpoints import Progress, newest_checkpoint
 from lora_delta.generate.generator import LoRAGenerator
 from lora_delta.generate.options import TrainingOptions
 from lora_delta.generate.schedules import Schedule
@@ -237,7 +238,7 @@ def test_too_many_skipped_steps_in_a_row_end_the_run_with_the_last_good_state(ca
         case.train(made, asked, tmp_path)
     found = newest_checkpoint(tmp_path)
     assert found is not None
-    assert found[1]["progress"] == {"steps": 4, "skipped": 2, "skipped_in_a_row": 0}
+    assert found[1]["progress"] == asdict(Progress(steps=4, skipped=2))
     for name, tensor in made.state_dict().items():
         assert torch.equal(found[1]["generator"][name], tensor.cpu()), name
         assert tensor.isfinite().all()
@@ -247,7 +248,7 @@ def test_too_many_skipped_steps_in_a_row_end_the_run_with_the_last_good_state(ca
 
 
 def test_a_generator_on_another_device_than_the_delta_is_refused(case: Case) -> None:
-    with pytest.raises(ValueError, match=f"generator is on meta, expected {case.device}.* as the delta"):
+    with pytest.raises(ValueError, match=f"generator is on meta, expected {case.device}.* as the base model"):
         case.train(case.generator().to("meta"), options())
 
 

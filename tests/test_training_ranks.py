@@ -153,5 +153,5 @@ def test_batches_that_ranks_cannot_share_evenly_are_refused(
     changes: dict[str, Any], what: str, training: jobs.Training, two_ranks: Ranks
 ) -> None:
     changed = dataclasses.replace(training, options=dataclasses.replace(training.options, **changes))
-    with pytest.raises(AssertionError, match=f"{what} of 6 teachers, expected a multiple of the 2 ranks"):
+    with pytest.raises(AssertionError, match=f"{what} of 6 tasks, expected a multiple of the 2 ranks"):
         two_ranks.call(jobs.trained, changed, None, {"dp": 2})

@@ -53,7 +53,7 @@ class Case:
         teachers: Sequence[Item] | None = None,
     ) -> list[Metrics]:
         teachers = self.teachers if teachers is None else teachers
-        return train(generator, teachers, self.delta, self.format, options, out=out, progress=False)
+        return train(generator, teachers, options, format=self.format, delta=self.delta, out=out, progress=False)
 
 
 @functools.cache

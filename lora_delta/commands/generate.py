@@ -24,6 +24,7 @@ def add(subcommands: argparse._SubParsersAction) -> None:
     generate.add_argument("--run", type=Path, required=True, dest="folder", help="what lora-delta train has written")
     generate.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="text or JSON lines")
     generate.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for the adapters' folders")
+    generate.add_argument("--last", action="store_true", help="the last generator, not the best on held-out conditions")
     generate.add_argument("--base-model", help="name that the adapters give their base model (default: the run's)")
     generate.add_argument("--device", help="default: a GPU where there is one, else the CPU")
     generate.add_argument("--json", action="store_true", help="print the folders as JSON")
@@ -45,15 +46,15 @@ def _generate(options: argparse.Namespace) -> int:
         if (options.out / name).is_symlink():
             raise ValueError(f"{options.out / name} is a link, expected a folder, or none yet")
     keep_freed_memory()
-    run = load_run(options.folder, options.device)
+    run = load_run(options.folder, options.device, last=options.last)
     written = []
     entries = list(prompts.items())
     bar = tqdm(total=len(entries), desc="generate", unit=" adapters", disable=options.quiet)
-    with folder_lock(options.out), bar, torch.no_grad():
+    with folder_lock(options.out), bar:
         for start in range(0, len(entries), _PER_BATCH):
             batch = entries[start : start + _PER_BATCH]
             condition = Condition.collate([torch.cat(run.encoder(texts)) for _, texts in batch]).to(run.weights.device)
-            tensors = run.format.detokenize(run.generator(condition.states, condition.mask))
+            tensors = run.write(condition.states, condition.mask)
             for index, (name, _) in enumerate(batch):
                 one = {key: tensor[index].cpu().contiguous() for key, tensor in tensors.items()}
                 try:

@@ -16,10 +16,10 @@ def add(subcommands: argparse._SubParsersAction) -> None:
     """Register the subcommand."""
     train = subcommands.add_parser(
         "train",
-        help="train a generator from prompts to LoRA weights, by weights and by deltas",
-        description="Trains the reference generator on labelled teachers as a TOML file says; the module "
-        "lora_delta.generate.run_config shows one. Run again, it goes on from its last checkpoint, under torchrun on "
-        "any number of processes.",
+        help="train a generator from prompts to LoRA weights: by teachers' weights and deltas, by texts' loss",
+        description="Trains a reference generator on labelled teachers, on texts, or on both, as a TOML file says; the "
+        "module lora_delta.generate.run_config shows some. Run again, it goes on from its last checkpoint, under "
+        "torchrun on any number of processes.",
     )
     train.add_argument("config", type=Path, metavar="CONFIG.toml")
     train.add_argument("--device", help="default: the file's, else a GPU where there is one, else the CPU")
@@ -29,6 +29,7 @@ def add(subcommands: argparse._SubParsersAction) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from ..generate.options import TERMS
     from ..generate.run_config import RunConfig
     from ..generate.runs import train_run
 
@@ -44,8 +45,14 @@ def _train(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(last, indent=1))
     else:
-        terms = ", ".join(f"{name} {last[name]:.4f}" for name in ("loss", "weights", "delta") if name in last)
+        terms = ", ".join(f"{name} {last[name]:.4f}" for name in ("loss", *TERMS) if name in last)
         skipped = sum("skipped" in metrics for metrics in history)
         also = f", {skipped} of them skipped" if skipped else ""
-        print(f"{config.training.steps} steps{also}, at the last one {terms or 'no loss'}; {config.out} holds the run")
+        done = int(last["step"]) + 1 if last else config.training.steps
+        ended = f" of {config.training.steps}, no better on held-out conditions" if done < config.training.steps else ""
+        print(f"{done} steps{ended}{also}, at the last one {terms or 'no loss'}; {config.out} holds the run")
+        found = [(metrics["held_out_lm"], int(metrics["step"])) for metrics in history if "held_out_lm" in metrics]
+        if found:
+            loss, step = min(found)
+            print(f"held-out conditions: {loss:.4f} nats per token after {step + 1} steps, {found[-1][0]:.4f} at last")
     return 0

@@ -4,6 +4,7 @@
     metrics.jsonl             a line for each step
     checkpoint.pt             the state after a step, replaced as a whole
     checkpoint.previous.pt    the one before: if checkpoint.pt is damaged, the run goes on from here
+    best.pt                   the generator that was best on held-out conditions, where those are looked at
 
 The checkpoint is the truth: the log is mended to it. Both are read by ``torch.load`` and as JSON lines.
 """
@@ -29,7 +30,9 @@ from ..files import folder_lock, replaces, write_json
 from ..identity import Identity
 
 RUN, METRICS, CHECKPOINT, PREVIOUS = "run.json", "metrics.jsonl", "checkpoint.pt", "checkpoint.previous.pt"
-_HOLDS = {"identity": dict, "progress": dict, "generator": dict, "optimizer": dict, "schedule": dict}
+BEST = "best.pt"
+_GENERATOR = {"identity": dict, "progress": dict, "generator": dict}
+_HOLDS = {**_GENERATOR, "optimizer": dict}
 
 Metrics = dict[str, float]
 
@@ -42,11 +45,23 @@ class Progress:
         steps: that are behind it, skipped ones included.
         skipped: of these, how many have changed nothing, since the loss or the gradient was not finite.
         skipped_in_a_row: how many of these have been the latest ones.
+        stale: how many evaluations there have been since the best one.
+        best: the score of that, least is best.
+        best_step: after how many steps it was.
     """
 
     steps: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
+    stale: int = 0
+    best: float | None = None
+    best_step: int | None = None
+
+    def __post_init__(self) -> None:
+        counts = (self.steps, self.skipped, self.skipped_in_a_row, self.stale, self.best_step or 0)
+        is_score = self.best is None or (type(self.best) is float and math.isfinite(self.best))
+        if any(type(count) is not int or count < 0 for count in counts) or not is_score:
+            raise ValueError(f"its progress is {asdict(self)}")
 
 
 class RunFolder:
@@ -116,7 +131,6 @@ class RunFolder:
         self,
         generator: nn.Module,
         optimizer: torch.optim.Optimizer,
-        schedule: torch.optim.lr_scheduler.LRScheduler,
     ) -> Progress:
         """Give them the state in the folder, if there is one.
 
@@ -128,7 +142,6 @@ class RunFolder:
             try:
                 generator.load_state_dict(self._state["generator"])
                 optimizer.load_state_dict(self._state["optimizer"])
-                schedule.load_state_dict(self._state["schedule"])
             except Exception as error:  # whatever a state of another shape makes them raise
                 raise ValueError(f"{self.folder} has a checkpoint of another generator: {_line(error)}") from error
             self._state = {"progress": asdict(progress)}  # the tensors have been copied
@@ -144,7 +157,6 @@ class RunFolder:
         self,
         generator: nn.Module,
         optimizer: torch.optim.Optimizer,
-        schedule: torch.optim.lr_scheduler.LRScheduler,
         progress: Progress,
     ) -> None:
         """Replace the checkpoint, and keep the one before."""
@@ -156,7 +168,6 @@ class RunFolder:
             "progress": asdict(progress),
             "generator": generator.state_dict(),
             "optimizer": optimizer.state_dict(),
-            "schedule": schedule.state_dict(),
         }
         path, previous = self.folder / CHECKPOINT, self.folder / PREVIOUS
         with replaces(path) as unfinished:
@@ -168,6 +179,14 @@ class RunFolder:
                 except OSError:  # a file system without hard links
                     path.replace(previous)
         self._is_whole = True
+
+    def save_best(self, generator: nn.Module, progress: Progress) -> None:
+        """Replace the best generator."""
+        if self._log is None:
+            return
+        state = {"identity": self.identity.facts, "progress": asdict(progress), "generator": generator.state_dict()}
+        with replaces(self.folder / BEST) as unfinished:
+            torch.save(state, unfinished)
 
 
 def newest_checkpoint(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
@@ -190,7 +209,17 @@ def newest_checkpoint(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
         return previous, state
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def best_checkpoint(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
+    """The generator of a folder that was best on held-out conditions; None where none were looked at.
+
+    Raises:
+        ValueError: it is not whole.
+    """
+    path = Path(folder) / BEST
+    return (path, read_checkpoint(path, _GENERATOR)) if path.exists() else None
+
+
+def read_checkpoint(path: Path, holds: Mapping[str, type] = _HOLDS) -> dict[str, Any]:
     """A checkpoint's state, on the CPU wherever it was made.
 
     Raises:
@@ -207,10 +236,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             if damaged := records.testzip():
                 raise ValueError(f"the checksum of {damaged} is another")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or any(not isinstance(state.get(key), kind) for key, kind in _HOLDS.items()):
-            raise ValueError(f"it does not hold {', '.join(_HOLDS)}")
-        if any(type(value) is not int or value < 0 for value in asdict(Progress(**state["progress"])).values()):
-            raise ValueError(f"its progress is {state['progress']}")
+        if not isinstance(state, dict) or any(not isinstance(state.get(key), kind) for key, kind in holds.items()):
+            raise ValueError(f"it does not hold {', '.join(holds)}")
+        Progress(**state["progress"])
     except Exception as error:  # zipfile and torch raise whatever garbage leads them to
         raise ValueError(f"{path} is damaged, or no checkpoint of a training run: {_line(error)}") from error
     return state

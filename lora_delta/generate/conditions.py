@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import overload
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -15,6 +19,8 @@ from qwen_functional import Qwen2Config, Qwen2Weights, pack
 from qwen_functional.forward import forward_vjp
 from qwen_functional.plan import checked_layers
 
+from ..files import clear_unfinished, replaces
+from ..identity import sha256_of
 from ..probes.tokenization import check_probes, tokenize_probes
 
 # So few that a GPU, which reads all weights for each pass, computes the neighbours of a prompt in the same time.
@@ -56,6 +62,7 @@ class PromptEncoder:
         layer: after which block, as in :func:`qwen_functional.forward.forward_vjp`.
         max_length: longer prompts are cut to so many tokens.
         keep_bytes: of the states that are kept.
+        cache: where they are kept on disk as well, for the next run.
 
     Raises:
         ValueError: a layer that the model does not have, or no room for a token.
@@ -70,8 +77,10 @@ class PromptEncoder:
         layer: int = -1,
         max_length: int = 128,
         keep_bytes: int = KEEP_BYTES,
+        cache: ConditionCache | None = None,
     ) -> None:
         (self.layer,) = checked_layers(config, layer)
+        self.cache = cache
         self.config, self.weights, self.tokenizer = config, weights, tokenizer
         self.max_length, self.keep_bytes = max_length, keep_bytes
         self._kept: OrderedDict[tuple[str, ...], list[Tensor]] = OrderedDict()
@@ -98,7 +107,11 @@ class PromptEncoder:
         """Of one pass."""
         states = self._kept.pop(texts, None)
         if states is None:
-            states = self._computed(texts)
+            states = None if self.cache is None else self.cache.load(texts)
+            if states is None:
+                states = self._computed(texts)
+                if self.cache is not None:
+                    self.cache.save(texts, states)
             self._bytes += _nbytes(states)
         self._kept[texts] = states
         while self._bytes > self.keep_bytes:
@@ -111,10 +124,57 @@ class PromptEncoder:
         return [states.cpu() for states in value[0].float().split([len(one) for one in ids])]
 
 
+class ConditionCache:
+    """States of prompts on disk, a file for each pass of the encoder, up to a number of bytes; then none is added.
+
+    Args:
+        folder: of these files alone.
+        key: what the states depend on besides the prompts: model, layer, length.
+        most_bytes: of all files.
+    """
+
+    def __init__(self, folder: str | Path, key: str, most_bytes: int) -> None:
+        self.folder, self.key, self.most_bytes = Path(folder), key, most_bytes
+        self._bytes = 0
+        if self.folder.is_dir():
+            clear_unfinished(self.folder)
+            self._bytes = sum(path.stat().st_size for path in self.folder.iterdir())
+
+    def load(self, texts: Sequence[str]) -> list[Tensor] | None:
+        """What is there of a pass, to the bit as it was saved; None where there is nothing, or nothing whole."""
+        path = self._path(texts)
+        try:
+            with safe_open(str(path), "pt") as file:
+                states = [file.get_tensor(str(index)) for index in range(len(texts))]
+                return states if (file.metadata() or {}).get("sha256") == _digest(states) else None
+        except Exception:  # no such file, or whatever garbage leads the library to: it is computed again
+            return None
+
+    def save(self, texts: Sequence[str], states: Sequence[Tensor]) -> None:
+        """Keep a pass, if there is room."""
+        if self._bytes + _nbytes(states) > self.most_bytes:
+            return
+        path = self._path(texts)
+        with replaces(path) as unfinished:
+            tensors = {str(index): one.contiguous() for index, one in enumerate(states)}
+            unfinished.write_bytes(save(tensors, metadata={"sha256": _digest(states)}))
+        self._bytes += path.stat().st_size
+
+    def _path(self, texts: Sequence[str]) -> Path:
+        return self.folder / f"{sha256_of([self.key, *texts])}.safetensors"
+
+
+def _digest(states: Sequence[Tensor]) -> str:
+    whole = hashlib.sha256()
+    for one in states:
+        whole.update(one.contiguous().numpy().data)
+    return whole.hexdigest()
+
+
 class PromptStates(Sequence[Tensor]):
     """The states of a list of prompts, by :meth:`PromptEncoder.lazily`."""
 
-    def __init__(self, encoder: PromptEncoder, prompts: tuple[str, ...]) -> None:
+    def __init__(self, encoder: PromptEncoder, prompts: Sequence[str]) -> None:
         self.encoder, self.prompts = encoder, prompts
 
     def __len__(self) -> int:
@@ -129,7 +189,7 @@ class PromptStates(Sequence[Tensor]):
             return [self[one] for one in range(*index.indices(len(self)))]
         position = range(len(self))[index]  # negative ones too, or IndexError
         start = position - position % _PROMPTS_PER_PASS
-        return self.encoder.states_of(self.prompts[start : start + _PROMPTS_PER_PASS])[position - start]
+        return self.encoder.states_of(tuple(self.prompts[start : start + _PROMPTS_PER_PASS]))[position - start]
 
 
 def _nbytes(states: Sequence[Tensor]) -> int:

@@ -1,6 +1,7 @@
-"""The reference generator: a transformer over token slots with cross-attention to a condition.
+"""The reference generators: a transformer over slots, with cross-attention to a condition, that writes adapters.
 
-Any ``nn.Module`` from (states, mask) to LoRA tokens (B, L, h, w) takes its place in the training loop.
+Any ``nn.Module`` from (states, mask) to LoRA tokens (B, L, h, w), or to LoRA tensors {PEFT name: (B, …)}, takes their
+place in the training loop.
 """
 
 from __future__ import annotations
@@ -8,23 +9,61 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from qwen_functional import LoraSpec, Qwen2Config
+from qwen_functional.lora import parse_name
+
 from .fields import Range, check_value
 from .tokens import TokenFormat
 
+_Place = tuple[str, str, int, int]  # projection, side, rows, columns: what may have one head
+
+
+class SlotTransformer(nn.Module):
+    """Slots (layers × places in a layer) that attend to each other and to a condition, all at once.
+
+    A slot's embedding is the sum of one for the layer and one for the place.
+
+    Args:
+        layers, places: of the slots.
+        condition_size: H of the conditions.
+        width, depth, heads: of the transformer.
+    """
+
+    def __init__(self, layers: int, places: int, condition_size: int, width: int, depth: int, heads: int) -> None:
+        super().__init__()
+        for name, value in {"width": width, "depth": depth, "heads": heads}.items():
+            check_value(name, value, int, Range(least=1))
+        if width % heads:
+            raise ValueError(f"width is {width}, expected a multiple of heads = {heads}")
+        self.shape = layers, places
+        self.layer_embedding = nn.Parameter(0.5 * torch.randn(layers, 1, width))
+        self.place_embedding = nn.Parameter(0.5 * torch.randn(1, places, width))
+        self.condition = nn.Sequential(nn.LayerNorm(condition_size), nn.Linear(condition_size, width))
+        block = nn.TransformerDecoderLayer(
+            width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.blocks = nn.TransformerDecoder(block, depth, norm=nn.LayerNorm(width))
+
+    def forward(self, states: Tensor, mask: Tensor) -> Tensor:
+        """(B, layers, places, width) for ``states`` (B, T, H) and ``mask`` (B, T), true where there is a token."""
+        slots = (self.layer_embedding + self.place_embedding).flatten(0, 1)
+        x = self.blocks(slots.expand(len(states), -1, -1), self.condition(states), memory_key_padding_mask=~mask)
+        return x.unflatten(1, self.shape)
+
 
 class LoRAGenerator(nn.Module):
-    """Maps conditions to LoRA tokens, all slots at once.
+    """Maps conditions to LoRA tokens, all at once.
 
-    A slot is a place in the format: its embedding is the sum of one for the layer and one for the place within the
-    layer. Slots attend to each other and to the condition, and each writes its token as a mean and a mixture of a
-    few tokens of its own, which are learned. They start as the principal components of the teachers' tokens at that
-    place (:meth:`fit`): LoRA weights are noise to anything smoother, and slots have little in common.
+    There is a slot for each projection's A and B in each layer. Each token is a mean and a mixture of a few tokens of
+    its own place, which are learned; its slot says how they are mixed. They start as the principal components of the
+    teachers' tokens at that place (:meth:`fit`): LoRA weights are noise to anything smoother, and places have little in
+    common.
 
     Args:
         format: of the tokens.
         condition_size: H of the conditions.
         width, depth, heads: of the transformer.
-        components: tokens that each slot mixes; there are L·components·h·w parameters in them.
+        components: tokens that are mixed at each place; there are L·components·h·w parameters in them.
     """
 
     def __init__(
@@ -39,20 +78,12 @@ class LoRAGenerator(nn.Module):
     ) -> None:
         super().__init__()
         self.sizes = {"width": width, "depth": depth, "heads": heads, "components": components}
-        for name, value in self.sizes.items():
-            check_value(name, value, int, Range(least=1))
-        if width % heads:
-            raise ValueError(f"width is {width}, expected a multiple of heads = {heads}")
+        check_value("components", components, int, Range(least=1))
         self.format = format
-        layers = format.num_hidden_layers
-        self.layer_embedding = nn.Parameter(0.5 * torch.randn(layers, 1, width))
-        self.slot_embedding = nn.Parameter(0.5 * torch.randn(1, format.n_tokens // layers, width))
-        self.condition = nn.Sequential(nn.LayerNorm(condition_size), nn.Linear(condition_size, width))
-        block = nn.TransformerDecoderLayer(
-            width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        self.slots = SlotTransformer(
+            format.num_hidden_layers, len(format.groups), condition_size, width, depth, heads
         )
-        self.blocks = nn.TransformerDecoder(block, depth, norm=nn.LayerNorm(width))
-        self.mixture = nn.Linear(width, components)
+        self.mixtures = nn.ModuleList(nn.Linear(width, n * components) for *_, n in format.groups)
         height, token_width = format.token_shape
         self.mean = nn.Parameter(torch.zeros(format.n_tokens, height, token_width))
         self.components = nn.Parameter(0.02 * torch.randn(format.n_tokens, components, height * token_width))
@@ -81,8 +112,76 @@ class LoRAGenerator(nn.Module):
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
         """Tokens (B, L, h, w) float32 for ``states`` (B, T, H) and ``mask`` (B, T), true where there is a token."""
-        slots = (self.layer_embedding + self.slot_embedding).flatten(0, 1)
-        x = self.blocks(slots.expand(len(states), -1, -1), self.condition(states), memory_key_padding_mask=~mask)
-        mixture = self.mixture(x).float()
-        tokens = torch.einsum("blk,lkd->bld", mixture, self.components)
-        return self.mean + tokens.unflatten(-1, self.format.token_shape)
+        x = self.slots(states, mask)
+        mixed = [one(slot).unflatten(-1, (-1, self.sizes["components"])) for one, slot in zip(
+            self.mixtures, x.unbind(2), strict=True
+        )]  # fmt: skip
+        mixture = torch.cat(mixed, 2).flatten(1, 2).float()  # (B, L, components)
+        with torch.autocast(states.device.type, enabled=False):
+            # Place by place: tokens (B, L, h, w) are a view of (L, B, h·w), of which no copy is made.
+            tokens = torch.baddbmm(self.mean.flatten(1)[:, None], mixture.transpose(0, 1), self.components)
+        return tokens.transpose(0, 1).unflatten(-1, self.format.token_shape)
+
+
+class DirectGenerator(nn.Module):
+    """Maps conditions to A and B of every adapted module, with whatever ranks and modules a spec has.
+
+    There is a slot for each module of each layer, and a linear head for each kind of matrix, which all layers share.
+    The adapters begin as a LoRA of PEFT does: B is zero, A is random, the same for all conditions but for a little.
+
+    Args:
+        config, spec: of the adapters.
+        condition_size: H of the conditions.
+        width, depth, heads: of the transformer.
+    """
+
+    def __init__(
+        self,
+        config: Qwen2Config,
+        spec: LoraSpec,
+        condition_size: int,
+        *,
+        width: int = 128,
+        depth: int = 2,
+        heads: int = 4,
+    ) -> None:
+        super().__init__()
+        self.sizes = {"width": width, "depth": depth, "heads": heads}
+        self.shapes = spec.shapes(config)
+        places = {name: parse_name(name) for name in self.shapes}
+        self._layers = sorted({place[0] for place in places.values() if place})
+        modules = list(dict.fromkeys(place[1] for place in places.values() if place))
+        self.slots = SlotTransformer(len(self._layers), len(modules), condition_size, width, depth, heads)
+        # Of each kind of matrix: its names, and the slots that write them.
+        self._kinds: dict[_Place, tuple[list[str], list[int]]] = {}
+        for name, place in places.items():
+            assert place is not None
+            layer, projection, side = place
+            names, slots = self._kinds.setdefault((projection, side, *self.shapes[name]), ([], []))
+            names.append(name)
+            slots.append(self._layers.index(layer) * len(modules) + modules.index(projection))
+        self.start, self.heads = nn.ParameterList(), nn.ModuleList()
+        for index, ((_, side, rows, columns), (names, slots)) in enumerate(self._kinds.items()):
+            self.register_buffer(f"slots_{index}", torch.tensor(slots), persistent=False)
+            bound = columns**-0.5
+            start = torch.zeros(len(names), rows, columns)
+            head = nn.Linear(width, rows * columns, bias=False)
+            if side == "A":
+                nn.init.uniform_(start, -bound, bound)
+                nn.init.normal_(head.weight, std=0.1 * bound * width**-0.5)
+            else:
+                nn.init.zeros_(head.weight)
+            self.start.append(nn.Parameter(start))
+            self.heads.append(head)
+
+    def forward(self, states: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """{PEFT name: (B, rows, columns)} float32 for ``states`` (B, T, H) and ``mask`` (B, T)."""
+        x = self.slots(states, mask).flatten(1, 2)
+        written: dict[str, Tensor] = {}
+        kinds = zip(self._kinds.items(), self.start, self.heads, strict=True)
+        for index, (((_, _, rows, columns), (names, _)), start, head) in enumerate(kinds):
+            # Layers first: each layer's adapters are contiguous, as the engine takes them.
+            own = x.index_select(1, self.get_buffer(f"slots_{index}")).transpose(0, 1)
+            made = head(own).float().unflatten(-1, (rows, columns)) + start[:, None]
+            written |= zip(names, made.unbind(0), strict=True)
+        return {name: written[name] for name in self.shapes}

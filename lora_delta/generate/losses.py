@@ -7,7 +7,8 @@ scalar in float32, or in float64 where an input is float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from qwen_functional import LoraSpec
 from qwen_functional.dtypes import accumulation_dtype
 from qwen_functional.finite import is_symbolic
 from qwen_functional.lora import parse_name, peft_name
+
+_PART = 1 << 18  # numbers
 
 
 def delta_mse(delta: Tensor, target: Tensor, *, normalize: bool = False) -> Tensor:
@@ -100,12 +103,58 @@ def tokens_mse(tokens: Tensor, target_tokens: Tensor) -> Tensor:
         ValueError: a target that is NaN throughout, or as :func:`delta_mse`.
     """
     tokens, target_tokens = _checked_pair("tokens", tokens, target_tokens)
-    kept = ~target_tokens.isnan()
-    count = kept.sum()
-    if not is_symbolic(count) and not count:
+    if is_symbolic(tokens) or is_symbolic(target_tokens):
+        return _plain_tokens_mse(tokens, target_tokens)
+    loss = _TokensMSE.apply(tokens, target_tokens)
+    if not tokens.is_cuda and loss.isnan() and target_tokens.isnan().all():  # 0 / 0
         raise ValueError("target_tokens is NaN throughout, expected padding around numbers")
+    return loss
+
+
+def _plain_tokens_mse(tokens: Tensor, target: Tensor) -> Tensor:
+    kept = ~target.isnan()
     # Safe with NaN: a difference passes gradients on unscaled, so the zeros of where() stay zeros.
-    return torch.where(kept, tokens - target_tokens, 0.0).square().sum() / count
+    return torch.where(kept, tokens - target, 0.0).square().sum() / kept.sum()
+
+
+class _TokensMSE(torch.autograd.Function):
+    """:func:`_plain_tokens_mse` without temporaries of the tokens' size, which are most of a step's memory."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, target: Tensor) -> Tensor:
+        total, count = tokens.new_zeros((), dtype=torch.float64), torch.zeros((), device=tokens.device)
+        for error, kept in _errors(tokens, target):
+            total += error.square_().sum()
+            count += kept.sum()
+        ctx.save_for_backward(tokens, target, count)
+        return (total / count).to(tokens.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        tokens, target, count = ctx.saved_tensors
+        if torch.is_grad_enabled():  # of higher order
+            kept = ~target.isnan()
+            gradient = torch.where(kept, tokens - target, 0.0) * (2 * cotangent / count)
+        else:
+            gradient = torch.empty_like(tokens)  # strided as they are
+            scale = 2 * cotangent / count
+            parts = zip(_parts(gradient), _errors(tokens, target), strict=True)
+            for part, (error, _) in parts:
+                torch.mul(error, scale, out=part)
+        return gradient, -gradient if ctx.needs_input_grad[1] else None
+
+
+def _errors(tokens: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """(difference, where the target is a number) of a part after the other; the former is 0 elsewhere."""
+    for ours, theirs in zip(_parts(tokens), _parts(target), strict=True):
+        kept = theirs == theirs
+        yield torch.where(kept, ours - theirs, 0.0), kept
+
+
+def _parts(tokens: Tensor) -> Iterator[Tensor]:
+    """Views of a stack (…, L, h, w), each small enough for a processor's cache."""
+    for stack in tokens.flatten(0, -4) if tokens.dim() > 3 else (tokens,):
+        yield from stack.split(max(1, _PART // max(1, stack[0].numel())))
 
 
 def tensors_mse(tensors: Mapping[str, Tensor], target_tensors: Mapping[str, Tensor]) -> Tensor:
@@ -152,18 +201,9 @@ def product_mse(
     specs = spec, target_spec if target_spec is not None else spec
     errors, scales, size = [], [], 0
     for layer, projection in {key[:2]: None for key in pairs}:
-        names = [peft_name(layer, projection, side) for side in "AB"]
-        for side, name in zip("AB", names, strict=True):
-            if (layer, projection, side) not in pairs:
-                raise ValueError(f"LoRA tensor {name!r} is missing, expected the A and the B of each module")
-        (A, target_A), (B, target_B) = (pairs[layer, projection, side] for side in "AB")
-        scalings = []
-        for a, b, its_spec in zip((A, target_A), (B, target_B), specs, strict=True):
-            rank, scaling = its_spec.rank_and_scaling(layer, projection) if its_spec else (a.shape[-2], 1.0)
-            if a.shape[-2] != rank or b.shape[-1] != rank:
-                shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
-                raise ValueError(f"LoRA tensors {names[0]!r} and its B have shapes {shapes}, expected rank {rank}")
-            scalings.append(scaling)
+        (A, target_A), (B, target_B) = _module(pairs, layer, projection)
+        given = zip((A, target_A), (B, target_B), specs, strict=True)
+        scalings = [_scaling(its_spec, layer, projection, a, b) for a, b, its_spec in given]
         error, scale = _recomputed(_squared_distance, A, B, target_A, target_B, *scalings)
         errors.append(error)
         scales.append(scale)
@@ -171,6 +211,68 @@ def product_mse(
     error = torch.stack(errors).sum(0)  # () or (G,)
     loss = (error / (_nonzero_or(torch.stack(scales).sum(0), size) if normalize else size)).mean()
     return loss.to(next(iter(pairs.values()))[0].dtype)
+
+
+def tensors_l1(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Mean absolute value of LoRA tensors, over all entries of all of them: a regularizer.
+
+    Args:
+        tensors: {name: (r, in) or (out, r)}, or with G in front.
+
+    Raises:
+        ValueError: no tensors, a name that fits nothing, or a tensor that is empty or not floating point.
+    """
+    given = _checked(tensors).values()
+    return torch.stack([one.abs().sum() for one in given]).sum() / sum(one.numel() for one in given)
+
+
+def tensors_l2(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Mean square of LoRA tensors, otherwise as :func:`tensors_l1`."""
+    given = _checked(tensors).values()
+    return torch.stack([one.square().sum() for one in given]).sum() / sum(one.numel() for one in given)
+
+
+def product_l2(tensors: Mapping[str, Tensor], *, spec: LoraSpec | None = None) -> Tensor:
+    """Mean square of the weight updates ``ΔW = s · B A``, over all their elements and adapters: a regularizer.
+
+    No ΔW is formed: the work is that of (rank × rank) Gram matrices, in float64, as in :func:`product_mse`.
+
+    Args:
+        tensors: {name: (r, in) or (out, r)}, or with G in front.
+        spec: whose scaling, alpha / r, the updates have; by default 1.
+
+    Raises:
+        ValueError: an A without its B or of another rank, or as :func:`tensors_l1`.
+    """
+    given, squares, size = _checked(tensors), [], 0
+    for layer, projection in {key[:2]: None for key in given}:
+        A, B = _module(given, layer, projection)
+        scaling = _scaling(spec, layer, projection, A, B)
+        squares.append(_recomputed(_squared, A, B, scaling))
+        size += A.shape[-1] * B.shape[-2]
+    return (torch.stack(squares).sum(0) / size).mean().to(next(iter(given.values())).dtype)
+
+
+def _squared(A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    return _product_norm2(scaling * B.double(), A.double())
+
+
+def _module(by_place: Mapping[tuple[int, str, str], Any], layer: int, projection: str) -> tuple[Any, Any]:
+    """What is there for A and for B."""
+    for side in "AB":
+        if (layer, projection, side) not in by_place:
+            name = peft_name(layer, projection, side)
+            raise ValueError(f"LoRA tensor {name!r} is missing, expected the A and the B of each module")
+    return by_place[layer, projection, "A"], by_place[layer, projection, "B"]
+
+
+def _scaling(spec: LoraSpec | None, layer: int, projection: str, A: Tensor, B: Tensor) -> float:
+    """Of a module under a spec, whose rank its tensors have."""
+    rank, scaling = spec.rank_and_scaling(layer, projection) if spec else (A.shape[-2], 1.0)
+    if A.shape[-2] != rank or B.shape[-1] != rank:
+        name, shapes = peft_name(layer, projection, "A"), f"{tuple(A.shape)} and {tuple(B.shape)}"
+        raise ValueError(f"LoRA tensors {name!r} and its B have shapes {shapes}, expected rank {rank}")
+    return scaling
 
 
 def _squared_distance(
@@ -192,7 +294,7 @@ def _product_norm2(left: Tensor, right: Tensor) -> Tensor:
     return ((left.mT @ left) * (right @ right.mT)).sum((-2, -1))
 
 
-def _recomputed(function: Callable[..., tuple[Tensor, Tensor]], *arguments: Tensor | float) -> tuple[Tensor, Tensor]:
+def _recomputed(function: Callable[..., Any], *arguments: Tensor | float) -> Any:
     """The function's value; its float64 copies are made again for the gradient, instead of kept.
 
     Not inside torch.func transforms, which take no hooks on saved tensors.
@@ -227,6 +329,19 @@ def _checked_pair(name: str, ours: Tensor, theirs: Tensor, same_shape: bool = Tr
         raise ValueError(f"{name} is on {ours.device}, its target on {theirs.device}: expected the same")
     dtype = accumulation_dtype(torch.promote_types(ours.dtype, theirs.dtype))
     return ours.to(dtype), theirs.to(dtype)
+
+
+def _checked(tensors: Mapping[str, Tensor]) -> dict[tuple[int, str, str], Tensor]:
+    """{(layer, projection, side): tensor}, each in the dtype of a loss."""
+    given = _by_place(tensors)
+    if not given:
+        raise ValueError("tensors is empty, expected LoRA tensors")
+    for place, tensor in given.items():
+        name = f"LoRA tensor {peft_name(*place)!r}"
+        check_float(name, tensor)
+        if not tensor.numel() or tensor.dim() not in (2, 3):
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected two or three dimensions, none empty")
+    return {place: tensor.to(accumulation_dtype(tensor.dtype)) for place, tensor in given.items()}
 
 
 def _checked_pairs(

@@ -9,8 +9,9 @@ from typing import Any
 from .fields import check_fields, option
 from .schedules import Schedule
 
-TERMS = ("weights", "delta")
-_NO_MATTER = ("checkpoint_every", "max_skipped_steps")  # to what comes out
+TERMS = ("weights", "delta", "lm", "kl", "l1", "l2", "product_l2")
+MEANS = ("adapters", "tokens")
+_NO_MATTER = ("steps", "checkpoint_every", "max_skipped_steps")  # to what comes out of the steps that are behind
 
 
 @dataclass(frozen=True)
@@ -18,15 +19,22 @@ class TrainingOptions:
     """How to train.
 
     Attributes:
-        batch_size: teachers in a micro-batch; a step has ``accumulate`` of them.
-        prompts_per_condition: how many of a teacher's prompts, drawn anew each time, make its condition.
+        steps: of the run. They may be raised, or lowered to no fewer than are behind it, and it goes on: the learning
+            rate then falls along the new curve.
+        batch_size: conditions in a micro-batch; a step has ``accumulate`` of them.
+        prompts_per_condition: how many of a condition's prompts, drawn anew each time, are read together.
+        texts_per_condition: how many of its texts, likewise, the losses ``"lm"`` and ``"kl"`` are taken of.
         delta_batch_size: the delta loss takes so many of a micro-batch, in every ``delta_every``-th step: it costs
             a pass of the whole base model.
         learning_rate, warmup_steps: of AdamW; a line up in the first steps, then a cosine down to a tenth.
         clip: the gradient's norm, over all parameters, is cut to this.
-        losses: the weight of ``"weights"``, a mean squared error over tokens, and of ``"delta"``, by step.
+        losses: the weight by step of each term: ``"weights"``, a mean squared error over tokens; ``"delta"``; ``"lm"``,
+            the cross-entropy of the texts' completions; ``"kl"``, KL(teacher ‖ adapted model) there; and of what is
+            written ``"l1"`` and ``"l2"``, the mean absolute value and the mean square of A's and B's entries, and
+            ``"product_l2"``, the mean square of those of the weight updates s·BA.
         mse_weight, cosine_weight: of the two parts of the delta loss, mean squared error and one minus the cosine:
             see :func:`lora_delta.generate.losses.delta_loss`.
+        mean: of ``"lm"`` and ``"kl"``: over ``"adapters"``, or over the ``"tokens"`` of all completions of a step.
         bf16: run the generator under autocast to bfloat16; its parameters stay float32.
         checkpoint_every: steps between checkpoints, the last one aside.
         max_skipped_steps: a step whose loss or gradient is not finite changes nothing; so many in a row end the run.
@@ -38,6 +46,7 @@ class TrainingOptions:
     steps: int = option(1000, least=1)
     batch_size: int = option(16, least=1)
     prompts_per_condition: int = option(1, least=1)
+    texts_per_condition: int = option(4, least=1)
     delta_batch_size: int = option(4, least=1)
     delta_every: int = option(1, least=1)
     accumulate: int = option(1, least=1)
@@ -54,6 +63,7 @@ class TrainingOptions:
     )
     mse_weight: float = option(1.0, least=0)
     cosine_weight: float = option(1.0, least=0)
+    mean: str = option("adapters", one_of=MEANS)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -69,3 +79,7 @@ class TrainingOptions:
     def facts(self) -> dict[str, Any]:
         """What decides the outcome, as JSON holds it."""
         return {name: value for name, value in asdict(self).items() if name not in _NO_MATTER}
+
+    def needs(self, *terms: str) -> bool:
+        """Whether one of these is among the losses."""
+        return any(term in self.losses for term in terms)

@@ -1,13 +1,13 @@
 """A training run as a TOML file says it.
 
-The file names the base model, the labels of the teachers (what ``lora-delta label`` wrote, and with what settings),
-and their prompts; the rest has defaults::
+On teachers, the file names their labels (what ``lora-delta label`` wrote, and with what settings) and their prompts;
+the rest has defaults::
 
     base = "Qwen/Qwen2.5-0.5B"        # hub id or folder
     labels = "deltas"                 # paths are relative to the file
     prompts = "prompts.jsonl"         # {"adapter": "teachers/math", "prompts": ["...", "..."]} per line
     out = "run"
-    [format]
+    [format]                          # the generator writes tokens
     rank = 8
     chunk_width = 128
     [generator]
@@ -17,29 +17,135 @@ and their prompts; the rest has defaults::
     [losses]
     weights = 1.0
     delta = {weight = 1.0, kind = "linear", warmup_steps = 100}
+
+On the language model's loss of texts it needs no teachers, see :mod:`lora_delta.generate.text_lines`::
+
+    base = "Qwen/Qwen2.5-0.5B"
+    data = "train.jsonl"              # conditions are texts, or names in a file of prompts
+    out = "run"
+    [adapter]                         # the generator writes A and B
+    rank = 8
+    target_modules = ["q_proj", "v_proj"]
+    [losses]
+    lm = 1.0
+    l2 = 0.01
+    [evaluation]
+    data = "held_out.jsonl"
+    every = 200
+    patience = 5
 """
 
 from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from qwen_functional import LoraSpec
 from qwen_functional.dtypes import DTYPES
 from qwen_functional.files import read_text
 
 from ..distributed import usable_device
+from ..lm_loss import REDUCTIONS
 from ..probes.tokenization import shortened
 from .fields import check_fields, check_value, option
 from .options import TERMS, TrainingOptions
 from .schedules import Schedule
+from .terms import TEXT_TERMS
+from .text_lines import CONTEXT
+from .texts import ON_BAD_LINE
+from .trackers import TrackerOptions
 
-_PATHS = ("labels", "prompts", "out")
+_PATHS = ("labels", "prompts", "data", "out")
 _MOST = 2**16  # of a size in [format] and [generator]
 _FORMAT = ("rank", "chunk_width")
 _GENERATOR = ("width", "depth", "heads", "components")
+_OF_TOKENS = ("components",)
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """The adapters that a generator writes where no teachers say it; see :class:`qwen_functional.LoraSpec`.
+
+    Attributes:
+        alpha: by default twice the rank.
+        target_modules: by default all seven projections.
+        layers_to_transform: by default all.
+    """
+
+    rank: int = option(8, least=1, most=_MOST)
+    alpha: float | None = option(None, above=0)
+    use_rslora: bool = False
+    target_modules: list | None = None
+    layers_to_transform: list | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @property
+    def spec(self) -> LoraSpec:
+        """Raises ``ValueError`` for modules or layers that cannot be."""
+        given: dict[str, Any] = {"rank": self.rank, "alpha": 2 * self.rank if self.alpha is None else self.alpha}
+        for name in ("target_modules", "layers_to_transform"):
+            if getattr(self, name) is not None:
+                given[name] = tuple(getattr(self, name))
+        return LoraSpec(use_rslora=self.use_rslora, **given)
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """The loss of texts.
+
+    Attributes:
+        on_bad_line: ``"error"``, or ``"skip"``: leave it out, and say so.
+        max_tokens: of a prompt with its completion; by default the model's positions.
+        reduction, label_smoothing: see :class:`lora_delta.DifferentiableLMLoss`.
+        chat_template_kwargs: further variables of the chat template, where texts are messages.
+    """
+
+    on_bad_line: str = option("error", one_of=ON_BAD_LINE)
+    max_tokens: int | None = option(None, least=2)
+    reduction: str = option("token", one_of=REDUCTIONS)
+    label_smoothing: float = option(0.0, least=0, most=0.999)
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True)
+class TeacherOptions:
+    """Who says the distributions of the loss ``"kl"``.
+
+    Attributes:
+        context: what the bare model reads instead of a prompt, of ``{condition}`` and ``{prompt}``; where texts are
+            messages, the condition is the system's instead.
+        temperature: by which logits are divided.
+        stored: a file of what it says of all completions of ``data``, in their order; ``lora-delta teach`` writes one.
+    """
+
+    context: str = CONTEXT
+    temperature: float = option(1.0, above=0, most=1e6)
+    stored: str | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """Held-out conditions; see :class:`lora_delta.generate.evaluation.Evaluation`."""
+
+    data: str
+    every: int = option(200, least=1)
+    conditions: int | None = option(None, least=1)
+    texts: int | None = option(8, least=1)
+    patience: int | None = option(None, least=1)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -47,23 +153,29 @@ class RunConfig:
     """What a TOML file says; see the module's docstring.
 
     Attributes:
+        labels: of teachers, for the losses ``"weights"`` and ``"delta"``.
+        prompts: of each adapter that is named in the labels or in the data; without them the data's conditions are
+            themselves the prompts.
+        data: JSON lines of texts, for the losses ``"lm"`` and ``"kl"``.
         dtype: of the base weights.
         device: by default a GPU where there is one, else the CPU.
         tensor_parallel: how many of ``torchrun``'s processes hold the base model together.
         stream: leave the base model on disk, see :func:`qwen_functional.load_pretrained`.
         condition_layer: the block whose output conditions the generator, −1 after the final norm.
-        max_length: tokens of a prompt.
-        format: ``rank`` and ``chunk_width`` of :meth:`TokenFormat.for_config`.
-        generator: arguments of :class:`LoRAGenerator`, ``width`` and so on.
+        max_length: tokens of a prompt: a longer one is cut, a longer condition of the data is a bad line.
+        condition_cache: bytes of conditions' states that are kept in the run's folder.
+        format: ``rank`` and ``chunk_width`` of :meth:`TokenFormat.for_config`; without it the generator writes A and B.
+        generator: arguments of :class:`LoRAGenerator`, or of :class:`DirectGenerator`, ``width`` and so on.
 
     Raises:
-        ValueError: a value of another type, or out of its range.
+        ValueError: a value of another type, or out of its range; losses without what they need.
     """
 
     base: str
-    labels: Path
-    prompts: Path
     out: Path
+    labels: Path | None = None
+    prompts: Path | None = None
+    data: Path | None = None
     dtype: str = option("bfloat16", one_of=tuple(DTYPES))
     device: str | None = None
     adapters_per_pass: int | None = option(None, least=1)
@@ -71,16 +183,48 @@ class RunConfig:
     stream: bool = False
     condition_layer: int = option(-1, least=-1)
     max_length: int = option(128, least=1)
-    format: Mapping[str, int] = option(dict, least=1, most=_MOST)
+    condition_cache: int = option(8 * 2**30, least=0, most=2**60)
+    format: Mapping[str, int] | None = option(None, least=1, most=_MOST)
+    adapter: AdapterOptions | None = None
     generator: Mapping[str, int] = option(dict, least=1, most=_MOST)
     training: TrainingOptions = field(default_factory=TrainingOptions)
+    texts: TextOptions = field(default_factory=TextOptions)
+    teacher: TeacherOptions = field(default_factory=TeacherOptions)
+    evaluation: EvaluationOptions | None = None
+    log: TrackerOptions = field(default_factory=TrackerOptions)
 
     def __post_init__(self) -> None:
         check_fields(self)
-        _check_keys("format", self.format, _FORMAT, required=_FORMAT)
+        if self.format is not None:
+            _check_keys("format", self.format, _FORMAT, required=_FORMAT)
         _check_keys("generator", self.generator, _GENERATOR)
         if self.device is not None:
             usable_device(self.device)
+        needs = self.training.needs
+        of_teachers = [term for term in ("weights", "delta") if needs(term)]
+        of_texts = [term for term in TEXT_TERMS if needs(term)]
+        for name, terms, missing in (
+            ("labels", of_teachers, self.labels is None),
+            ("data", of_texts, self.data is None),
+            ("format", of_teachers[:1] if needs("weights") else [], self.format is None),
+        ):
+            if terms and missing:
+                raise ValueError(f"{name} is not there, which the loss {terms[0]!r} needs")
+        if self.labels is None and self.data is None:
+            raise ValueError("neither labels nor data are there, expected what the generator is trained on")
+        if self.labels is not None and self.prompts is None:
+            raise ValueError("prompts are not there, expected those of the adapters that the labels are of")
+        if self.labels is not None and self.adapter is not None:
+            raise ValueError("adapter stands beside labels, expected one: the teachers of the labels say what it is")
+        if self.evaluation is not None and not of_texts:
+            raise ValueError("evaluation is there without a loss of texts, expected 'lm' or 'kl' among the losses")
+        if self.adapter is not None:
+            rank = None if self.format is None else self.format["rank"]
+            if rank not in (None, self.adapter.rank):
+                raise ValueError(f"adapter.rank is {self.adapter.rank}, expected {rank} as the format's")
+        odd = [name for name in _OF_TOKENS if name in self.generator and self.format is None]
+        if odd:
+            raise ValueError(f"generator has {odd[0]!r}, which one that writes tokens has: expected a format as well")
 
     @classmethod
     def from_toml(cls, path: str | Path) -> RunConfig:
@@ -102,24 +246,50 @@ class RunConfig:
             raise ValueError(f"{path}: {error}") from error
 
 
+_TABLES: dict[str, type] = {
+    "adapter": AdapterOptions,
+    "texts": TextOptions,
+    "teacher": TeacherOptions,
+    "evaluation": EvaluationOptions,
+    "log": TrackerOptions,
+}
+
+
 def _arguments(cls: type[RunConfig], table: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Of the class, from what a file in ``folder`` holds."""
     losses = table.pop("losses", None)
-    _check_keys("the file", table, [f.name for f in fields(cls)], required=("base", *_PATHS, "format"))
+    _check_keys("the file", table, [f.name for f in fields(cls)], required=("base", "out"))
     training = dict(check_value("training", table.get("training", {}), dict))
     _check_keys("training", training, [f.name for f in fields(TrainingOptions) if f.name != "losses"])
     if losses is not None:
         training["losses"] = {n: _schedule(n, value) for n, value in check_value("losses", losses, dict).items()}
+    made: dict[str, Any] = dict(table)
     for name in ("base", *_PATHS):
-        if "\0" in check_value(name, table[name], str):
-            raise ValueError(f"{name} is {shortened(table[name])}, expected a path, which holds no null character")
-    base = folder / table["base"]
-    return {
-        **table,
-        **{name: folder / table[name] for name in _PATHS},
-        "base": str(base) if base.is_dir() else table["base"],
-        "training": TrainingOptions(**training),
-    }
+        if name in table:
+            made[name] = folder / _path(name, table[name])
+    if not made["base"].is_dir():
+        made["base"] = table["base"]
+    made["base"] = str(made["base"])
+    for name, kind in _TABLES.items():
+        if name not in table:
+            continue
+        given = dict(check_value(name, table[name], dict))
+        required = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
+        _check_keys(name, given, [f.name for f in fields(kind)], required)
+        for key in ("data", "stored"):
+            if key in given:
+                given[key] = str(folder / _path(f"{name}.{key}", given[key]))
+        try:
+            made[name] = kind(**given)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    return {**made, "training": TrainingOptions(**training)}
+
+
+def _path(name: str, value: Any) -> str:
+    if "\0" in check_value(name, value, str):
+        raise ValueError(f"{name} is {shortened(value)}, expected a path, which holds no null character")
+    return value
 
 
 def _check_keys(where: str, table: Mapping[str, Any], known: Iterable[str], required: Iterable[str] = ()) -> None:

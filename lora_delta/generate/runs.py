@@ -1,4 +1,4 @@
-"""A training run of labelled teachers, and the generator that it leaves in its folder."""
+"""A training run as its file says it, and the generator that it leaves in its folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from qwen_functional import LoraSpec, Qwen2Config, Qwen2Weights, load_pretrained
@@ -23,33 +23,82 @@ from ..embedded import embedded_checkpoint
 from ..identity import Identity, sha256_of
 from ..labelling.settings import label_identity, label_settings, model_fingerprint, spec_facts, spec_of
 from ..labelling.table import DeltaLabels, LabelDataset
+from ..lm_loss import DifferentiableLMLoss
 from ..probes.chat import read_probes
 from ..probes.tokenization import load_tokenizer
 from ..shares import DATA_PARALLEL
-from .checkpoints import RUN, Metrics, RunFolder, newest_checkpoint
-from .conditions import PromptEncoder
-from .generator import LoRAGenerator
+from ..teachers import StoredTopK
+from .checkpoints import RUN, Metrics, RunFolder, best_checkpoint, newest_checkpoint
+from .conditions import ConditionCache, PromptEncoder, PromptStates
+from .evaluation import Evaluation
+from .generator import DirectGenerator, LoRAGenerator
 from .prompts import read_prompts
-from .run_config import RunConfig
+from .run_config import AdapterOptions, RunConfig
+from .tasks import Task
+from .terms import TEXT_TERMS, TextLosses, Written
+from .text_lines import TextReader
+from .texts import Texts, TextSet
 from .tokens import TokenFormat
-from .training import train
+from .training import loss_facts, train
 
 STATISTICS = 64  # teachers whose tokens start the generator
+_CONDITIONS, _TEXTS, _HELD_OUT = "conditions", "texts", "held_out"  # in the folder of a run
 
 
-class Teachers:
-    """Labelled adapters as the training loop takes them; states of prompts are computed when they are looked at."""
+class Tasks:
+    """What a run is trained on; states of prompts are computed, and texts read, when they are looked at.
 
-    def __init__(self, dataset: LabelDataset, encoder: PromptEncoder) -> None:
-        self.dataset, self.encoder = dataset, encoder
-        self.names = [name for name, _ in dataset.items]
+    Args:
+        names: of the tasks.
+        prompts: of each name; None where the conditions of ``texts`` are themselves the prompts.
+        dataset: of teachers, in the names' order, if there are any.
+        texts: by condition, if there are any; all names are among them.
+    """
+
+    def __init__(
+        self,
+        encoder: PromptEncoder,
+        names: Sequence[str],
+        prompts: Mapping[str, Sequence[str]] | None,
+        dataset: LabelDataset | None = None,
+        texts: TextSet | None = None,
+    ) -> None:
+        self.encoder, self.names, self.prompts, self.dataset, self._texts = encoder, names, prompts, dataset, texts
+        self._places: Mapping[str, int] | None = None
+        if texts is not None and prompts is not None:
+            self._places = {name: index for index, name in enumerate(texts.conditions)}
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.names)
 
-    def __getitem__(self, index: int) -> tuple[Sequence[Tensor], Tensor, Tensor]:
-        prompts, tokens, delta = self.dataset[index]
-        return self.encoder.lazily(prompts), tokens, delta
+    def __getitem__(self, index: int) -> Task:
+        states: Sequence[Tensor]
+        if self.prompts is None:
+            states = _Item(PromptStates(self.encoder, self.names), index)
+        else:
+            states = self.encoder.lazily(self.prompts[self.names[index]])
+        _, *tokens, delta = (None, None) if self.dataset is None else self.dataset[index]
+        return Task(states, tokens[0] if tokens else None, delta, self.texts(index))
+
+    def texts(self, index: int) -> Texts | tuple[()]:
+        """Of a task."""
+        if self._texts is None:
+            return ()
+        return self._texts.texts(index if self._places is None else self._places[self.names[index]])
+
+
+class _Item(Sequence[Any]):
+    """One item of a sequence, as a sequence; it is looked up when it is asked for."""
+
+    def __init__(self, of: Sequence[Any], index: int) -> None:
+        self._of, self._index = of, index
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: Any) -> Any:
+        range(1)[index]  # or IndexError
+        return self._of[self._index]
 
 
 def train_run(config: RunConfig, ranks: Ranks | None = None, *, progress: bool = True) -> list[Metrics]:
@@ -63,50 +112,171 @@ def train_run(config: RunConfig, ranks: Ranks | None = None, *, progress: bool =
 
     Raises:
         ValueError: labels of another base model or dtype, an adapter without a label, teachers that differ in their
-            spec or do not fit the token format, a folder whose run depends on something else, or as ``train``.
+            spec or do not fit the token format, texts that are off, a folder whose run depends on something else, or as
+            ``train``.
     """
     ranks = Ranks() if ranks is None else ranks
     mesh = mesh_of(ranks, config.tensor_parallel)
-    labels = DeltaLabels(config.labels)
-    prompts = read_prompts(config.prompts)
-    for name in prompts:
+    if config.out.exists() and not config.out.is_dir():
+        raise ValueError(f"{config.out} is a file, expected a folder, or none yet")
+    prompts = None if config.prompts is None else read_prompts(config.prompts)
+    labels = None if config.labels is None else DeltaLabels(config.labels)
+    for name in prompts or ():
         try:
-            labels.entry(name)
+            if labels is not None:
+                labels.entry(name)
         except KeyError:
             raise ValueError(f"{config.prompts} names {name!r}, which has no label in {config.labels}") from None
-    folder, base, weights = load_base(config.base, config.dtype, ranks.device or config.device, mesh, config.stream)
-    format = TokenFormat.for_config(base, config.format["rank"], config.format["chunk_width"])
-    spec = common_spec(labels, prompts, format, base)
-    delta, settings = delta_of(labels, base, weights, folder, spec, config.adapters_per_pass)
-    tokenizer = load_tokenizer(folder)
-    encoder = PromptEncoder(base, weights, tokenizer, layer=config.condition_layer, max_length=config.max_length)
-    teachers = Teachers(labels.dataset(prompts, "tokens", format), encoder)
-    torch.manual_seed(config.training.seed)
-    generator = LoRAGenerator(format, base.hidden_size, **config.generator).to(weights.device)
-    identity = Identity(
-        {
-            "model_sha256": settings["model_sha256"],
-            "dtype": config.dtype,
-            "labels": label_identity(settings).facts,
-            "teachers_sha256": sha256_of([_label_facts(labels, name) for name in prompts]),
-            "prompts_sha256": sha256_of(list(prompts.items())),
-            "condition_layer": config.condition_layer,
-            "max_length": config.max_length,
-            "format": dict(config.format),
-            "spec": spec_facts(spec),
-            "generator": generator.sizes,
-            "training": config.training.facts,
-        },
-        shown={
-            "model_sha256": f"here it is of {config.base}",
-            "teachers_sha256": f"here {len(prompts)} of {config.labels}",
-            "prompts_sha256": f"here of {config.prompts}",
-        },
+    reads_texts = config.training.needs(*TEXT_TERMS)
+    device = ranks.device or config.device
+    folder, base, weights = load_base(config.base, config.dtype, device, mesh, config.stream, lm_head=reads_texts)
+    format = None
+    if config.format is not None:
+        format = TokenFormat.for_config(base, config.format["rank"], config.format["chunk_width"])
+    facts: dict[str, Any] = {name: getattr(config, name) for name in ("dtype", "condition_layer", "max_length")}
+    facts |= {"training": config.training.facts, **({} if config.format is None else {"format": dict(config.format)})}
+    shown = {"model_sha256": f"here it is of {config.base}"}
+    delta: DifferentiableDeltaCompute | None = None
+    if labels is not None and prompts is not None:
+        spec = common_spec(labels, prompts, format, base)
+        delta, settings = delta_of(labels, base, weights, folder, spec, config.adapters_per_pass)
+        facts |= {"model_sha256": settings["model_sha256"], "labels": label_identity(settings).facts}
+        facts["teachers_sha256"] = sha256_of([_label_facts(labels, name) for name in prompts])
+        shown["teachers_sha256"] = f"here {len(prompts)} of {config.labels}"
+    else:
+        spec = (config.adapter or AdapterOptions(8 if format is None else format.rank)).spec
+        if format is not None and dict(spec.shapes(base)) != dict(format.shapes):
+            raise ValueError(f"the adapter's spec {spec} does not fit the token format {format.name!r}")
+        facts["model_sha256"] = model_fingerprint(base, weights)
+    if prompts is not None:
+        facts["prompts_sha256"] = sha256_of(list(prompts.items()))
+        shown["prompts_sha256"] = f"here of {config.prompts}"
+    texts, own, held_out, cache = None, None, None, None
+    if reads_texts:
+        own, held_out = text_sets(config, folder, base, prompts, ranks, progress=progress)
+        texts = _text_losses(config, base, weights, spec, own)
+        facts |= {_TEXTS: own.facts, "loss": loss_facts(texts)}
+        shown[f"{_TEXTS}.sha256"] = f"here of {config.data}"
+        if held_out is not None:
+            facts[_HELD_OUT] = held_out.facts
+        if config.condition_cache:
+            key = sha256_of([facts[name] for name in ("model_sha256", "dtype", "condition_layer", "max_length")])
+            cache = ConditionCache(config.out / _CONDITIONS, key, config.condition_cache)
+    encoder = PromptEncoder(
+        base, weights, load_tokenizer(folder), layer=config.condition_layer, max_length=config.max_length, cache=cache
     )
-    with RunFolder.held(config.out, identity, ranks, about={"base": config.base}) as run:
-        if not run.progress.steps:
-            generator.fit(torch.stack([teachers[i][1] for i in range(min(len(teachers), STATISTICS))]))
-        return train(generator, teachers, delta, format, config.training, out=run, progress=progress, mesh=mesh)
+    tasks = _tasks(encoder, prompts, labels, format, own, config)
+    evaluation = None
+    if held_out is not None and config.evaluation is not None:
+        names = held_out.conditions if prompts is None else list(held_out.conditions)
+        asked = {name: getattr(config.evaluation, name) for name in ("every", "conditions", "texts", "patience")}
+        evaluation = Evaluation(Tasks(encoder, names, prompts, None, held_out), **asked)
+    torch.manual_seed(config.training.seed)
+    generator = _generator(format, base, spec, config.generator).to(weights.device)
+    facts |= {"spec": spec_facts(spec), "generator": generator.sizes}
+    with RunFolder.held(config.out, Identity(facts, shown=shown), ranks, about={"base": config.base}) as run:
+        if not run.progress.steps and isinstance(generator, LoRAGenerator) and labels is not None:
+            found = [tasks[i].tokens for i in range(min(len(tasks), STATISTICS))]
+            generator.fit(torch.stack([tokens for tokens in found if tokens is not None]))
+        return train(
+            generator, tasks, config.training, format=format, delta=delta, texts=texts, evaluation=evaluation, out=run,
+            trackers=config.log, progress=progress, mesh=mesh,
+        )  # fmt: skip
+
+
+def text_sets(
+    config: RunConfig,
+    folder: Path,
+    base: Qwen2Config,
+    prompts: Mapping[str, Sequence[str]] | None,
+    ranks: Ranks,
+    *,
+    with_context: bool | None = None,
+    progress: bool = True,
+) -> tuple[TextSet, TextSet | None]:
+    """The texts of a run, and its held-out ones, tokenized in its folder.
+
+    Args:
+        folder: of the checkpoint.
+        with_context: whether a teacher's contexts are made; by default where the run asks the bare model in its steps.
+
+    Raises:
+        ValueError: no data, or as :meth:`TextSet.compiled`.
+    """
+    if config.data is None:
+        raise ValueError("data is not there, expected a file of texts")
+    if with_context is None:
+        with_context = config.training.needs("kl") and config.teacher.stored is None
+    reader = TextReader(
+        folder,
+        max_tokens=config.texts.max_tokens or base.max_position_embeddings,
+        vocab_size=base.vocab_size,
+        max_condition=None if prompts is not None else config.max_length,
+        names=None if prompts is None else list(prompts),
+        context=config.teacher.context if with_context else None,
+        chat_template_kwargs=config.texts.chat_template_kwargs,
+    )
+
+    def compiled(path: str | Path, name: str) -> TextSet:
+        def make() -> Path:
+            given: dict[str, Any] = {"on_bad_line": config.texts.on_bad_line, "progress": progress}
+            return TextSet.compiled(path, config.out, reader, name, **given).folder
+
+        return TextSet.opened(ranks.first(make))
+
+    held_out = None if config.evaluation is None else compiled(config.evaluation.data, _HELD_OUT)
+    return compiled(config.data, _TEXTS), held_out
+
+
+def _text_losses(
+    config: RunConfig, base: Qwen2Config, weights: Qwen2Weights, spec: LoraSpec, texts: TextSet
+) -> TextLosses:
+    """Of a run; what a teacher has said is held to its texts."""
+    smoothing, reduction = config.texts.label_smoothing, config.texts.reduction
+    passes = config.adapters_per_pass
+    lm = DifferentiableLMLoss(
+        base, weights, spec, label_smoothing=smoothing, reduction=reduction, adapters_per_pass=passes
+    )
+    if not config.training.needs("kl") or config.teacher.stored is None:
+        return TextLosses(lm, config.teacher.temperature)
+    stored = StoredTopK(config.teacher.stored, base.vocab_size)
+    stored.require_lengths(texts.completions, f"the completions of {config.data}")
+    return TextLosses(lm, stored.temperature, stored)
+
+
+def _tasks(
+    encoder: PromptEncoder,
+    prompts: Mapping[str, Sequence[str]] | None,
+    labels: DeltaLabels | None,
+    format: TokenFormat | None,
+    texts: TextSet | None,
+    config: RunConfig,
+) -> Tasks:
+    """What there is to train on: teachers, texts, or both for the same names."""
+    dataset = None
+    if labels is not None and prompts is not None:
+        dataset = labels.dataset(prompts, "tokens", format) if format is not None else labels.dataset(prompts)
+    if texts is None:
+        assert prompts is not None
+        return Tasks(encoder, list(prompts), prompts, dataset)
+    if prompts is None:
+        return Tasks(encoder, texts.conditions, None, None, texts)
+    known = list(texts.conditions)
+    if dataset is None:
+        return Tasks(encoder, known, prompts, None, texts)
+    without = sorted(set(prompts) - set(known))
+    if without:
+        raise ValueError(f"{config.data} has no text for {without[0]!r} of {config.prompts}, expected some for each")
+    return Tasks(encoder, list(prompts), prompts, dataset, texts)
+
+
+def _generator(
+    format: TokenFormat | None, base: Qwen2Config, spec: LoraSpec, sizes: Mapping[str, int]
+) -> LoRAGenerator | DirectGenerator:
+    """One that writes tokens, or without a format A and B."""
+    if format is not None:
+        return LoRAGenerator(format, base.hidden_size, **sizes)
+    return DirectGenerator(base, spec, base.hidden_size, **sizes)
 
 
 def _label_facts(labels: DeltaLabels, name: str) -> list[Any]:
@@ -131,12 +301,17 @@ def mesh_of(ranks: Ranks, tensor_parallel: int) -> DeviceMesh | None:
 
 
 def load_base(
-    base: str, dtype: str, device: torch.device | str | None, mesh: DeviceMesh | None = None, stream: bool = False
+    base: str,
+    dtype: str,
+    device: torch.device | str | None,
+    mesh: DeviceMesh | None = None,
+    stream: bool = False,
+    lm_head: bool = False,
 ) -> tuple[Path, Qwen2Config, Qwen2Weights]:
     """(folder, config, weights) of a hub id, a folder, or ``"embedded"``."""
     places: dict[str, Any] = {"device": usable_device(device), "mesh": mesh, "stream": stream}
     folder = embedded_checkpoint() if base == "embedded" else resolve_checkpoint(base)
-    config, weights = load_pretrained(folder, dtype=DTYPES[dtype], lm_head=False, **places)
+    config, weights = load_pretrained(folder, dtype=DTYPES[dtype], lm_head=lm_head, **places)
     return folder, config, weights
 
 
@@ -174,7 +349,9 @@ def delta_of(
     return delta, ours
 
 
-def common_spec(labels: DeltaLabels, names: Iterable[str], format: TokenFormat, config: Qwen2Config) -> LoraSpec:
+def common_spec(
+    labels: DeltaLabels, names: Iterable[str], format: TokenFormat | None, config: Qwen2Config
+) -> LoraSpec:
     """The one spec of all teachers, as the labels say it.
 
     Raises:
@@ -186,35 +363,44 @@ def common_spec(labels: DeltaLabels, names: Iterable[str], format: TokenFormat, 
         if other != facts:
             raise ValueError(f"adapters {first!r} and {name!r} have different specs, {facts} and {other}")
     spec = spec_of(facts)
-    if dict(spec.shapes(config)) != dict(format.shapes):
+    if format is not None and dict(spec.shapes(config)) != dict(format.shapes):
         raise ValueError(f"the teachers' spec {spec} does not fit the token format {format.name!r}")
     return spec
 
 
 @dataclass(frozen=True)
 class Run:
-    """A generator with all it needs: base model, encoder of its conditions, token format, spec of the adapters."""
+    """A generator with all it needs: base model, encoder of its conditions, spec of the adapters, format of tokens."""
 
     base: str
     config: Qwen2Config
     weights: Qwen2Weights
     encoder: PromptEncoder
-    format: TokenFormat
+    format: TokenFormat | None
     spec: LoraSpec
-    generator: LoRAGenerator
+    generator: nn.Module
+
+    def write(self, states: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """LoRA tensors {PEFT name: (B, …)} for conditions, float32."""
+        with torch.no_grad():
+            return Written(self.generator(states, mask), self.format).tensors
 
 
-def load_run(folder: str | Path, device: str | None = None) -> Run:
+def load_run(folder: str | Path, device: str | None = None, *, last: bool = False) -> Run:
     """A trained generator from the folder of its run, with what its checkpoint was made with.
 
-    ``run.json`` says where the base model is: it may be edited where that has moved.
+    It is the one that was best on held-out conditions, where the run has looked at some, else that of the last
+    checkpoint. ``run.json`` says where the base model is: it may be edited where that has moved.
+
+    Args:
+        last: take that of the last checkpoint in any case.
 
     Raises:
         ValueError: not the folder of a run; files in it that are damaged, or not of the same run; another base model.
     """
     folder = Path(folder)
     told = read_json_object(folder / RUN, "the folder of a training run")
-    found = newest_checkpoint(folder)
+    found = (None if last else best_checkpoint(folder)) or newest_checkpoint(folder)
     if found is None:
         raise ValueError(f"{folder} holds no checkpoint, expected the folder of a training run")
     path, state = found
@@ -226,9 +412,11 @@ def load_run(folder: str | Path, device: str | None = None) -> Run:
     where, config, weights = load_base(told["base"], facts["dtype"], device)
     ours = Identity({"model_sha256": model_fingerprint(config, weights)}, {"model_sha256": f"here of {told['base']}"})
     ours.require_same({"model_sha256": facts["model_sha256"]}, path, "Take the base model that it was trained on.")
-    format = TokenFormat.for_config(config, facts["format"]["rank"], facts["format"]["chunk_width"])
-    generator = LoRAGenerator(format, config.hidden_size, **facts["generator"]).to(weights.device)
+    format, spec = None, spec_of(facts["spec"])
+    if "format" in facts:
+        format = TokenFormat.for_config(config, facts["format"]["rank"], facts["format"]["chunk_width"])
+    generator = _generator(format, config, spec, facts["generator"]).to(weights.device)
     generator.load_state_dict(state["generator"])
     layer, max_length = facts["condition_layer"], facts["max_length"]
     encoder = PromptEncoder(config, weights, load_tokenizer(where), layer=layer, max_length=max_length)
-    return Run(told["base"], config, weights, encoder, format, spec_of(facts["spec"]), generator.eval())
+    return Run(told["base"], config, weights, encoder, format, spec, generator.eval())

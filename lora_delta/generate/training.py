@@ -1,12 +1,13 @@
-"""Training a generator on teachers: their weights, their deltas, or both."""
+"""Training a generator: on teachers' weights, their deltas, the language model's loss of texts, or on a sum of them."""
 
 from __future__ import annotations
 
 import time
 import warnings
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,29 +17,36 @@ from tqdm import tqdm
 from ..delta import DifferentiableDeltaCompute
 from ..distributed import Ranks
 from ..identity import Identity
-from ..labelling.settings import label_identity, label_settings, spec_facts
+from ..labelling.settings import label_identity, label_settings, model_fingerprint, spec_facts
 from ..shares import Shares
 from .checkpoints import Metrics, Progress, RunFolder
+from .evaluation import Evaluation
 from .interrupts import Interrupts
 from .options import TERMS, TrainingOptions
 from .schedules import learning_rate
-from .step import Stepper, TrainingSet, check_shares
+from .step import Stepper
+from .tasks import TrainingSet
+from .terms import Terms, TextLosses
 from .tokens import TokenFormat
+from .trackers import TrackerOptions, Trackers
 
 
 def train(
     generator: nn.Module,
-    teachers: TrainingSet,
-    delta: DifferentiableDeltaCompute,
-    format: TokenFormat,
+    tasks: TrainingSet,
     options: TrainingOptions,
     *,
+    format: TokenFormat | None = None,
+    delta: DifferentiableDeltaCompute | None = None,
+    texts: TextLosses | None = None,
+    evaluation: Evaluation | None = None,
     out: str | Path | RunFolder | None = None,
+    trackers: TrackerOptions | None = None,
     progress: bool = True,
     label: str = "train",
     mesh: DeviceMesh | None = None,
 ) -> list[Metrics]:
-    """Train ``generator``, from (states, mask) to tokens, in place, on the device where it and ``delta`` are.
+    """Train ``generator``, from (states, mask) to LoRA tokens or tensors, in place, on the device of the base model.
 
     With ``out``, that folder holds what :mod:`lora_delta.generate.checkpoints` describes; a checkpoint that is there
     already is taken up where it was left, and gives the numbers of an uninterrupted run: to the bit on such a machine
@@ -48,72 +56,93 @@ def train(
     A step whose loss or gradient is not finite changes nothing: it is skipped, counted in its metrics, and a warning
     names the adapters that did it.
 
-    The ranks of a mesh's ``"dp"`` dimension share each micro-batch, under DistributedDataParallel: the numbers are
-    those of one process, and so are the checkpoints, which resume on any number of ranks. ``delta`` then has no
-    ``"dp"`` dimension of its own. Ranks of a ``"tp"`` dimension, over which its weights are split, do the same work.
-    The mesh is one of all processes.
+    The ranks of a mesh's ``"dp"`` dimension share each micro-batch, by the tokens of its texts where it has some, under
+    DistributedDataParallel: the numbers are those of one process, and so are the checkpoints, which resume on any
+    number of ranks. ``delta`` and ``texts`` then have no ``"dp"`` dimension of their own. Ranks of a ``"tp"``
+    dimension, over which the weights are split, do the same work. The mesh is one of all processes.
 
     Random numbers that a generator draws, such as dropout's, depend on the seed, the step and the rank; the global
     generators are left as they were.
 
     Args:
+        format: of the tokens, where the generator writes tokens.
+        delta: for the loss of this name.
+        texts: for the losses ``"lm"`` and ``"kl"``, and for an evaluation.
+        evaluation: held-out conditions that are looked at now and then; the best generator is kept beside the last.
         out: a folder, of which a run knows by itself the options, the sizes, the base model and the probes; or one
             that is held with an identity of the caller's own.
+        trackers: where metrics go besides; needs ``out``.
 
     Returns:
         The metrics of every step: the loss, each of its terms, the gradient's norm, the learning rate, and seconds;
-        of a skipped one those that are finite, and ``"skipped"``, how many there have been.
+        of a skipped one those that are finite, and ``"skipped"``, how many there have been; where there was an
+        evaluation what it found, see :meth:`Evaluation.measured`.
 
     Raises:
-        ValueError: no teachers, a generator on another device than ``delta``, batch sizes that the ranks cannot share
-            evenly, ``max_skipped_steps`` of them in a row, or as :meth:`RunFolder.held`.
+        ValueError: no tasks, a task without what a loss needs, a generator on another device than the base model, batch
+            sizes that the ranks cannot share evenly, fewer steps than are behind the run, ``max_skipped_steps`` of them
+            in a row, or as :meth:`RunFolder.held`.
     """
-    if not len(teachers):
-        raise ValueError("teachers is empty, expected at least one")
+    if not len(tasks):
+        raise ValueError("tasks are empty, expected at least one")
+    terms = Terms(options, format, delta, texts)
     device = next(generator.parameters()).device
-    if device != delta.weights.device:
-        raise ValueError(f"generator is on {device}, expected {delta.weights.device} as the delta")
+    if terms.device not in (None, device):
+        raise ValueError(f"generator is on {device}, expected {terms.device} as the base model")
     shares, ranks = Shares.of(mesh), Ranks() if mesh is None else Ranks.current(device)
-    check_shares(shares, len(teachers), options)
     optimizer = torch.optim.AdamW(
-        generator.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay, betas=(0.9, 0.98)
-    )
-    factors = learning_rate(options.warmup_steps, options.steps)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+        generator.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay, betas=(0.9, 0.98),
+        fused=device.type in ("cpu", "cuda"),
+    )  # fmt: skip
+    factor = learning_rate(options.warmup_steps, options.steps)
     with ExitStack() as stack:
-        if isinstance(out, (str, Path)):
-            identity = _identity(generator, teachers, delta, format, options)
-            out = stack.enter_context(RunFolder.held(out, identity, ranks))
-        done, history = Progress(), list[Metrics]()
-        if out is not None:
-            done, history = out.resume(generator, optimizer, schedule), out.history
+        interrupts = Interrupts()
         replica = generator
+        stepper = Stepper(replica, tasks, terms, optimizer, device, shares, ranks, interrupts)
+        if isinstance(out, (str, Path)):
+            out = stack.enter_context(RunFolder.held(out, _identity(generator, tasks, terms), ranks))
+        done, history, tracked = Progress(), list[Metrics](), None
+        if out is not None:
+            done, history = out.resume(generator, optimizer), out.history
+            if trackers is not None and ranks.rank == 0:
+                run_id = out.identity.sha256[:16]
+                tracked = stack.enter_context(Trackers(trackers, out.folder, out.identity.facts, run_id))
+        if done.steps > options.steps:
+            raise ValueError(f"steps is {options.steps}, expected at least the {done.steps} that are behind the run")
         if shares.mesh is not None:
             replica = nn.parallel.DistributedDataParallel(generator, process_group=shares.mesh.get_group())
-        interrupts = stack.enter_context(Interrupts())
-        stepper = Stepper(replica, teachers, delta, format, options, optimizer, shares, ranks, interrupts)
+            stepper = replace(stepper, generator=replica)
+        stack.enter_context(interrupts)
         steps = range(done.steps, options.steps)
         bar = tqdm(
             steps, label, initial=done.steps, total=options.steps, disable=not progress or ranks.rank > 0
         )
         for step in bar:
+            if evaluation is not None and evaluation.patience is not None and done.stale >= evaluation.patience:
+                break
             start = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = options.learning_rate * factor(step)
             metrics, odd, ends = stepper.step(step)
-            schedule.step()
             done.steps, done.skipped_in_a_row = step + 1, done.skipped_in_a_row + 1 if odd else 0
             if odd:
                 done.skipped += 1
                 metrics["skipped"] = done.skipped
             metrics["seconds"] = time.perf_counter() - start
+            if evaluation is not None and (done.steps % evaluation.every == 0 or done.steps == options.steps):
+                metrics |= _evaluated(evaluation, generator, stepper, done, out)
             history.append(metrics)
             bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("loss", *TERMS) if name in metrics})
             if out is not None:
                 out.write(metrics)
+            if tracked is not None:
+                tracked.write(metrics)
             if odd:
                 _report(odd, done, options, ranks)
             due = done.steps % options.checkpoint_every == 0 or done.steps == options.steps
-            if out is not None and (due or ends):
-                out.save(generator, optimizer, schedule, done)
+            stops = evaluation is not None and evaluation.patience is not None and done.stale >= evaluation.patience
+            if out is not None and (due or ends or stops):
+                out.save(generator, optimizer, done)
             if ends:
                 ranks.gather(None)  # torchrun ends all when one has ended: not before the state is on disk
                 kept = "" if out is None else f"; {out.folder} holds them, and the same command goes on there"
@@ -121,24 +150,48 @@ def train(
     return history
 
 
-def _identity(
-    generator: nn.Module,
-    teachers: TrainingSet,
-    delta: DifferentiableDeltaCompute,
-    format: TokenFormat,
-    options: TrainingOptions,
-) -> Identity:
+def _evaluated(
+    evaluation: Evaluation, generator: nn.Module, stepper: Stepper, done: Progress, out: RunFolder | None
+) -> Metrics:
+    """What an evaluation found; the best generator is kept."""
+    found = evaluation.measured(generator, stepper.terms, stepper.shares, stepper.device)
+    score = evaluation.score(found, stepper.terms)
+    if done.best is None or score < done.best:
+        done.best, done.best_step, done.stale = score, done.steps, 0
+        if out is not None:
+            out.save_best(generator, done)
+    else:
+        done.stale += 1
+    return found
+
+
+def _identity(generator: nn.Module, tasks: TrainingSet, terms: Terms) -> Identity:
     """What a run depends on, as far as it can be told from what :func:`train` is given."""
-    return Identity(
-        {
-            "labels": label_identity(label_settings(delta)).facts,
-            "spec": spec_facts(delta.spec),
-            "format": asdict(format),
-            "generator": {name: list(tensor.shape) for name, tensor in generator.state_dict().items()},
-            "teachers": len(teachers),
-            "training": options.facts,
-        }
-    )
+    facts: dict[str, Any] = {
+        "generator": {name: list(tensor.shape) for name, tensor in generator.state_dict().items()},
+        "teachers": len(tasks),
+        "training": terms.options.facts,
+    }
+    if terms.format is not None:
+        facts["format"] = asdict(terms.format)
+    if terms.delta is not None:
+        facts |= {"labels": label_identity(label_settings(terms.delta)).facts, "spec": spec_facts(terms.delta.spec)}
+    if terms.texts is not None:
+        lm = terms.texts.lm
+        facts |= {"spec": spec_facts(lm.spec), "loss": loss_facts(terms.texts)}
+        if terms.delta is None:
+            facts["model_sha256"] = model_fingerprint(lm.config, lm.weights)
+    return Identity(facts)
+
+
+def loss_facts(texts: TextLosses) -> dict[str, Any]:
+    """What the losses of texts depend on besides model, spec and texts."""
+    return {
+        "reduction": texts.lm.reduction,
+        "label_smoothing": texts.lm.label_smoothing,
+        "temperature": texts.temperature,
+        "teacher_sha256": None if texts.stored is None else texts.stored.sha256,
+    }
 
 
 def _report(odd: str, done: Progress, options: TrainingOptions, ranks: Ranks) -> None:

@@ -1,0 +1,89 @@
+"""How a generator does on conditions that it is not trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..shares import Shares
+from .checkpoints import Metrics
+from .conditions import Condition
+from .tasks import Batch, Draw, Task, TrainingSet
+from .terms import Terms, Written, n_targets
+
+PREFIX = "held_out_"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is evaluated, and when.
+
+    Attributes:
+        tasks: held-out conditions and their texts.
+        every: steps between evaluations; there is one after the last step as well.
+        conditions, texts: so many conditions are looked at, the first ones, and so many texts of each; None for all.
+        patience: so many evaluations in a row without a better one end the run; None for never.
+    """
+
+    tasks: TrainingSet
+    every: int = 200
+    conditions: int | None = None
+    texts: int | None = 8
+    patience: int | None = None
+
+    def __post_init__(self) -> None:
+        if not len(self.tasks):
+            raise ValueError("the tasks of an evaluation are empty, expected at least one")
+
+    def measured(self, generator: nn.Module, terms: Terms, shares: Shares, device: torch.device) -> Metrics:
+        """``held_out_lm``, and with a KL loss ``held_out_kl``: nats per token of all completions.
+
+        What a teacher has said of the training's texts alone is no KL of these.
+
+        The ranks of ``shares`` look at a part of the conditions each. A condition is read with its first prompts.
+        """
+        if terms.texts is None:
+            raise ValueError("an evaluation needs a loss of texts, expected 'lm' or 'kl' among the losses")
+        options, lm_texts = terms.options, terms.texts
+        names = self._names(terms)
+        n = len(self.tasks) if self.conditions is None else min(self.conditions, len(self.tasks))
+        own = range(n)[shares.own(n)]
+        sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=device)
+        was_training = generator.training
+        generator.eval()
+        try:
+            for start in range(own.start, own.stop, options.batch_size):
+                indices = range(start, min(start + options.batch_size, own.stop))
+                batch = self._batch(indices, options.prompts_per_condition)
+                condition = Condition.collate(batch.states).to(device)
+                count = n_targets(batch.texts)
+                with torch.no_grad():
+                    with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
+                        written = Written(generator(condition.states, condition.mask), terms.format)
+                    ones = dict.fromkeys(names, 1.0)
+                    _, means = lm_texts.mean(written.tensors, batch.texts, ones, n_tokens=count)
+                sums += count * torch.stack([*(means[name].double() for name in names), sums.new_ones(())])
+        finally:
+            generator.train(was_training)
+        *totals, count = shares.sum_(sums).tolist()
+        return {f"{PREFIX}{name}": total / count for name, total in zip(names, totals, strict=True)}
+
+    def _batch(self, indices: range, n_prompts: int) -> Batch:
+        draw = Draw(self.tasks, 1, 0, 0, 0)
+        tasks = [Task(*self.tasks[index]) for index in indices]
+        states = [torch.cat([task.states[i] for i in range(min(n_prompts, len(task.states)))]) for task in tasks]
+        texts = [[task.texts[i] for i in range(min(self.texts or len(task.texts), len(task.texts)))] for task in tasks]
+        return Batch([draw.name(index) for index in indices], states, tasks, texts, 0)
+
+    def score(self, metrics: Metrics, terms: Terms) -> float:
+        """By which generators are compared, least is best: the terms as the last step weighs them."""
+        options, names = terms.options, self._names(terms)
+        weights = {name: options.losses[name](options.steps) for name in names if options.needs(name)}
+        return sum(weight * metrics[f"{PREFIX}{name}"] for name, weight in (weights or {"lm": 1.0}).items())
+
+    @staticmethod
+    def _names(terms: Terms) -> list[str]:
+        has_kl = terms.options.needs("kl") and terms.texts is not None and terms.texts.stored is None
+        return ["lm", "kl"] if has_kl else ["lm"]

@@ -1,0 +1,116 @@
+"""What a generator is trained on: conditions, and what there is to learn for each; and a step's share of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .text_lines import Text
+
+
+class Task(NamedTuple):
+    """A condition, and what its adapter should be or do; what no loss asks for may be None.
+
+    Attributes:
+        states: (T, H) of each of the condition's prompts; those that are drawn are looked up.
+        tokens: (L, h, w), of a teacher.
+        delta: (H,) or another shape of deltas, of a teacher.
+        texts: those that the adapter is there for; likewise.
+    """
+
+    states: Sequence[Tensor]
+    tokens: Tensor | None = None
+    delta: Tensor | None = None
+    texts: Sequence[Text] = ()
+
+
+class TrainingSet(Protocol):
+    """N tasks, as :class:`Task` or tuples of as much of it as there is.
+
+    There may be an attribute ``names``, which names the tasks in messages, and a method ``texts(index)``, of which
+    ``n_tokens(i)`` says how long a text is without reading it: ranks then share a batch by its tokens.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Task | tuple: ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This rank's tasks of a micro-batch, with the prompts and texts that were drawn.
+
+    Attributes:
+        names: of the tasks, for messages.
+        states: (T, H) of each.
+        n_deltas: so many of them, the first ones, are for the delta loss.
+    """
+
+    names: list[str]
+    states: list[Tensor]
+    tasks: list[Task]
+    texts: list[list[Text]]
+    n_deltas: int
+
+    def targets(self, name: str, loss: str, n: int | None = None) -> Tensor:
+        """The tokens or deltas of the first n tasks, stacked.
+
+        Raises:
+            ValueError: a task has none.
+        """
+        found = [getattr(task, name) for task in self.tasks[:n]]
+        for who, one in zip(self.names, found, strict=False):
+            if one is None:
+                raise ValueError(f"task {who} has no {name}, which the loss {loss!r} needs")
+        return torch.stack(found)
+
+
+class Draw:
+    """The tasks of each step, by the step's number alone: a resumed run draws the same, and so do all ranks.
+
+    Args:
+        size, n_deltas: of a micro-batch.
+        prompts, texts: how many of a task's are drawn.
+    """
+
+    def __init__(self, tasks: TrainingSet, size: int, n_deltas: int, prompts: int, texts: int) -> None:
+        self.tasks, self.prompts, self.texts = tasks, prompts, texts
+        self.size = min(size, len(tasks))
+        self.n_deltas = min(n_deltas, self.size)
+        self._names: Sequence[str] | None = getattr(tasks, "names", None)
+        self._texts_of = getattr(tasks, "texts", None)
+
+    def indices(self, chance: torch.Generator) -> list[tuple[int, int]]:
+        """(task, seed of what is drawn within it) of a micro-batch."""
+        drawn = torch.randperm(len(self.tasks), generator=chance)[: self.size].tolist()
+        return list(zip(drawn, torch.randint(2**62, (self.size,), generator=chance).tolist(), strict=True))
+
+    def cost(self, index: int, seed: int) -> int:
+        """How many tokens its texts have; 0 where that is not known without reading them."""
+        if self._texts_of is None:
+            return 0
+        texts = self._texts_of(index)
+        return sum(texts.n_tokens(one) for one in _chosen(len(texts), self.texts, seed ^ 1))
+
+    def batch(self, drawn: Sequence[tuple[int, int]], n_deltas: int) -> Batch:
+        """Of some of the indices, of which the first ``n_deltas`` are for the delta loss."""
+        names, states, tasks, texts = [], [], [], []
+        for index, seed in drawn:
+            task = Task(*self.tasks[index])
+            chosen = _chosen(len(task.states), self.prompts, seed)
+            names.append(self.name(index))
+            states.append(torch.cat([task.states[one] for one in chosen]))
+            texts.append([task.texts[one] for one in _chosen(len(task.texts), self.texts, seed ^ 1)])
+            tasks.append(task)
+        return Batch(names, states, tasks, texts, n_deltas)
+
+    def name(self, index: int) -> str:
+        return f"number {index}" if self._names is None else repr(self._names[index])
+
+
+def _chosen(n: int, k: int, seed: int) -> list[int]:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:k].tolist()

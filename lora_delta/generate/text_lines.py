@@ -1,0 +1,287 @@
+"""Lines of texts that adapters are there for, and their token ids.
+
+A line is JSON, with a condition and a text of one of three kinds::
+
+    {"condition": "Reverse the word.", "prompt": "cat=", "completion": "tac"}
+    {"condition": "...", "messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
+    {"condition": "...", "text": "..."}
+
+A prompt and its completion are tokenized apart, and the tokenizer's end-of-text token follows a completion and counts.
+Of messages, through the checkpoint's chat template, each of the assistant's turns is a completion and what stands
+before it the prompt. A text without a prompt is a completion as a whole. What else a line holds is left alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwen_functional.files import parse_json
+
+from ..probes.chat import ChatTemplate, load_chat_template
+from ..probes.tokenization import check_text, load_tokenizer, shortened
+from ..probes.tokenizer_files import TokenizerConfig
+
+CONTEXT = "{condition}\n\n{prompt}"
+EXPECTED = '{"condition": ..., "prompt": ..., "completion": ...}, or "messages" or "text" instead of the latter two'
+MOST_LINE = 1 << 26  # bytes
+_KINDS = (("prompt", "completion"), ("messages",), ("text",))
+_RENDERED_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Text:
+    """A line's text, in token ids.
+
+    Attributes:
+        pairs: (prompt, completion) each; several of a conversation.
+        contexts: for each pair the prompt of a teacher, which holds the condition as well; empty where none was asked
+            for.
+        number: of the pairs of its file, the first one's.
+    """
+
+    pairs: tuple[tuple[Tensor, Tensor], ...]
+    contexts: tuple[Tensor, ...] = ()
+    number: int = 0
+
+
+class TextReader:
+    """Lines to token ids, by a checkpoint's tokenizer and chat template.
+
+    Args:
+        folder: of the checkpoint.
+        max_tokens: of a prompt with its completion; a longer text is a bad line.
+        max_condition: tokens of a condition likewise; None where conditions are names.
+        names: what a condition may be where conditions are names, of prompts or adapters.
+        context: how a teacher's prompt is made of ``{condition}`` and ``{prompt}``; None for no teacher. In messages
+            the condition becomes the system's, before what that says already.
+        chat_template_kwargs: further variables of the chat template.
+
+    Raises:
+        ValueError: a tokenizer that names no end-of-text token, a context without ``{condition}``.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        max_tokens: int,
+        vocab_size: int,
+        max_condition: int | None = None,
+        names: Sequence[str] | None = None,
+        context: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.folder, self.tokenizer = Path(folder), load_tokenizer(folder)
+        self.max_tokens, self.max_condition, self.vocab_size = max_tokens, max_condition, vocab_size
+        self.names = None if names is None else frozenset(names)
+        self.context, self.variables = context, dict(chat_template_kwargs or {})
+        end = TokenizerConfig.read(folder).named.get("eos_token")
+        found = None if end is None else self.tokenizer.token_to_id(end)
+        if found is None:
+            raise ValueError(f"the tokenizer of {folder} has no eos_token, expected one: completions end with it")
+        self.end = found
+        if context is not None and "{condition}" not in context:
+            raise ValueError(f"context is {shortened(context)}, expected a text with {{condition}}, and {{prompt}}")
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        return load_chat_template(self.folder)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the ids depend on besides the lines."""
+        words = self.tokenizer.to_str()
+        try:
+            template: str | None = self.template.source
+        except ValueError:
+            template = None  # messages are bad lines then
+        return {
+            "tokenizer_sha256": hashlib.sha256(words.encode()).hexdigest(),
+            "template_sha256": None if template is None else hashlib.sha256(template.encode()).hexdigest(),
+            "chat_template_kwargs": self.variables,
+            "max_tokens": self.max_tokens,
+            "max_condition": self.max_condition,
+            "names": None if self.names is None else hashlib.sha256("\0".join(sorted(self.names)).encode()).hexdigest(),
+            "context": self.context,
+        }
+
+    def read(self, lines: Sequence[bytes]) -> list[tuple[str, Text] | ValueError]:
+        """The condition and the text of each line, or what is wrong with it."""
+        found: list[Any] = []
+        for line in lines:
+            try:
+                found.append(self._parsed(line))
+            except ValueError as error:
+                found.append(error)
+        self._render(found)
+        good = [one for one in found if isinstance(one, _Line)]
+        ids = self._encode([string for one in good for string in one.strings()])
+        conditions: list[Tensor] = []
+        if self.max_condition is not None:
+            conditions = self._encode([(one.condition, True) for one in good])
+        at = 0
+        for index, one in enumerate(found):
+            if not isinstance(one, _Line):
+                continue
+            n = len(one.strings())
+            own, at = ids[at : at + n], at + n
+            try:
+                condition = conditions.pop(0) if conditions else None
+                found[index] = (one.condition, self._text(one, own, condition))
+            except ValueError as error:
+                found[index] = error
+        return found
+
+    def _parsed(self, line: bytes) -> _Line:
+        if len(line) > MOST_LINE:
+            raise ValueError(f"it has more than {MOST_LINE:,} bytes")
+        entry = parse_json(line, "it", EXPECTED)
+        kinds = [kind for kind in _KINDS if isinstance(entry, dict) and any(name in entry for name in kind)]
+        if len(kinds) != 1 or any(name not in entry for name in ("condition", *kinds[0])):
+            raise ValueError(f"it is {shortened(entry)}, expected {EXPECTED}")
+        condition, kind = entry["condition"], kinds[0][0]
+        check_text(condition, "condition")
+        if self.names is not None and condition not in self.names:
+            raise ValueError(f"its condition is {shortened(condition)}, expected a name among the prompts")
+        if kind == "messages":
+            return _Line(condition, messages=_messages(entry["messages"]))
+        prompt, completion = (entry["prompt"], entry["completion"]) if kind == "prompt" else ("", entry["text"])
+        check_text(completion, "completion" if kind == "prompt" else "text")
+        if prompt != "":
+            check_text(prompt, "prompt")
+        line_ = _Line(condition, pairs=[(prompt, completion)])
+        if self.context is not None:
+            line_.contexts = [_filled(self.context, condition, prompt)]
+        return line_
+
+    def _render(self, found: list[Any]) -> None:
+        """Put what the chat template makes of them into the lines of messages, or an error in their place."""
+        places = [index for index, one in enumerate(found) if isinstance(one, _Line) and one.messages]
+        for start in range(0, len(places), _RENDERED_AT_ONCE):
+            self._render_some(found, places[start : start + _RENDERED_AT_ONCE])
+
+    def _render_some(self, found: list[Any], places: Sequence[int]) -> None:
+        asked: list[tuple[list[dict[str, Any]], bool]] = []
+        for index in places:
+            asked += found[index].conversations(with_context=self.context is not None)
+        texts: dict[bool, Iterator[str]] = {}
+        try:
+            for generates in (False, True):
+                chosen = [messages for messages, flag in asked if flag == generates]
+                texts[generates] = iter(self.template.render(chosen, generates, **self.variables))
+        except ValueError as error:
+            if len(places) == 1:
+                found[places[0]] = error
+            else:  # which one it is
+                half = len(places) // 2
+                self._render_some(found, places[:half])
+                self._render_some(found, places[half:])
+            return
+        answers = [next(texts[flag]) for _, flag in asked]
+        for index in places:
+            n = len(found[index].conversations(with_context=self.context is not None))
+            own, answers = answers[:n], answers[n:]
+            try:
+                found[index].take(own, with_context=self.context is not None)
+            except ValueError as error:
+                found[index] = error
+
+    def _encode(self, strings: Sequence[tuple[str, bool]]) -> list[Tensor]:
+        """The ids of texts, each with the tokenizer's own special tokens added or not."""
+        ids: list[Tensor] = [torch.empty(0)] * len(strings)
+        for special in (False, True):
+            places = [index for index, (_, flag) in enumerate(strings) if flag == special]
+            texts = [strings[index][0] for index in places]
+            encoded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=special)
+            for index, one in zip(places, encoded, strict=True):
+                ids[index] = torch.tensor(one.ids, dtype=torch.int32)
+        return ids
+
+    def _text(self, line: _Line, ids: list[Tensor], condition: Tensor | None) -> Text:
+        most, end = self.max_condition, torch.tensor([self.end], dtype=torch.int32)
+        if most is not None and condition is not None and len(condition) > most:
+            raise ValueError(f"its condition has {len(condition):,} tokens, expected at most {most:,}, max_length")
+        n = len(line.pairs)
+        prompts, completions, contexts = ids[:n], ids[n : 2 * n], ids[2 * n :]
+        for index, one in enumerate(completions):
+            ends = (one == self.end).nonzero()
+            if line.messages and len(ends):  # a template may write a line's end behind it
+                completions[index] = one[: int(ends[-1]) + 1]
+            elif not line.messages:
+                completions[index] = torch.cat((one, end))
+        for before in (prompts, contexts):
+            for prompt, completion in zip(before, completions, strict=before is prompts):
+                size = len(prompt) + len(completion)
+                if size > self.max_tokens:
+                    what = "it" if before is prompts else "it, with its condition before it,"
+                    raise ValueError(f"{what} has {size:,} tokens, expected at most {self.max_tokens:,}")
+                if not len(prompt) and len(completion) < 2:
+                    raise ValueError("it has no token after the first one")
+        largest = max(int(one.max()) for one in ids if len(one))
+        if largest >= self.vocab_size:
+            raise ValueError(f"token {largest} is outside the vocabulary of {self.vocab_size}")
+        return Text(tuple(zip(prompts, completions, strict=True)), tuple(contexts))
+
+
+@dataclass
+class _Line:
+    """A line between JSON and ids."""
+
+    condition: str
+    pairs: Sequence[tuple[str, str]] = ()
+    contexts: Sequence[str] = ()
+    messages: Sequence[dict[str, Any]] = ()
+
+    def strings(self) -> list[tuple[str, bool]]:
+        """All texts, and whether the tokenizer adds special tokens: prompts, completions, contexts."""
+        plain = not self.messages
+        prompts = [(prompt, plain and prompt != "") for prompt, _ in self.pairs]
+        return [*prompts, *((c, False) for _, c in self.pairs), *((text, plain) for text in self.contexts)]
+
+    def conversations(self, with_context: bool) -> list[tuple[list[dict[str, Any]], bool]]:
+        """What the template is to render, and whether an answer is to follow: for each of the assistant's turns."""
+        asked = []
+        for messages in (self.messages, *([self._with_condition()] if with_context else ())):
+            for index, message in enumerate(messages):
+                if message["role"] == "assistant":
+                    asked += [(list(messages[:index]), True), (list(messages[: index + 1]), False)]
+        return asked
+
+    def _with_condition(self) -> list[dict[str, Any]]:
+        first, *rest = self.messages
+        if first["role"] == "system":
+            return [{**first, "content": f"{self.condition}\n\n{first['content']}"}, *rest]
+        return [{"role": "system", "content": self.condition}, first, *rest]
+
+    def take(self, texts: Sequence[str], with_context: bool) -> None:
+        pairs = []
+        for prompt, whole in zip(texts[::2], texts[1::2], strict=True):
+            if not whole.startswith(prompt) or len(whole) == len(prompt):
+                raise ValueError("the chat template does not write an answer behind the prompt that it writes for one")
+            pairs.append((prompt, whole[len(prompt) :]))
+        n = len(pairs) // 2 if with_context else len(pairs)
+        self.pairs, self.contexts = pairs[:n], [prompt for prompt, _ in pairs[n:]]
+
+
+def _messages(value: Any) -> list[dict[str, Any]]:
+    expected = 'expected a list of {"role": ..., "content": ...} with a turn of the assistant that is not the first'
+    is_list = isinstance(value, list) and all(isinstance(one, dict) for one in value)
+    if not is_list or any(not isinstance(one.get(name), str) for one in value for name in ("role", "content")):
+        raise ValueError(f"messages is {shortened(value)}, {expected}")
+    if not value or value[0]["role"] == "assistant" or all(one["role"] != "assistant" for one in value):
+        raise ValueError(f"messages have the roles {[one['role'] for one in value][:9]}, {expected}")
+    return value
+
+
+def _filled(template: str, condition: str, prompt: str) -> str:
+    given = {"condition": condition, "prompt": prompt}
+    return re.sub(r"\{(condition|prompt)\}", lambda match: given[match[1]], template)
