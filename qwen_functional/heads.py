@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .dtypes import accumulation_dtype
-from .ops.lm_head import StateTargets, Targets, lm_head_divergence, lm_head_loss
+from .ops.lm_head import Part, StateTargets, Targets, lm_head_divergence, lm_head_loss
 from .ops.rmsnorm import rmsnorm, rmsnorm_vjp
 from .packing import PackedTokens, check_ids
 
@@ -186,14 +186,20 @@ class _BoundTokenLoss:
         h = normed.expand(self.widen, -1, -1).reshape(-1, top.shape[2]).to(weights.compute_dtype)
         matrix = weights.lm_head
         assert matrix is not None
-        E = matrix.to(weights.compute_dtype)
-        temperature = self.head.temperature
-        if isinstance(self.targets, StateTargets):
-            losses, dh = lm_head_divergence(h, E, self.targets, temperature=temperature, keep=keep)
+        part, mean, smoothing, temperature = None, None, self.head.label_smoothing, self.head.temperature
+        if weights.parallel is not None:
+            own = weights.parallel.of_vocabulary(len(matrix))
+            if smoothing:
+                mean = matrix.to(weights.compute_dtype).mean(0, dtype=accumulation_dtype(h.dtype))
+            part = Part(own.start, weights.parallel.sum_, weights.parallel.max_)
+            E = matrix[own].to(h.dtype) if isinstance(matrix, Tensor) else matrix.to(h.dtype, own)
         else:
-            smoothing = self.head.label_smoothing
+            E = matrix.to(h.dtype)
+        if isinstance(self.targets, StateTargets):
+            losses, dh = lm_head_divergence(h, E, self.targets, temperature=temperature, keep=keep, part=part)
+        else:
             losses, dh = lm_head_loss(
-                h, E, self.targets, label_smoothing=smoothing, temperature=temperature, keep=keep
+                h, E, self.targets, label_smoothing=smoothing, temperature=temperature, keep=keep, part=part, mean=mean
             )
         value = torch.zeros(self.n_adapters, dtype=accumulation_dtype(h.dtype), device=h.device)
         value.index_add_(0, self.adapters, losses.to(value.dtype))

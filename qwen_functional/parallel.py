@@ -99,6 +99,10 @@ class TensorParallel:
         split = SPLIT.get(name.rsplit(".", 2)[-2])
         return part if split is None else DTensor.from_local(part, self.mesh, [Shard(split)]).full_tensor()
 
+    def of_vocabulary(self, size: int) -> slice:
+        """The tokens whose logits this rank makes, of so many."""
+        return slice(size * self.rank // self.size, size * (self.rank + 1) // self.size)
+
     def _part(self, size: int) -> slice:
         each = size // self.size
         return slice(self.rank * each, (self.rank + 1) * each)
@@ -106,6 +110,11 @@ class TensorParallel:
     def sum_(self, x: Tensor) -> Tensor:
         """The sum over ranks, in place, the same bits on all of them."""
         dist.all_reduce(x, group=self.mesh.get_group())
+        return x
+
+    def max_(self, x: Tensor) -> Tensor:
+        """The largest over ranks of each entry, in place."""
+        dist.all_reduce(x, dist.ReduceOp.MAX, group=self.mesh.get_group())
         return x
 
     def sum(self, x: Tensor) -> Tensor:

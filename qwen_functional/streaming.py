@@ -124,9 +124,9 @@ class StreamedRows:
         rows = torch.cat([self._read(slice(row, row + 1)) for row in unique.tolist()])
         return rows.to(self.device, self.dtype)[inverse.to(self.device)]
 
-    def to(self, dtype: torch.dtype) -> Tensor:
-        """All of it, in memory."""
-        return self._read(slice(0, self.shape[0])).to(self.device, self.dtype).to(dtype)
+    def to(self, dtype: torch.dtype, rows: slice | None = None) -> Tensor:
+        """All of it, or some rows, in memory."""
+        return self._read(rows or slice(0, self.shape[0])).to(self.device, self.dtype).to(dtype)
 
 
 def blocks_from_host(

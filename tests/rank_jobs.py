@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import signal
@@ -10,18 +11,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import text_case
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lora_delta import DifferentiableDeltaCompute, DifferentiableLMLoss
+from lora_delta.generate.evaluation import Evaluation
 from lora_delta.generate.options import TrainingOptions
+from lora_delta.generate.terms import TextLosses
 from lora_delta.generate.tokens import TokenFormat
 from lora_delta.generate.training import train
 from lora_delta.labelling.labels import compute_labels
 from lora_delta.labelling.settings import model_fingerprint
 from lora_delta.lm_loss import Examples
+from lora_delta.shares import Shares
 from qwen_functional import LoraSpec, Qwen2Config, Qwen2Weights, init_weights, load_pretrained, pack, weights
 from qwen_functional.backends.onednn import can_pack, packing_pays
 from qwen_functional.forward import forward, forward_vjp
@@ -94,11 +99,23 @@ def delta_of(case: Case, base: Qwen2Weights, mesh: DeviceMesh | None, mean_loss:
 
 
 def lm_loss_of(
-    case: Case, base: Qwen2Weights, mesh: DeviceMesh | None, mean_loss: bool, examples: Examples, **options: Any
+    case: Case,
+    base: Qwen2Weights,
+    mesh: DeviceMesh | None,
+    mean_loss: bool,
+    examples: Examples,
+    teacher: str | None = None,
+    **options: Any,
 ) -> Values:
+    """Of adapters, or with the bare model as the teacher by its ``"states"`` or its ``"top k"``."""
     lm = DifferentiableLMLoss(case.config, base, case.spec, mesh=mesh, **options)
     tensors = {name: tensor.clone().requires_grad_() for name, tensor in case.tensors.items()}
-    value = lm.mean_loss(tensors, examples) if mean_loss else lm(tensors, examples)
+    said: Any = None
+    if teacher is not None:
+        say = lm.states if teacher == "states" else functools.partial(lm.top_k, k=5)
+        said = say(examples, temperature=1.5)
+    both = {"cross_entropy": teacher is not None}
+    value = lm.mean_loss(tensors, examples, said, **both) if mean_loss else lm(tensors, examples, said, **both)
     value.square().sum().backward()
     return value.detach(), gradients_of(tensors)
 
@@ -266,3 +283,29 @@ def drawn(training: Training, sizes: dict[str, int]) -> list[float]:
     numbers: list[float] = []
     replace(training, drawn=numbers).run(None, mesh_of(**sizes))
     return numbers
+
+
+@dataclass(frozen=True)
+class TextTraining:
+    """A training run on texts that any number of ranks can do."""
+
+    options: TrainingOptions
+
+    def run(self, mesh: DeviceMesh | None = None) -> Run:
+        """The metrics of every step, and the parameters in the end."""
+        tasks, generator, base = text_case.text_tasks(6), text_case.direct_generator(), text_case.weights()
+        base = base if mesh is None else base.shard(text_case.CONFIG, mesh)
+        losses = TextLosses(DifferentiableLMLoss(text_case.CONFIG, base, text_case.SPEC), 1.5)
+        held_out = Evaluation(text_case.text_tasks(3, seed=9), every=2)
+        history = train(
+            generator, tasks, self.options, texts=losses, evaluation=held_out, progress=False, mesh=mesh
+        )
+        return history, generator.state_dict()
+
+
+def trained_on_texts(training: TextTraining, sizes: dict[str, int]) -> Run:
+    return training.run(mesh_of(**sizes))
+
+
+def balanced(costs: Sequence[float]) -> list[int]:
+    return Shares.of(mesh_of(dp=2)).balanced(costs)

@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_delta.generate.losses import delta_cosine, delta_loss, delta_mse, product_mse, tensors_mse, tokens_mse
+from lora_delta.generate.losses import (
+    delta_cosine,
+    delta_loss,
+    delta_mse,
+    product_l2,
+    product_mse,
+    tensors_l1,
+    tensors_l2,
+    tensors_mse,
+    tokens_mse,
+)
 from lora_delta.generate.schedules import Schedule, learning_rate, weighted_sum
 from qwen_functional import LoraSpec
 from qwen_functional.lora import peft_name
@@ -445,3 +455,71 @@ def test_equal_products_have_a_loss_of_zero_under_a_scale_that_float32_rounds() 
     spec = LoraSpec(rank=3, alpha=1, rank_pattern={"up_proj": 2})
     ours = {name: tensor.float() for name, tensor in adapter().items()}
     assert product_mse(ours, {name: tensor.clone() for name, tensor in ours.items()}, spec=spec) == 0
+
+
+# Regularizers, and the loss of tokens part by part
+
+
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_regularizers_are_means_over_all_entries(batch: tuple[int, ...]) -> None:
+    tensors = adapter(*batch)
+    flat = torch.cat([tensor.flatten() for tensor in tensors.values()])
+    torch.testing.assert_close(tensors_l1(tensors), flat.abs().mean(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(tensors_l2(tensors), flat.square().mean(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(product_l2(tensors), updates(tensors).square().mean(), rtol=1e-12, atol=0)
+    spec = LoraSpec(rank=3, alpha=6, rank_pattern={"up_proj": 2}, use_rslora=True)
+    explicit = updates(tensors, (6 / math.sqrt(3), 6 / math.sqrt(2))).square().mean()
+    torch.testing.assert_close(product_l2(tensors, spec=spec), explicit, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("regularizer", [tensors_l1, tensors_l2, product_l2])
+def test_gradients_of_regularizers_are_those_of_finite_differences(regularizer: Callable[..., Tensor]) -> None:
+    names = list(adapter())
+    given = [tensor.requires_grad_() for tensor in adapter(2).values()]
+    assert torch.autograd.gradcheck(lambda *tensors: regularizer(dict(zip(names, tensors, strict=True))), given)
+
+
+@pytest.mark.parametrize("regularizer", [tensors_l1, tensors_l2, product_l2])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: {}, "tensors is empty"),
+        (lambda tensors: {"a": tensors[Q_A]}, "LoRA tensor 'a' fits nothing"),
+        (lambda tensors: {**tensors, Q_A: tensors[Q_A].long()}, "expected a floating-point dtype"),
+        (lambda tensors: {**tensors, Q_A: tensors[Q_A][0]}, "expected two or three dimensions, none empty"),
+    ],
+)
+def test_regularizers_refuse_what_is_no_adapter(
+    change: Callable[[dict[str, Tensor]], dict[str, Tensor]], message: str, regularizer: Callable[..., Tensor]
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        regularizer(change(adapter()))
+
+
+def test_the_norm_of_updates_needs_both_factors_and_the_specs_rank() -> None:
+    tensors = adapter()
+    with pytest.raises(ValueError, match="is missing, expected the A and the B of each module"):
+        product_l2({name: tensor for name, tensor in tensors.items() if name != UP_B})
+    with pytest.raises(ValueError, match="expected rank 4"):
+        product_l2(tensors, spec=LoraSpec(rank=4))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(3, 700, 18, 130), (700, 18, 130), (2, 3, 700, 30)])
+def test_the_loss_of_many_tokens_and_its_gradient_are_those_of_the_formula(
+    shape: tuple[int, ...], transposed: bool
+) -> None:
+    tokens, target = randn(*shape, dtype=torch.float32), randn(*shape, seed=1, dtype=torch.float32)
+    target[..., 2:, 5:9] = NAN
+    tokens[..., 3, 6] = NAN  # where the target has padding
+    if transposed and len(shape) == 4:
+        tokens = tokens.transpose(0, 1).contiguous().transpose(0, 1)
+    ours, theirs = (tokens.clone().double().requires_grad_() for _ in range(2))
+    kept = ~target.isnan()
+    expected = (theirs[kept] - target.double()[kept]).square().mean()
+    loss = tokens_mse(ours, target.double())
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    loss.mul(3).backward()
+    expected.mul(3).backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-18)
+    assert float(tokens_mse(tokens, target)) == pytest.approx(float(expected.detach()), rel=1e-6)

@@ -187,10 +187,20 @@ def test_a_real_model_split_over_two_ranks_differs(real_checkpoint: str, two_ran
 
 
 @pytest.mark.parametrize("sizes", [{"dp": 2}, {"tp": 2}], ids=str)
-@pytest.mark.parametrize("mean_loss", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("mean_loss", "options"),
+    [
+        (False, {}),
+        (True, {"label_smoothing": 0.2}),
+        (False, {"teacher": "states"}),
+        (True, {"teacher": "top k"}),
+    ],
+    ids=str,
+)
 def test_the_lm_loss_of_split_adapters_or_of_a_split_model_is_that_of_one_process(
-    sizes: dict[str, int], mean_loss: bool, two_ranks: Ranks
+    sizes: dict[str, int], mean_loss: bool, options: dict[str, Any], tied: bool, two_ranks: Ranks
 ) -> None:
-    case = case_of(tiny_config())
-    found = two_ranks.call(jobs.split_lm_loss, case, sizes, mean_loss, EXAMPLES, {"checkpoint": "block"})
-    assert_same(found, jobs.lm_loss_of(case, case.weights(), None, mean_loss, EXAMPLES))
+    case = case_of(tiny_config(tie_word_embeddings=tied, vocab_size=61))  # which two ranks cannot halve
+    found = two_ranks.call(jobs.split_lm_loss, case, sizes, mean_loss, EXAMPLES, {"checkpoint": "block", **options})
+    assert_same(found, jobs.lm_loss_of(case, case.weights(), None, mean_loss, EXAMPLES, **options))

@@ -155,3 +155,32 @@ def test_batches_that_ranks_cannot_share_evenly_are_refused(
     changed = dataclasses.replace(training, options=dataclasses.replace(training.options, **changes))
     with pytest.raises(AssertionError, match=f"{what} of 6 tasks, expected a multiple of the 2 ranks"):
         two_ranks.call(jobs.trained, changed, None, {"dp": 2})
+
+
+@pytest.mark.parametrize("sizes", [{"dp": 2}, {"tp": 2}], ids=str)
+@pytest.mark.parametrize(
+    ("mean", "losses"),
+    [("tokens", {"lm": Schedule(1.0)}), ("adapters", {"lm": Schedule(1.0), "kl": Schedule(0.5), "l2": Schedule(0.1)})],
+)
+def test_two_ranks_train_on_texts_as_one(
+    mean: str, losses: dict[str, Schedule], sizes: dict[str, int], two_ranks: Ranks
+) -> None:
+    options = TrainingOptions(
+        steps=5, batch_size=4, accumulate=2, texts_per_condition=2, warmup_steps=2, losses=losses, mean=mean
+    )
+    training = jobs.TextTraining(options)
+    expected = training.run()
+    assert "held_out_lm" in expected[0][-1]
+    for found in two_ranks.call(jobs.trained_on_texts, training, sizes):
+        assert_same_run(found, expected)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_ranks_share_a_batch_by_what_it_costs(seed: int, two_ranks: Ranks) -> None:
+    costs = torch.randn(8, generator=torch.Generator().manual_seed(seed)).exp().mul(600).tolist()
+    shares = two_ranks.call(jobs.balanced, costs)
+    assert sorted(shares[0] + shares[1]) == list(range(8))
+    assert [len(share) for share in shares] == [4, 4]
+    heaviest = max(sum(costs[item] for item in share) for share in shares)
+    assert heaviest - sum(costs) / 2 <= max(costs) / 2
+    assert two_ranks.call(jobs.balanced, [0.0] * 6) == [[0, 1, 2], [3, 4, 5]]

@@ -35,6 +35,7 @@ def _teach(options: argparse.Namespace) -> int:
     from ..generate.prompts import read_prompts
     from ..generate.run_config import RunConfig
     from ..generate.runs import load_base, text_sets
+    from ..generate.terms import in_context
     from ..lm_loss import DifferentiableLMLoss
     from ..teachers import save_top_k
 
@@ -53,8 +54,7 @@ def _teach(options: argparse.Namespace) -> int:
     for start in tqdm(range(0, texts.n_texts, _TEXTS_AT_ONCE), "teach", disable=options.quiet):
         pairs = []
         for line in range(start, min(start + _TEXTS_AT_ONCE, texts.n_texts)):
-            text = texts.text(line)
-            pairs += [(context, pair[1]) for context, pair in zip(text.contexts, text.pairs, strict=True)]
+            pairs += in_context(texts.text(line))
         said += lm.top_k([pairs], options.k, temperature=config.teacher.temperature)[0]
     save_top_k(options.out, said, base.vocab_size)
     print(f"wrote what is said of {sum(map(len, said)):,} tokens in {texts.n_texts:,} texts to {options.out}")

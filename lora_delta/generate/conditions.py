@@ -152,13 +152,17 @@ class ConditionCache:
 
     def save(self, texts: Sequence[str], states: Sequence[Tensor]) -> None:
         """Keep a pass, if there is room."""
-        if self._bytes + _nbytes(states) > self.most_bytes:
-            return
         path = self._path(texts)
+        free = self.most_bytes - self._bytes + (path.stat().st_size if path.exists() else 0)  # a damaged one goes
+        if _nbytes(states) > free:
+            return
+        tensors = {str(index): one.contiguous() for index, one in enumerate(states)}
+        content = save(tensors, metadata={"sha256": _digest(states)})
+        if len(content) > free:
+            return
         with replaces(path) as unfinished:
-            tensors = {str(index): one.contiguous() for index, one in enumerate(states)}
-            unfinished.write_bytes(save(tensors, metadata={"sha256": _digest(states)}))
-        self._bytes += path.stat().st_size
+            unfinished.write_bytes(content)
+        self._bytes = self.most_bytes - free + len(content)
 
     def _path(self, texts: Sequence[str]) -> Path:
         return self.folder / f"{sha256_of([self.key, *texts])}.safetensors"
@@ -167,6 +171,7 @@ class ConditionCache:
 def _digest(states: Sequence[Tensor]) -> str:
     whole = hashlib.sha256()
     for one in states:
+        whole.update(f"{one.dtype}{list(one.shape)}".encode())
         whole.update(one.contiguous().numpy().data)
     return whole.hexdigest()
 

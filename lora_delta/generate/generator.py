@@ -111,12 +111,12 @@ class LoRAGenerator(nn.Module):
         self.components[:, : chosen.shape[-1]].copy_((chosen.mT @ rows) / len(tokens) ** 0.5)
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
-        """Tokens (B, L, h, w) float32 for ``states`` (B, T, H) and ``mask`` (B, T), true where there is a token."""
+        """Tokens (B, L, h, w) for ``states`` (B, T, H) and ``mask`` (B, T), true where there is a token."""
         x = self.slots(states, mask)
         mixed = [one(slot).unflatten(-1, (-1, self.sizes["components"])) for one, slot in zip(
             self.mixtures, x.unbind(2), strict=True
         )]  # fmt: skip
-        mixture = torch.cat(mixed, 2).flatten(1, 2).float()  # (B, L, components)
+        mixture = torch.cat(mixed, 2).flatten(1, 2).to(self.mean.dtype)  # (B, L, components)
         with torch.autocast(states.device.type, enabled=False):
             # Place by place: tokens (B, L, h, w) are a view of (L, B, h·w), of which no copy is made.
             tokens = torch.baddbmm(self.mean.flatten(1)[:, None], mixture.transpose(0, 1), self.components)
@@ -175,13 +175,13 @@ class DirectGenerator(nn.Module):
             self.heads.append(head)
 
     def forward(self, states: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """{PEFT name: (B, rows, columns)} float32 for ``states`` (B, T, H) and ``mask`` (B, T)."""
+        """{PEFT name: (B, rows, columns)} for ``states`` (B, T, H) and ``mask`` (B, T)."""
         x = self.slots(states, mask).flatten(1, 2)
         written: dict[str, Tensor] = {}
         kinds = zip(self._kinds.items(), self.start, self.heads, strict=True)
         for index, (((_, _, rows, columns), (names, _)), start, head) in enumerate(kinds):
             # Layers first: each layer's adapters are contiguous, as the engine takes them.
             own = x.index_select(1, self.get_buffer(f"slots_{index}")).transpose(0, 1)
-            made = head(own).float().unflatten(-1, (rows, columns)) + start[:, None]
+            made = start[:, None] + head(own).unflatten(-1, (rows, columns))
             written |= zip(names, made.unbind(0), strict=True)
         return {name: written[name] for name in self.shapes}

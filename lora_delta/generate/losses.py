@@ -7,7 +7,7 @@ scalar in float32, or in float64 where an input is float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -91,70 +91,93 @@ def delta_loss(
     return torch.stack(parts).sum()
 
 
-def tokens_mse(tokens: Tensor, target_tokens: Tensor) -> Tensor:
+def tokens_mse(tokens: Tensor, target_tokens: Tensor | Sequence[Tensor]) -> Tensor:
     """Mean square error of Drag-and-Drop tokens, over the elements that the target has: its NaN are padding.
 
     What a generator writes into the padding costs nothing and gets a gradient of zero, be it NaN.
 
     Args:
-        tokens, target_tokens: (L, h, w) or (G, L, h, w).
+        tokens: (L, h, w) or (G, L, h, w).
+        target_tokens: of the same shape, or G tensors (L, h, w).
 
     Raises:
         ValueError: a target that is NaN throughout, or as :func:`delta_mse`.
     """
-    tokens, target_tokens = _checked_pair("tokens", tokens, target_tokens)
-    if is_symbolic(tokens) or is_symbolic(target_tokens):
-        return _plain_tokens_mse(tokens, target_tokens)
-    loss = _TokensMSE.apply(tokens, target_tokens)
-    if not tokens.is_cuda and loss.isnan() and target_tokens.isnan().all():  # 0 / 0
+    if isinstance(target_tokens, Tensor):
+        tokens, target_tokens = _checked_pair("tokens", tokens, target_tokens)
+        given = [target_tokens]
+    else:
+        check_float("tokens", tokens)
+        if len(tokens) != len(target_tokens):
+            raise ValueError(f"tokens have shape {tuple(tokens.shape)}, and there are {len(target_tokens)} targets")
+        pairs = [_checked_pair("tokens", one, other) for one, other in zip(tokens, target_tokens, strict=True)]
+        tokens, given = tokens.to(pairs[0][0].dtype), [target for _, target in pairs]
+    if any(map(is_symbolic, (tokens, *given))):
+        return _plain_tokens_mse(tokens, given)
+    loss = _TokensMSE.apply(tokens, *given)
+    if not tokens.is_cuda and loss.isnan() and all(target.isnan().all() for target in given):  # 0 / 0
         raise ValueError("target_tokens is NaN throughout, expected padding around numbers")
     return loss
 
 
-def _plain_tokens_mse(tokens: Tensor, target: Tensor) -> Tensor:
+def _plain_tokens_mse(tokens: Tensor, targets: Sequence[Tensor]) -> Tensor:
+    target = torch.stack(list(targets)).view(tokens.shape)
     kept = ~target.isnan()
     # Safe with NaN: a difference passes gradients on unscaled, so the zeros of where() stay zeros.
     return torch.where(kept, tokens - target, 0.0).square().sum() / kept.sum()
 
 
 class _TokensMSE(torch.autograd.Function):
-    """:func:`_plain_tokens_mse` without temporaries of the tokens' size, which are most of a step's memory."""
+    """:func:`_plain_tokens_mse` without temporaries of the tokens' size, which are most of a step's memory and time."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, target: Tensor) -> Tensor:
-        total, count = tokens.new_zeros((), dtype=torch.float64), torch.zeros((), device=tokens.device)
-        for error, kept in _errors(tokens, target):
-            total += error.square_().sum()
-            count += kept.sum()
-        ctx.save_for_backward(tokens, target, count)
+    def forward(ctx: Any, tokens: Tensor, *targets: Tensor) -> Tensor:
+        total, count = tokens.new_zeros((), dtype=torch.float64), tokens.new_zeros((), dtype=torch.float64)
+        ctx.padded = []
+        for ours, theirs in zip(_parts(tokens), _parts(*targets), strict=True):
+            error = (ours - theirs).flatten()
+            square = torch.dot(error, error)
+            # On a GPU a look at the value would wait for it.
+            ctx.padded.append(tokens.is_cuda or not bool(square.isfinite()))
+            if ctx.padded[-1]:
+                error, kept = _known(ours, theirs)
+                total += error.square_().sum()
+                count += kept.sum()
+            else:
+                total += square
+                count += error.numel()
+        ctx.save_for_backward(tokens, count, *targets)
         return (total / count).to(tokens.dtype)
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        tokens, target, count = ctx.saved_tensors
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        tokens, count, *targets = ctx.saved_tensors
+        scale = (2 * cotangent / count).to(tokens.dtype)
         if torch.is_grad_enabled():  # of higher order
-            kept = ~target.isnan()
-            gradient = torch.where(kept, tokens - target, 0.0) * (2 * cotangent / count)
+            target = torch.stack(list(targets)).view(tokens.shape)
+            gradient = _known(tokens, target)[0] * scale
         else:
             gradient = torch.empty_like(tokens)  # strided as they are
-            scale = 2 * cotangent / count
-            parts = zip(_parts(gradient), _errors(tokens, target), strict=True)
-            for part, (error, _) in parts:
-                torch.mul(error, scale, out=part)
-        return gradient, -gradient if ctx.needs_input_grad[1] else None
+            parts = zip(_parts(gradient), _parts(tokens), _parts(*targets), ctx.padded, strict=True)
+            for out, ours, theirs, padded in parts:
+                error = _known(ours, theirs)[0] if padded else ours - theirs
+                torch.mul(error, scale, out=out)
+        back = gradient.reshape(len(targets), *targets[0].shape).unbind(0)
+        wanted = zip(back, ctx.needs_input_grad[1:], strict=True)
+        return gradient, *(-one if need else None for one, need in wanted)
 
 
-def _errors(tokens: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """(difference, where the target is a number) of a part after the other; the former is 0 elsewhere."""
-    for ours, theirs in zip(_parts(tokens), _parts(target), strict=True):
-        kept = theirs == theirs
-        yield torch.where(kept, ours - theirs, 0.0), kept
+def _known(tokens: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The difference, and where the target is a number: elsewhere it is 0."""
+    kept = ~target.isnan()
+    return torch.where(kept, tokens - target, 0.0), kept
 
 
-def _parts(tokens: Tensor) -> Iterator[Tensor]:
-    """Views of a stack (…, L, h, w), each small enough for a processor's cache."""
-    for stack in tokens.flatten(0, -4) if tokens.dim() > 3 else (tokens,):
-        yield from stack.split(max(1, _PART // max(1, stack[0].numel())))
+def _parts(*stacks: Tensor) -> Iterator[Tensor]:
+    """Views of stacks (…, L, h, w), one after the other, each small enough for a processor's cache."""
+    for tokens in stacks:
+        for stack in tokens.flatten(0, -4) if tokens.dim() > 3 else (tokens,):
+            yield from stack.split(max(1, _PART // max(1, stack[0].numel()))) if stack.dim() > 1 else (stack,)
 
 
 def tensors_mse(tensors: Mapping[str, Tensor], target_tensors: Mapping[str, Tensor]) -> Tensor:

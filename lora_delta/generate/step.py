@@ -57,7 +57,7 @@ class Stepper:
     def step(self, step: int) -> tuple[Metrics, str, bool]:
         """A step: its metrics; what was not finite, for which it was skipped; whether the run is to end after it."""
         options, sums = self.options, dict[str, float]()
-        largest: list[tuple[list[str], Tensor]] = []
+        norms: list[tuple[list[str], Tensor]] = []
         self.optimizer.zero_grad()
         with _random_numbers(options.seed * _SEED + step, self.shares.rank, self.device):
             batches: Iterable[Batch] = self.micro_batches(step)
@@ -72,7 +72,7 @@ class Stepper:
                     if number < options.accumulate and isinstance(self.generator, nn.parallel.DistributedDataParallel):
                         stack.enter_context(self.generator.no_sync())  # ranks sum their gradients once a step
                     values, rows = self.backward(step, batch, n_tokens)
-                largest += [(batch.names, one) for one in rows]
+                norms += [(batch.names, one) for one in rows]
                 for name, value in values.items():
                     sums[name] = sums.get(name, 0.0) + value / options.accumulate
         norm = float(nn.utils.clip_grad_norm_(self.generator.parameters(), options.clip))
@@ -83,7 +83,7 @@ class Stepper:
         if is_odd:
             self.optimizer.zero_grad()  # a parameter without a gradient is left alone
             numbers = ", ".join(f"{name} {value:.3g}" for name, value in metrics.items())
-            odd = f"step {step} is not finite: {numbers}; {self.culprits(largest)}"
+            odd = f"step {step} is not finite: {numbers}; {self.culprits(norms)}"
             metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         self.optimizer.step()
         return {"step": step, **metrics, "learning_rate": rate}, odd, ends
@@ -91,7 +91,7 @@ class Stepper:
     def backward(self, step: int, batch: Batch, n_tokens: float | None) -> tuple[dict[str, float], list[Tensor]]:
         """Adds a micro-batch's gradients; the loss and its terms, none where nothing counts in this step.
 
-        Also the largest entry (B,) of the gradient of each adapter, as it was written.
+        Also the norm (B,) of the gradient of each adapter, as it was written.
         """
         options = self.options
         schedules = {
@@ -122,7 +122,7 @@ class Stepper:
         if loss.requires_grad:
             (loss / options.accumulate).backward()
         named = {name: float(values[name]) for name in schedules if name in values}
-        return {"loss": float(loss.detach()), **named}, written.largest
+        return {"loss": float(loss.detach()), **named}, written.norms
 
     def micro_batches(self, step: int) -> Iterator[Batch]:
         """This rank's tasks of a step, one micro-batch after the other."""
@@ -146,9 +146,9 @@ class Stepper:
         *values, odd, ends = (total / self.ranks.world_size).tolist()
         return dict(zip(sums, values, strict=True)), odd > 0, ends > 0
 
-    def culprits(self, largest: Sequence[tuple[Sequence[str], Tensor]]) -> str:
+    def culprits(self, norms: Sequence[tuple[Sequence[str], Tensor]]) -> str:
         """The adapters whose gradient is not finite, or is the largest. All ranks make this call."""
-        own = [(name, value) for names, row in largest for name, value in zip(names, row.tolist(), strict=True)]
+        own = [(name, value) for names, row in norms for name, value in zip(names, row.tolist(), strict=True)]
         found = [pair for pairs in self.ranks.gather(own) for pair in pairs]
         odd = dict.fromkeys(name for name, value in found if not math.isfinite(value))
         if not odd and found:

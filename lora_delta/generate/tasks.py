@@ -56,8 +56,8 @@ class Batch:
     texts: list[list[Text]]
     n_deltas: int
 
-    def targets(self, name: str, loss: str, n: int | None = None) -> Tensor:
-        """The tokens or deltas of the first n tasks, stacked.
+    def targets(self, name: str, loss: str, n: int | None = None) -> list[Tensor]:
+        """The tokens or deltas of the first n tasks.
 
         Raises:
             ValueError: a task has none.
@@ -66,7 +66,7 @@ class Batch:
         for who, one in zip(self.names, found, strict=False):
             if one is None:
                 raise ValueError(f"task {who} has no {name}, which the loss {loss!r} needs")
-        return torch.stack(found)
+        return found
 
 
 class Draw:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qwen_functional import LoraSpec
+from qwen_functional.dtypes import accumulation_dtype
 
 from ..delta import DifferentiableDeltaCompute
 from ..lm_loss import DifferentiableLMLoss
@@ -47,14 +48,7 @@ class TextLosses:
         """
         if self.stored is not None:
             return [[self.stored[text.number + i] for text in own for i in range(len(text.pairs))] for own in texts]
-        asked = []
-        for own in texts:
-            pairs = []
-            for text in own:
-                if len(text.contexts) != len(text.pairs):
-                    raise ValueError("a text has no context for the teacher of the loss 'kl', expected one")
-                pairs += [(before, pair[1]) for before, pair in zip(text.contexts, text.pairs, strict=True)]
-            asked.append(pairs)
+        asked = [[pair for text in own for pair in in_context(text)] for own in texts]
         return self.lm.states(asked, temperature=self.temperature)
 
     def mean(
@@ -83,6 +77,23 @@ class TextLosses:
         return total, dict(zip(terms, means, strict=True))
 
 
+def in_context(text: Text) -> list[tuple[Tensor, Tensor]]:
+    """(context, completion) of a text's pairs, as a teacher reads them.
+
+    Where a prompt is empty, the completion's first token is no target, and part of the context.
+
+    Raises:
+        ValueError: it has no contexts.
+    """
+    if len(text.contexts) != len(text.pairs):
+        raise ValueError("a text has no context for the teacher of the loss 'kl', expected one")
+    found = []
+    for context, (prompt, completion) in zip(text.contexts, text.pairs, strict=True):
+        first = 0 if len(prompt) else 1
+        found.append((torch.cat((context, completion[:first])), completion[first:]))
+    return found
+
+
 def n_targets(texts: Sequence[Sequence[Text]]) -> int:
     """How many tokens the losses of texts are taken of."""
     return DifferentiableLMLoss.n_targets(_pairs(texts))
@@ -97,21 +108,21 @@ class Written:
 
     def __init__(self, output: Tensor | Mapping[str, Tensor], format: TokenFormat | None) -> None:
         self.format = format
-        self.tokens = output.float() if isinstance(output, Tensor) else None
-        self._tensors = None if isinstance(output, Tensor) else {name: one.float() for name, one in output.items()}
-        self._largest: list[Tensor] = []
+        self.tokens = _wide(output) if isinstance(output, Tensor) else None
+        self._tensors = None if isinstance(output, Tensor) else {name: _wide(one) for name, one in output.items()}
+        self._norms: list[Tensor] = []
         for one in [self.tokens] if self.tokens is not None else (self._tensors or {}).values():
             if one.requires_grad:
                 one.register_hook(self._look)
 
     def _look(self, gradient: Tensor) -> None:
-        most = torch.linalg.vector_norm(gradient, torch.inf, dim=tuple(range(1, gradient.dim())))
-        self._largest = [torch.maximum(self._largest[0], most) if self._largest else most]
+        norm = torch.linalg.vector_norm(gradient, dim=tuple(range(1, gradient.dim())))
+        self._norms = [torch.hypot(self._norms[0], norm) if self._norms else norm]
 
     @property
-    def largest(self) -> list[Tensor]:
-        """After the backward: the largest entry (B,) of each adapter's gradient, as it was written; or nothing."""
-        return self._largest
+    def norms(self) -> list[Tensor]:
+        """After the backward: the norm (B,) of each adapter's gradient, as it was written; or nothing."""
+        return self._norms
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -130,6 +141,10 @@ class Written:
         if self.format is None or tokens is None:
             raise ValueError("the generator writes tokens and there is no format, expected the format of its tokens")
         return self.format.detokenize(tokens[:n])
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(accumulation_dtype(tensor.dtype))
 
 
 @dataclass(frozen=True)
@@ -176,12 +191,13 @@ class Terms:
     def _weights(self, written: Written, batch: Batch) -> Tensor:
         if written.tokens is None:
             raise ValueError("the generator writes LoRA tensors, expected tokens for the loss 'weights'")
-        return tokens_mse(written.tokens, batch.targets("tokens", "weights").to(written.tokens.device))
+        device = written.tokens.device
+        return tokens_mse(written.tokens, [one.to(device) for one in batch.targets("tokens", "weights")])
 
     def _delta(self, written: Written, batch: Batch) -> Tensor:
         assert self.delta is not None
         mse, cosine = self.options.mse_weight, self.options.cosine_weight
-        wanted = batch.targets("delta", "delta", batch.n_deltas).to(self.delta.device)
+        wanted = torch.stack(batch.targets("delta", "delta", batch.n_deltas)).to(self.delta.device)
 
         def loss(deltas: Tensor, adapters: slice) -> Tensor:
             return delta_loss(deltas, wanted[adapters], mse_weight=mse, cosine_weight=cosine)

@@ -84,7 +84,8 @@ class TextReader:
         self.max_tokens, self.max_condition, self.vocab_size = max_tokens, max_condition, vocab_size
         self.names = None if names is None else frozenset(names)
         self.context, self.variables = context, dict(chat_template_kwargs or {})
-        end = TokenizerConfig.read(folder).named.get("eos_token")
+        self.named = dict(TokenizerConfig.read(folder).named)
+        end = self.named.get("eos_token")
         found = None if end is None else self.tokenizer.token_to_id(end)
         if found is None:
             raise ValueError(f"the tokenizer of {folder} has no eos_token, expected one: completions end with it")
@@ -106,6 +107,9 @@ class TextReader:
             template = None  # messages are bad lines then
         return {
             "tokenizer_sha256": hashlib.sha256(words.encode()).hexdigest(),
+            "special_tokens": self.named,  # which of them ends a text, and what a template may name
+            "split_special_tokens": self.tokenizer.encode_special_tokens,
+            "vocab_size": self.vocab_size,
             "template_sha256": None if template is None else hashlib.sha256(template.encode()).hexdigest(),
             "chat_template_kwargs": self.variables,
             "max_tokens": self.max_tokens,
@@ -226,7 +230,8 @@ class TextReader:
                     raise ValueError(f"{what} has {size:,} tokens, expected at most {self.max_tokens:,}")
                 if not len(prompt) and len(completion) < 2:
                     raise ValueError("it has no token after the first one")
-        largest = max(int(one.max()) for one in ids if len(one))
+        read = [*prompts, *completions, *contexts, *(() if condition is None else (condition,))]
+        largest = max(int(one.max()) for one in read if len(one))
         if largest >= self.vocab_size:
             raise ValueError(f"token {largest} is outside the vocabulary of {self.vocab_size}")
         return Text(tuple(zip(prompts, completions, strict=True)), tuple(contexts))
@@ -267,6 +272,7 @@ class _Line:
         for prompt, whole in zip(texts[::2], texts[1::2], strict=True):
             if not whole.startswith(prompt) or len(whole) == len(prompt):
                 raise ValueError("the chat template does not write an answer behind the prompt that it writes for one")
+            check_text(whole, "what the chat template writes")
             pairs.append((prompt, whole[len(prompt) :]))
         n = len(pairs) // 2 if with_context else len(pairs)
         self.pairs, self.contexts = pairs[:n], [prompt for prompt, _ in pairs[n:]]

@@ -102,6 +102,7 @@ class TextSet:
             made = cls.opened(place)
         except ValueError:  # not there, or damaged
             unfinished = place.with_name(f"{place.name}.{os.getpid()}{UNFINISHED}")
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a killed process that had this one's number
             unfinished.mkdir(parents=True)
             try:
                 _Compiler(path, unfinished, reader, on_bad_line).run(facts, progress)
@@ -128,7 +129,7 @@ class TextSet:
             with safe_open(str(folder / _INDEX), "pt") as file:
                 told = json.loads(file.metadata()["told"])
                 arrays = {name: file.get_tensor(name) for name in _ARRAYS}
-            if _digests(folder, arrays) != told["digests"]:
+            if told.pop("sha256") != sha256_of(told) or _digests(folder, arrays) != told["digests"]:
                 raise ValueError("its checksums are others")
             return cls(folder, told["facts"], (told["skipped"], told["first_skipped"]), arrays)
         except Exception as error:  # whatever garbage leads the library to
@@ -239,6 +240,7 @@ class _Compiler:
             "first_skipped": self.first_skipped,
             "digests": _digests(self.folder, arrays),
         }
+        told["sha256"] = sha256_of(told)
         save_file(arrays, str(self.folder / _INDEX), metadata={"told": json.dumps(told)})
 
     def take(self, block: Sequence[tuple[int, bytes]], ids: BinaryIO, conditions: BinaryIO) -> None:
@@ -288,9 +290,12 @@ def _blocks(lines: BinaryIO, also: Callable[[bytes], None]) -> Iterator[list[tup
         yield block
 
 
-def _digests(folder: Path, arrays: Mapping[str, Tensor]) -> dict[str, str]:
+def _digests(folder: Path, arrays: Mapping[str, Tensor]) -> dict[str, Any]:
     """sha256 of all that a :class:`TextSet` holds."""
-    found = {name: hashlib.sha256(arrays[name].numpy().data).hexdigest() for name in _ARRAYS}
+    found: dict[str, Any] = {
+        name: [str(arrays[name].dtype), *arrays[name].shape, hashlib.sha256(arrays[name].numpy().data).hexdigest()]
+        for name in _ARRAYS
+    }
     for name in (_IDS, _CONDITIONS):
         with (folder / name).open("rb") as content:
             found[name] = hashlib.file_digest(content, "sha256").hexdigest()

@@ -9,7 +9,7 @@ by dz: no (rows, vocabulary) tensor is ever whole, and what is held besides h an
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -95,8 +95,28 @@ class StateTargets:
         return StateTargets(self.rows.to(device), self.states.to(device), self.weights.to(device))
 
 
+@dataclass(frozen=True)
+class Part:
+    """The tokens whose logits a process makes, of a vocabulary that several share.
+
+    Attributes:
+        first: the first of them; they are as many as rows of the head that is given.
+        sum_, max_: of a tensor over the processes, in place, the same bits on all of them.
+    """
+
+    first: int
+    sum_: Callable[[Tensor], Tensor]
+    max_: Callable[[Tensor], Tensor]
+
+
 def lm_head_divergence(
-    h: Tensor, weight: Tensor, targets: StateTargets, *, temperature: float = 1.0, keep: bool = True
+    h: Tensor,
+    weight: Tensor,
+    targets: StateTargets,
+    *,
+    temperature: float = 1.0,
+    keep: bool = True,
+    part: Part | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The weighted KL(teacher ‖ softmax(h Eᵀ / τ)) of each target over the whole vocabulary; as :func:`lm_head_loss`.
 
@@ -115,7 +135,7 @@ def lm_head_divergence(
         t = torch.mm(targets.states[chunk].to(h.dtype), weight.T, out=theirs[: len(rows)])
         for first in range(0, len(rows), _step(z)):
             few = slice(first, min(first + _step(z), len(rows)))
-            log_p, log_q = (logits[few].to(dtype).div_(temperature).log_softmax(-1) for logits in (t, z))
+            log_p, log_q = (_log_softmax(logits[few].to(dtype).div_(temperature), part) for logits in (t, z))
             p = log_p.exp()
             losses[start + few.start : start + few.stop] = (p * (log_p - log_q)).sum(-1)
             if dh is not None:
@@ -123,6 +143,10 @@ def lm_head_divergence(
         if dh is not None:
             d = torch.mm(z, weight).to(dtype) * (weights[chunk] / temperature)[:, None]
             dh.index_add_(0, rows, d)
+    if part is not None:
+        part.sum_(losses)
+        if dh is not None:
+            part.sum_(dh)
     return losses * weights, dh
 
 
@@ -134,14 +158,18 @@ def lm_head_loss(
     label_smoothing: float = 0.0,
     temperature: float = 1.0,
     keep: bool = True,
+    part: Part | None = None,
+    mean: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The weighted loss of each target, and the gradient of their sum.
 
     Args:
         h: (R, H), in the dtype of the products; targets name its rows.
-        weight: (V, H), the head.
+        weight: (V, H), the head, or this process' rows of it.
         label_smoothing: ε: p becomes (1 − ε) p + ε m / V.
         keep: whether the gradient is wanted.
+        part: which rows those are; None for all.
+        mean: (H,) of all rows of the head, in the accumulation dtype; by default of those that are given.
 
     Returns:
         losses (T,), and dh (R, H), both float32 (float64 for float64); None for dh without ``keep``.
@@ -150,7 +178,9 @@ def lm_head_loss(
     rows, order = targets.rows.sort(stable=True)
     indices, probs, weights = targets.indices[order], targets.probs[order].to(dtype), targets.weights[order].to(dtype)
     mass, entropy = probs.sum(1), torch.special.xlogy(probs, probs).sum(1)
-    kept, mean = 1 - label_smoothing, weight.mean(0, dtype=dtype) if label_smoothing else None
+    kept = 1 - label_smoothing
+    mean = None if not label_smoothing else weight.mean(0, dtype=dtype) if mean is None else mean
+    first, n_own = 0 if part is None else part.first, len(weight)
     present, counts = rows.unique_consecutive(return_counts=True)
     local = torch.arange(len(present), device=rows.device).repeat_interleave(counts)
     of_row = torch.zeros(len(present), dtype=dtype, device=h.device).index_add_(0, local, weights * mass)
@@ -161,13 +191,17 @@ def lm_head_loss(
     for start in range(0, len(present), ROWS):
         chunk = slice(start, min(start + ROWS, len(present)))
         own = slice(ends[chunk.start], ends[chunk.stop])  # the chunk's targets
-        at, tokens = local[own] - start, indices[own]
+        at, tokens = local[own] - start, indices[own] - first
+        is_own = None if part is None else (tokens >= 0) & (tokens < n_own)
         read = h[present[chunk]]
         z = torch.mm(read, weight.T, out=buffer[: len(read)])
         if temperature != 1:
             z.mul_(1 / temperature)
-        asked = z[at[:, None], tokens].to(dtype)
-        most, log_sum = _softmax_(z) if keep else _log_sum(z)
+        if is_own is None or part is None:
+            asked = z[at[:, None], tokens].to(dtype)
+        else:
+            asked = part.sum_(torch.where(is_own, z[at[:, None], tokens.clamp(0, n_own - 1)].to(dtype), 0.0))
+        most, log_sum = _softmax_(z, part) if keep else _log_sum(z, part)
         asked -= most[at][:, None]  # measured from the largest: where the model is sure, little is left to rounding
         loss = entropy[own] + mass[own] * log_sum[at] - kept * (probs[own] * asked).sum(1)
         if mean is not None:
@@ -178,12 +212,19 @@ def lm_head_loss(
         # Each row's dz over its weight of softmax. A token's own entry is softmax − p in full precision: where the two
         # are nearly equal, of a narrow dtype nothing would be left.
         share = weights[own, None] * probs[own] * kept / of_row[chunk][at][:, None].clamp(min=torch.finfo(dtype).tiny)
-        where, place = (at[:, None] * len(weight) + tokens).flatten().unique(return_inverse=True)
+        named = (at[:, None] * n_own + tokens).flatten()
+        probs_of = (asked - log_sum[at][:, None]).exp_().flatten()
+        if is_own is not None:
+            own_ones = is_own.flatten()
+            named, share, probs_of = named[own_ones], share.flatten()[own_ones], probs_of[own_ones]
+        where, place = named.unique(return_inverse=True)
         taken = torch.zeros(len(where), dtype=dtype, device=h.device).index_add_(0, place, share.flatten())
         softmax = torch.empty_like(taken)
-        softmax[place] = (asked - log_sum[at][:, None]).exp_().flatten()  # the same wherever a token is named twice
+        softmax[place] = probs_of  # the same wherever a token is named twice
         z.view(-1)[where] = (softmax - taken).to(z.dtype)
         d = torch.mm(z, weight).to(dtype)
+        if part is not None:
+            part.sum_(d)
         if mean is not None:
             d -= label_smoothing * mean
         dh[present[chunk]] = d * (of_row[chunk] / temperature)[:, None]
@@ -192,8 +233,14 @@ def lm_head_loss(
     return back, dh
 
 
-def _softmax_(z: Tensor) -> tuple[Tensor, Tensor]:
+def _softmax_(z: Tensor, part: Part | None = None) -> tuple[Tensor, Tensor]:
     """softmax in place of (n, V), and what :func:`_log_sum` gives; computed in the accumulation dtype."""
+    if part is not None:
+        most, log_sum = _log_sum(z, part)
+        for start in range(0, len(z), _step(z)):
+            few = slice(start, start + _step(z))
+            z[few] = (z[few].to(most.dtype) - (most + log_sum)[few, None]).exp_().to(z.dtype)
+        return most, log_sum
     parts, step = [], _step(z)
     for start in range(0, len(z), step):
         part = z[start : start + step]
@@ -204,14 +251,30 @@ def _softmax_(z: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([most for most, _ in parts]), torch.cat([log_sum for _, log_sum in parts])
 
 
-def _log_sum(z: Tensor) -> tuple[Tensor, Tensor]:
+def _log_sum(z: Tensor, part: Part | None = None) -> tuple[Tensor, Tensor]:
     """The largest entry of each row (n,), and the logarithm of the sum of exp of all less it."""
     step, parts = _step(z), []
+    if part is not None:
+        most = part.max_(z.amax(-1).to(accumulation_dtype(z.dtype)))
+        sums = [
+            (z[start : start + step].to(most.dtype) - most[start : start + step, None]).exp_().sum(-1)
+            for start in range(0, len(z), step)
+        ]
+        return most, part.sum_(torch.cat(sums)).log()
     for start in range(0, len(z), step):
         wide = z[start : start + step].to(accumulation_dtype(z.dtype))
         most = wide.amax(-1)
         parts.append((most, (wide - most[:, None]).exp_().sum(-1).log()))
     return torch.cat([most for most, _ in parts]), torch.cat([log_sum for _, log_sum in parts])
+
+
+def _log_softmax(z: Tensor, part: Part | None) -> Tensor:
+    """Of (n, V), in its dtype."""
+    if part is None:
+        return z.log_softmax(-1)
+    most = part.max_(z.amax(-1))
+    z -= most[:, None]
+    return z.sub_(part.sum_(z.exp().sum(-1)).log_()[:, None])
 
 
 def _step(z: Tensor) -> int:
