@@ -1,8 +1,8 @@
-"""Where autograd meets the engine: the values of many adapters, and a mean loss of them, as autograd's functions."""
+"""Where autograd meets gradients written by hand: values of many adapters, mean losses of them and of tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from qwen_functional.lora import LoraPair
 
 from .passes import AdapterPasses
 
+_PART = 1 << 18  # numbers
+
 
 def values(passes: AdapterPasses, lora: Lora) -> Tensor:
     """The values (G, …) of all adapters, differentiable in their tensors where gradients are on."""
@@ -27,6 +29,18 @@ def values(passes: AdapterPasses, lora: Lora) -> Tensor:
 def mean_loss(passes: AdapterPasses, lora: Lora, loss: Callable[[Tensor, slice], Tensor]) -> Tensor:
     """The mean over adapters of ``loss(values − base, adapters)``; each pass goes back before the next one begins."""
     return _MeanLoss.apply(passes, lora, loss, torch.is_grad_enabled(), *_flat(lora))
+
+
+def tokens_mse(tokens: Tensor, targets: Sequence[Tensor]) -> Tensor:
+    """The mean square of the differences where the targets are numbers, in parts that a processor's cache holds.
+
+    As temporaries of the tokens' size they would take most of a training step's memory and time.
+
+    Args:
+        tokens: (L, h, w), or G of them.
+        targets: one of the tokens' shape, or G of (L, h, w); NaN is padding.
+    """
+    return _TokensMSE.apply(tokens, *targets)
 
 
 def require_no_dual(tensors: Mapping[str, Tensor]) -> None:
@@ -138,6 +152,59 @@ class _MeanLoss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         scaled = {name: gradient.mul_(cotangent) for name, gradient in gradients.items()}
         return (None, None, None, None, *(scaled.get(name) for name in ctx.names))
+
+
+class _TokensMSE(torch.autograd.Function):
+    """See :func:`tokens_mse`."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, *targets: Tensor) -> Tensor:
+        total, count = tokens.new_zeros((), dtype=torch.float64), tokens.new_zeros((), dtype=torch.float64)
+        ctx.padded = []
+        for ours, theirs in zip(_parts(tokens), _parts(*targets), strict=True):
+            error = (ours - theirs).flatten()
+            square = torch.dot(error, error)
+            # On a GPU a look at the value would wait for it.
+            ctx.padded.append(tokens.is_cuda or not bool(square.isfinite()))
+            if ctx.padded[-1]:
+                error, kept = _known(ours, theirs)
+                total += error.square_().sum()
+                count += kept.sum()
+            else:
+                total += square
+                count += error.numel()
+        ctx.save_for_backward(tokens, count, *targets)
+        return (total / count).to(tokens.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        tokens, count, *targets = ctx.saved_tensors
+        scale = (2 * cotangent / count).to(tokens.dtype)
+        if torch.is_grad_enabled():  # of higher order
+            target = torch.stack(list(targets)).view(tokens.shape)
+            gradient = _known(tokens, target)[0] * scale
+        else:
+            gradient = torch.empty_like(tokens)  # strided as they are
+            parts = zip(_parts(gradient), _parts(tokens), _parts(*targets), ctx.padded, strict=True)
+            for out, ours, theirs, padded in parts:
+                error = _known(ours, theirs)[0] if padded else ours - theirs
+                torch.mul(error, scale, out=out)
+        back = gradient.reshape(len(targets), *targets[0].shape).unbind(0)
+        wanted = zip(back, ctx.needs_input_grad[1:], strict=True)
+        return gradient, *(-one if need else None for one, need in wanted)
+
+
+def _known(tokens: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The difference, and where the target is a number: elsewhere it is 0."""
+    kept = ~target.isnan()
+    return torch.where(kept, tokens - target, 0.0), kept
+
+
+def _parts(*stacks: Tensor) -> Iterator[Tensor]:
+    """Views of stacks (…, L, h, w), one after the other, each small enough for a processor's cache."""
+    for tokens in stacks:
+        for stack in tokens.flatten(0, -4) if tokens.dim() > 3 else (tokens,):
+            yield from stack.split(max(1, _PART // max(1, stack[0].numel()))) if stack.dim() > 1 else (stack,)
 
 
 def _marked(cotangent: Tensor) -> Tensor:

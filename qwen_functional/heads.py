@@ -188,7 +188,7 @@ class _BoundTokenLoss:
         assert matrix is not None
         part, mean, smoothing, temperature = None, None, self.head.label_smoothing, self.head.temperature
         if weights.parallel is not None:
-            own = weights.parallel.of_vocabulary(len(matrix))
+            own = weights.parallel.of_vocabulary(matrix.shape[0])
             if smoothing:
                 mean = matrix.to(weights.compute_dtype).mean(0, dtype=accumulation_dtype(h.dtype))
             part = Part(own.start, weights.parallel.sum_, weights.parallel.max_)

@@ -34,14 +34,16 @@ from spoil import (
     spoiled_safetensors,
     spoiled_text,
     spoiled_toml,
-    )  # fmt: skip
-from valid_files import RUN
+)  # fmt: skip
+from valid_files import RUN, TEXT_RUN
 
 from lora_delta import DeltaLabels, DifferentiableDeltaCompute, load_peft_adapter
 from lora_delta.cli import main
 from lora_delta.embedded import embedded_checkpoint
 from lora_delta.generate.checkpoints import CHECKPOINT, PREVIOUS, read_checkpoint
 from lora_delta.generate.runs import RunConfig, load_run, read_prompts
+from lora_delta.generate.text_lines import TextReader
+from lora_delta.generate.texts import TextSet
 from lora_delta.peft.adapters import find_adapters
 from lora_delta.probes.chat import read_probes
 from lora_delta.teachers import load_top_k
@@ -130,7 +132,7 @@ class Kind:
         elif path.suffix == ".jsonl":
             path.write_bytes(spoiled_json_lines(data.decode(), chance, words))
         elif path.suffix == ".toml":
-            path.write_bytes(spoiled_toml(RUN, chance, words))
+            path.write_bytes(spoiled_toml(TEXT_RUN if path.name == "texts.toml" else RUN, chance, words))
         elif path.suffix == ".txt":
             texts = [word for word in words if isinstance(word, str)]
             path.write_bytes(spoiled_text(data.decode(), chance, texts))
@@ -173,7 +175,8 @@ def _put_pickle(folder: Path, chance: Random, ran: Path) -> None:
 def _remove_run(folder: Path, chance: Random, ran: Path) -> None:
     """Sometimes there is no run yet."""
     if chance.random() < 0.5:
-        shutil.rmtree(folder / "run")
+        for run in ("run", "textrun"):
+            shutil.rmtree(folder / run)
 
 
 def _probes(folder: Path, chat: bool) -> None:
@@ -209,6 +212,29 @@ def _run(folder: Path) -> None:
     assert any(same), "parameters that nobody has written"
 
 
+def _texts(folder: Path, chance: Random) -> None:
+    """Whatever lines are taken, what was written of them is what is read."""
+    context = chance.choice((None, "{condition}{prompt}"))
+    reader = TextReader(folder / "base", max_tokens=200, vocab_size=259, max_condition=64, context=context)
+    given: dict[str, Any] = {"on_bad_line": chance.choice(("error", "skip")), "progress": False}
+    found = TextSet.compiled(folder / "texts.jsonl", folder / "made", reader, **given)
+    for index in range(len(found)):
+        assert found.conditions[index], "a condition that is empty"
+        for text in found.texts(index):
+            assert all(len(prompt) + len(completion) >= 2 for prompt, completion in text.pairs), "no target"
+            assert len(text.contexts) == (len(text.pairs) if context else 0), "another number of contexts"
+
+
+def _tokenized(folder: Path) -> None:
+    (place,) = (folder / "textrun").glob("texts-*")
+    (valid,) = (folder.parents[1] / "valid" / "textrun").glob("texts-*")
+    found, written = TextSet.opened(place), TextSet.opened(valid)
+    assert list(found.conditions) == list(written.conditions), "conditions that nobody has written"
+    for line in range(written.n_texts):
+        pairs = zip(found.text(line).pairs, written.text(line).pairs, strict=True)
+        assert all(a.equal(b) for one, other in pairs for a, b in zip(one, other, strict=True)), "other tokens"
+
+
 def _label(folder: Path, chance: Random) -> int:
     drawn = {
         "--layer": ("-1", "0,1", "-1,0", "5", "", ",", "x", "1" * 5000), "--pooling": ("mean", "none"),
@@ -230,7 +256,8 @@ def _label(folder: Path, chance: Random) -> int:
 
 def _train(folder: Path, chance: Random) -> int:
     """A run may be drawn that goes on for days: one that is under way after some seconds is ended."""
-    log, out = drawn_run_folder(folder) / "metrics.jsonl", ["train", "--quiet", str(folder / "run.toml")]
+    run = chance.choice(("run.toml", "texts.toml"))
+    log, out = drawn_run_folder(folder, run) / "metrics.jsonl", ["train", "--quiet", str(folder / run)]
     began = time.time()
     enough = threading.Timer(5, os.kill, (os.getpid(), signal.SIGTERM))
     enough.start()
@@ -271,9 +298,12 @@ KINDS: dict[str, Kind] = {
                            ("base",), _ADAPTER, _put_pickle, share=2),
     "adapter": Kind(("teachers/a/*",), _adapter, r"adapter|field|tensor", ("base",), _ADAPTER, _put_pickle),
     "top_k": Kind(("said/*",), lambda f, c: load_top_k(f / "said" / "said.safetensors", c.choice((None, 30))), r"said"),
+    "texts": Kind(("texts.jsonl",), _texts, r"texts\.jsonl", ("base",), _PROBES, seconds=40.0, outs=("made",)),
+    "tokenized": Kind(("textrun/texts-*/*",), lambda f, _: _tokenized(f), r"texts-"),
     "labels": Kind(("deltas/*",), lambda f, _: _labels(f), r"deltas|adapter", ("teachers",)),
     "run": Kind(("run/*",), lambda f, _: _run(f), r"run|model|config\.json", ("base",)),
-    "toml": Kind(("run.toml",), lambda f, _: RunConfig.from_toml(f / "run.toml"), r"run\.toml"),
+    "toml": Kind(("run.toml", "texts.toml"), lambda f, c: RunConfig.from_toml(f / c.choice(("run.toml", "texts.toml"))),
+                 r"\.toml"),
     "prompts": Kind(("new.jsonl", "probes.txt"), lambda f, c: read_prompts(
         f / c.choice(("new.jsonl", "new.jsonl", "probes.txt")), "name"), r"new\.jsonl|probes\.txt|prompts",
         words=(*PATHS, *_PROBES)),
@@ -281,8 +311,9 @@ KINDS: dict[str, Kind] = {
                  ("teachers",), PATHS),
     "label": Kind((*_BASE, "teachers/*/*", "probes.txt", "list.txt", "deltas/*"), _label, _NAMED,
                   words=(*_ADAPTER, *_PROBES), share=0.6, outs=("deltas", "new")),
-    "train": Kind(("run.toml", "run.toml", "prompts.jsonl", "run/*", "deltas/*", "teachers/*/*"), _train, _NAMED,
-                  needs=("base",), words=_WORDS, prepare=_remove_run, share=0.6, outs=("run",)),
+    "train": Kind(("run.toml", "texts.toml", "prompts.jsonl", "run/*", "deltas/*", "teachers/*/*", "texts.jsonl",
+                   "textrun/*", "textrun/*/*"), _train, _NAMED,
+                  needs=("base",), words=_WORDS, prepare=_remove_run, share=0.6, outs=("run", "textrun")),
     "generate": Kind(("run/*", "new.jsonl", "probes.txt"), _generate, _NAMED, needs=("base",), words=(*PATHS, *_PROBES),
                      share=0.6, outs=("generated",)),
     "plot": Kind(("deltas/*", "classes.json"), _plot, _NAMED, needs=("teachers",), share=0.3, outs=("plot.png",)),
@@ -290,11 +321,11 @@ KINDS: dict[str, Kind] = {
 COMMANDS = ("label", "train", "generate", "plot")
 
 
-def drawn_run_folder(folder: Path) -> Path:
-    """Where a drawn ``run.toml`` says that it writes, which is the user's to say; ``run`` where it says nothing."""
+def drawn_run_folder(folder: Path, run: str) -> Path:
+    """Where a drawn file says that it writes, which is the user's to say; the valid one's where it says nothing."""
     with contextlib.suppress(Exception):
-        return (folder / RunConfig.from_toml(folder / "run.toml").out).resolve()
-    return folder / "run"
+        return (folder / RunConfig.from_toml(folder / run).out).resolve()
+    return folder / ("run" if run == "run.toml" else "textrun")
 
 
 def outcome(kind: str, folder: Path, chance: Random) -> tuple[str, str]:

@@ -133,7 +133,7 @@ class Bench:
         folder, chance, spoiled = self.input(kind, number)
         outs = [str(folder / out) for out in KINDS[kind].outs]
         if kind == "train":
-            outs.append(str(drawn_run_folder(folder)))
+            outs += [str(drawn_run_folder(folder, run)) for run in ("run.toml", "texts.toml")]
         began, resident = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         guard.outs, guard.seen = [*outs, str(self.root / "home"), str(self.root / "tmp")], []
         what, words = outcome(kind, folder, chance)

@@ -114,8 +114,8 @@ def lm_loss_of(
     if teacher is not None:
         say = lm.states if teacher == "states" else functools.partial(lm.top_k, k=5)
         said = say(examples, temperature=1.5)
-    both = {"cross_entropy": teacher is not None}
-    value = lm.mean_loss(tensors, examples, said, **both) if mean_loss else lm(tensors, examples, said, **both)
+    value_of = lm.mean_loss if mean_loss else lm
+    value = value_of(tensors, examples, said, cross_entropy=teacher is not None)
     value.square().sum().backward()
     return value.detach(), gradients_of(tensors)
 

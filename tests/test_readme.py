@@ -12,10 +12,14 @@ import pytest
 from safetensors.torch import load_file
 from torchrun import torchrun
 
+from lora_delta.cli import main
 from lora_delta.embedded import embedded_checkpoint
 from lora_delta.embedded.build import build
+from lora_delta.peft.adapters import load_peft_adapter
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+TOML = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+LINES = re.findall(r"```json\n(.*?)```", README, re.DOTALL)
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -41,6 +45,27 @@ def test_the_generator_of_the_readme_does_not_learn(tmp_path: Path) -> None:
 @pytest.mark.parametrize("code", EXAMPLES[1:], ids=lambda code: code.split("\n")[1])
 def test_an_example_in_the_readme_fails(code: str, tmp_path: Path) -> None:
     _run(code, tmp_path)
+
+
+@pytest.mark.parametrize("text", TOML[1:], ids=lambda text: text.split('out = "')[1].split('"')[0])
+def test_a_recipe_of_the_readme_trains_on_its_lines(text: str, tmp_path: Path) -> None:
+    """With fewer steps, and with adapters that differ by condition in the end."""
+    for name in ("train.jsonl", "held_out.jsonl"):
+        (tmp_path / name).write_text(LINES[0], encoding="utf-8")
+    text = text.replace("steps = 1000", "steps = 4").replace("every = 100", "every = 2")
+    (tmp_path / "recipe.toml").write_text(text, encoding="utf-8")
+    if "stored" in text:
+        said = str(tmp_path / "said.safetensors")
+        assert main(["teach", "--quiet", str(tmp_path / "recipe.toml"), "--k", "16", "--out", said]) == 0
+    assert main(["train", "--quiet", str(tmp_path / "recipe.toml")]) == 0
+    (run,) = (path.parent for path in tmp_path.glob("*/run.json"))
+    (tmp_path / "prompts.txt").write_text("write it backwards\nin capitals\n", encoding="utf-8")
+    given = ["--run", str(run), "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "written")]
+    assert main(["generate", "--quiet", *given]) == 0
+    one, other = (load_peft_adapter(tmp_path / "written" / f"prompt-000{i}") for i in range(2))
+    assert one[0] == other[0]
+    assert one[0].rank == 8
+    assert any(bool((tensor != other[1][name]).any()) for name, tensor in one[1].items())
 
 
 def test_the_embedded_checkpoint_is_not_of_the_kind_that_its_script_makes(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def direct_generator(device: str = "cpu") -> DirectGenerator:
     made = DirectGenerator(CONFIG, SPEC, CONDITION_SIZE, width=16, depth=1, heads=2)
     with torch.no_grad():  # away from B = 0, where half of the gradients are zero
         for parameter in made.heads.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape)
+            parameter.add_(0.05 * torch.randn(parameter.shape))
     return made.double().to(device)
 
 

@@ -31,6 +31,32 @@ RUN: dict[str, Any] = {
 }  # fmt: skip
 
 
+TEXT_RUN: dict[str, Any] = {
+    "base": "base", "dtype": "float32", "device": "cpu", "data": "texts.jsonl", "out": "textrun", "max_length": 64,
+    "condition_cache": 10**6,
+    "adapter": {"rank": 2, "alpha": 4.0, "use_rslora": True, "target_modules": ["q_proj", "down_proj"],
+                "layers_to_transform": [1]},
+    "generator": {"width": 16, "depth": 1, "heads": 2},
+    "texts": {"on_bad_line": "skip", "max_tokens": 400, "reduction": "example", "label_smoothing": 0.1,
+              "chat_template_kwargs": {"enable_thinking": False}},
+    "teacher": {"context": "{condition}: {prompt}", "temperature": 2.0},
+    "training": {"steps": 2, "batch_size": 2, "texts_per_condition": 2, "accumulate": 1, "warmup_steps": 1,
+                 "checkpoint_every": 1, "mean": "tokens"},
+    "losses": {"lm": 1.0, "kl": {"weight": 0.5, "kind": "linear", "warmup_steps": 2}, "l1": 0.1, "product_l2": 0.1},
+    "evaluation": {"data": "texts.jsonl", "every": 1, "conditions": 1, "texts": 2, "patience": 3},
+    "log": {"tensorboard": False},
+}  # fmt: skip
+TEXTS: list[dict[str, Any]] = [
+    {"condition": "backwards", "prompt": "cat=", "completion": "tac"},
+    {"condition": "as it is", "prompt": "", "completion": "river"},
+    {"condition": "backwards", "text": "the river and the hill", "id": 7},
+    {"condition": "as it is", "messages": [
+        {"role": "system", "content": "be brief"}, {"role": "user", "content": "é"},
+        {"role": "assistant", "content": "é"}, {"role": "user", "content": "b"},
+        {"role": "assistant", "content": "b"}]},
+]  # fmt: skip
+
+
 def make_valid(folder: Path) -> None:
     """Valid files for every door: a base model whole and in shards, teachers, labels, a run, and lists of texts."""
     embedded, base = embedded_checkpoint(), folder / "base"
@@ -65,9 +91,12 @@ def make_valid(folder: Path) -> None:
     (folder / "probes.txt").write_text("\n".join(["The river rises in the hills", "3 + 4 =", ""]))
     (folder / "classes.json").write_text(json.dumps({"teachers/a": "x", "teachers/b": "y", "teachers/c": "y"}))
     (folder / "run.toml").write_text(toml_text(RUN))
+    (folder / "texts.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in TEXTS))
+    (folder / "texts.toml").write_text(toml_text(TEXT_RUN))
     label = ["label", "--model", str(base), "--dtype", "float32", "--device", "cpu", "--quiet"]
     with contextlib.redirect_stdout(io.StringIO()):
         done = main([*label, "--out", str(folder / "deltas"), str(folder / "teachers")])
-        done = done or main(["train", "--quiet", str(folder / "run.toml")])
+        for run in ("run.toml", "texts.toml"):
+            done = done or main(["train", "--quiet", str(folder / run)])
         if done or main(["plot", str(folder / "deltas"), "--out", str(folder / "valid.png")]):  # and matplotlib's cache
             raise RuntimeError("the valid files are not")

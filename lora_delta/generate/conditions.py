@@ -135,19 +135,27 @@ class ConditionCache:
 
     def __init__(self, folder: str | Path, key: str, most_bytes: int) -> None:
         self.folder, self.key, self.most_bytes = Path(folder), key, most_bytes
-        self._bytes = 0
+        self._bytes = self._counted()
+
+    def clear(self) -> None:
+        """Remove what killed processes were writing; the caller holds the folder."""
         if self.folder.is_dir():
             clear_unfinished(self.folder)
-            self._bytes = sum(path.stat().st_size for path in self.folder.iterdir())
+        self._bytes = self._counted()
+
+    def _counted(self) -> int:
+        return sum(path.stat().st_size for path in self.folder.iterdir()) if self.folder.is_dir() else 0
 
     def load(self, texts: Sequence[str]) -> list[Tensor] | None:
         """What is there of a pass, to the bit as it was saved; None where there is nothing, or nothing whole."""
         path = self._path(texts)
+        if not path.is_file():  # a pipe may never open
+            return None
         try:
             with safe_open(str(path), "pt") as file:
                 states = [file.get_tensor(str(index)) for index in range(len(texts))]
                 return states if (file.metadata() or {}).get("sha256") == _digest(states) else None
-        except Exception:  # no such file, or whatever garbage leads the library to: it is computed again
+        except Exception:  # whatever garbage leads the library to: it is computed again
             return None
 
     def save(self, texts: Sequence[str], states: Sequence[Tensor]) -> None:

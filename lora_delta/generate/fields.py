@@ -69,8 +69,8 @@ def option(default: Any, **bounds: Any) -> Any:
 def check_fields(options: Any) -> None:
     """Hold each field of a dataclass to its annotation and its range; an integer becomes a float where one belongs.
 
-    Annotations are ``int``, ``float``, ``bool``, ``str``, classes, ``Mapping[str, …]`` and unions of those with None.
-    A bool is no integer, and NaN and infinity are no numbers.
+    Annotations are ``int``, ``float``, ``bool``, ``str``, classes, ``Mapping[str, …]``, Any, and unions of those with
+    None. A bool is no integer, and NaN and infinity are no numbers.
 
     Raises:
         ValueError: a value that is off; the message names the field, the value, and what was expected.
@@ -83,6 +83,8 @@ def check_fields(options: Any) -> None:
 
 def check_value(name: str, value: Any, kind: Any, range: Range = Range()) -> Any:
     """The value, of the type ``kind`` and within the range; else a ``ValueError`` as of :func:`check_fields`."""
+    if kind is Any:
+        return value
     if isinstance(kind, UnionType):
         if value is None and type(None) in get_args(kind):
             return None

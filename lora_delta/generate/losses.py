@@ -7,7 +7,7 @@ scalar in float32, or in float64 where an input is float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from qwen_functional.dtypes import accumulation_dtype
 from qwen_functional.finite import is_symbolic
 from qwen_functional.lora import parse_name, peft_name
 
-_PART = 1 << 18  # numbers
+from .. import autograd
 
 
 def delta_mse(delta: Tensor, target: Tensor, *, normalize: bool = False) -> Tensor:
@@ -114,7 +114,7 @@ def tokens_mse(tokens: Tensor, target_tokens: Tensor | Sequence[Tensor]) -> Tens
         tokens, given = tokens.to(pairs[0][0].dtype), [target for _, target in pairs]
     if any(map(is_symbolic, (tokens, *given))):
         return _plain_tokens_mse(tokens, given)
-    loss = _TokensMSE.apply(tokens, *given)
+    loss = autograd.tokens_mse(tokens, given)
     if not tokens.is_cuda and loss.isnan() and all(target.isnan().all() for target in given):  # 0 / 0
         raise ValueError("target_tokens is NaN throughout, expected padding around numbers")
     return loss
@@ -125,59 +125,6 @@ def _plain_tokens_mse(tokens: Tensor, targets: Sequence[Tensor]) -> Tensor:
     kept = ~target.isnan()
     # Safe with NaN: a difference passes gradients on unscaled, so the zeros of where() stay zeros.
     return torch.where(kept, tokens - target, 0.0).square().sum() / kept.sum()
-
-
-class _TokensMSE(torch.autograd.Function):
-    """:func:`_plain_tokens_mse` without temporaries of the tokens' size, which are most of a step's memory and time."""
-
-    @staticmethod
-    def forward(ctx: Any, tokens: Tensor, *targets: Tensor) -> Tensor:
-        total, count = tokens.new_zeros((), dtype=torch.float64), tokens.new_zeros((), dtype=torch.float64)
-        ctx.padded = []
-        for ours, theirs in zip(_parts(tokens), _parts(*targets), strict=True):
-            error = (ours - theirs).flatten()
-            square = torch.dot(error, error)
-            # On a GPU a look at the value would wait for it.
-            ctx.padded.append(tokens.is_cuda or not bool(square.isfinite()))
-            if ctx.padded[-1]:
-                error, kept = _known(ours, theirs)
-                total += error.square_().sum()
-                count += kept.sum()
-            else:
-                total += square
-                count += error.numel()
-        ctx.save_for_backward(tokens, count, *targets)
-        return (total / count).to(tokens.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        tokens, count, *targets = ctx.saved_tensors
-        scale = (2 * cotangent / count).to(tokens.dtype)
-        if torch.is_grad_enabled():  # of higher order
-            target = torch.stack(list(targets)).view(tokens.shape)
-            gradient = _known(tokens, target)[0] * scale
-        else:
-            gradient = torch.empty_like(tokens)  # strided as they are
-            parts = zip(_parts(gradient), _parts(tokens), _parts(*targets), ctx.padded, strict=True)
-            for out, ours, theirs, padded in parts:
-                error = _known(ours, theirs)[0] if padded else ours - theirs
-                torch.mul(error, scale, out=out)
-        back = gradient.reshape(len(targets), *targets[0].shape).unbind(0)
-        wanted = zip(back, ctx.needs_input_grad[1:], strict=True)
-        return gradient, *(-one if need else None for one, need in wanted)
-
-
-def _known(tokens: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """The difference, and where the target is a number: elsewhere it is 0."""
-    kept = ~target.isnan()
-    return torch.where(kept, tokens - target, 0.0), kept
-
-
-def _parts(*stacks: Tensor) -> Iterator[Tensor]:
-    """Views of stacks (…, L, h, w), one after the other, each small enough for a processor's cache."""
-    for tokens in stacks:
-        for stack in tokens.flatten(0, -4) if tokens.dim() > 3 else (tokens,):
-            yield from stack.split(max(1, _PART // max(1, stack[0].numel()))) if stack.dim() > 1 else (stack,)
 
 
 def tensors_mse(tensors: Mapping[str, Tensor], target_tensors: Mapping[str, Tensor]) -> Tensor:

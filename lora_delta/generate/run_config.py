@@ -37,6 +37,7 @@ On the language model's loss of texts it needs no teachers, see :mod:`lora_delta
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
@@ -113,6 +114,11 @@ class TextOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        try:
+            json.dumps(self.chat_template_kwargs, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            found = shortened(self.chat_template_kwargs)
+            raise ValueError(f"chat_template_kwargs is {found}, expected values that JSON has: {error}") from error
 
 
 @dataclass(frozen=True)

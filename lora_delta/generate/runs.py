@@ -175,6 +175,8 @@ def train_run(config: RunConfig, ranks: Ranks | None = None, *, progress: bool =
     generator = _generator(format, base, spec, config.generator).to(weights.device)
     facts |= {"spec": spec_facts(spec), "generator": generator.sizes}
     with RunFolder.held(config.out, Identity(facts, shown=shown), ranks, about={"base": config.base}) as run:
+        if cache is not None:
+            ranks.first(cache.clear)
         if not run.progress.steps and isinstance(generator, LoRAGenerator) and labels is not None:
             found = [tasks[i].tokens for i in range(min(len(tasks), STATISTICS))]
             generator.fit(torch.stack([tokens for tokens in found if tokens is not None]))

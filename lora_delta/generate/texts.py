@@ -126,6 +126,8 @@ class TextSet:
         """
         folder = Path(folder)
         try:
+            if not all((folder / name).is_file() for name in (_INDEX, _IDS, _CONDITIONS)):  # a pipe may never open
+                raise ValueError("a file is missing")
             with safe_open(str(folder / _INDEX), "pt") as file:
                 told = json.loads(file.metadata()["told"])
                 arrays = {name: file.get_tensor(name) for name in _ARRAYS}
@@ -246,10 +248,9 @@ class _Compiler:
     def take(self, block: Sequence[tuple[int, bytes]], ids: BinaryIO, conditions: BinaryIO) -> None:
         for (number, _), one in zip(block, self.reader.read([line for _, line in block]), strict=True):
             if isinstance(one, ValueError):
-                message = f"line {number} of {self.path}: {one}"
                 if not self.skips:
-                    raise ValueError(message) from one
-                self.first_skipped = self.first_skipped or message
+                    raise ValueError(f"line {number} of {self.path}: {one}") from one
+                self.first_skipped = self.first_skipped or f"line {number}: {one}"
                 self.skipped += 1
                 continue
             condition, text = one

@@ -242,12 +242,11 @@ def _softmax_(z: Tensor, part: Part | None = None) -> tuple[Tensor, Tensor]:
             z[few] = (z[few].to(most.dtype) - (most + log_sum)[few, None]).exp_().to(z.dtype)
         return most, log_sum
     parts, step = [], _step(z)
-    for start in range(0, len(z), step):
-        part = z[start : start + step]
-        wide = part.to(accumulation_dtype(z.dtype))
+    for few in z.split(step):
+        wide = few.to(accumulation_dtype(z.dtype))
         softmax = wide.softmax(-1)
         parts.append((wide.amax(-1), -softmax.amax(-1).log()))  # the largest probability is one over the sum
-        part.copy_(softmax)
+        few.copy_(softmax)
     return torch.cat([most for most, _ in parts]), torch.cat([log_sum for _, log_sum in parts])
 
 
