@@ -216,7 +216,7 @@ def run_demo(
         torch.manual_seed(seed)
         generators[name] = LoRAGenerator(format, config.hidden_size, **GENERATOR).to(weights.device)
         generators[name].fit(tokens[: len(seen)])
-        options = TrainingOptions(steps=steps, losses=losses, delta_batch_size=8, learning_rate=3e-3, seed=seed)
+        options = TrainingOptions(steps=steps, losses=losses, batch_size=16, learning_rate=3e-3, seed=seed)
         histories[name] = train(
             generators[name], data, options, format=format, delta=delta, out=out / "runs" / name, progress=progress,
             label=f"generator, {name}",

@@ -42,6 +42,15 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)) and bool(mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD))
 
 
+def use_huge_pages() -> None:
+    """Let torch ask for huge pages for large tensors on the CPU, unless ``THP_MEM_ALLOC_ENABLE`` says otherwise.
+
+    Where Linux gives them when it is asked to, writing a new tensor of hundreds of megabytes takes half as long. To be
+    called before the first of them; like :func:`keep_freed_memory` it changes the whole process.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
 def give_back_freed_memory() -> bool:
     """Give the pages of freed blocks back to the system, so that what is resident is what is in use; for measuring.
 

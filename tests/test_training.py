@@ -298,7 +298,7 @@ def test_a_generator_starts_alike_on_every_device(case: Case, device: str) -> No
         assert parameter.device.type == device
         assert torch.equal(parameter.cpu(), expected[name]), name
     made.fit(torch.stack([tokens for _, tokens, _ in case.teachers]).to(device))  # wherever the tokens are
-    assert torch.equal(made.components.cpu(), expected["components"])
+    assert torch.equal(made.basis.cpu(), expected["basis"])
 
 
 def test_a_generator_starts_from_components_in_which_the_teachers_shares_have_a_mean_square_of_one(
@@ -306,10 +306,11 @@ def test_a_generator_starts_from_components_in_which_the_teachers_shares_have_a_
 ) -> None:
     made = case.generator().cpu()
     tokens = torch.stack([tokens for _, tokens, _ in case.teachers])
-    rows = (tokens - made.mean).nan_to_num().flatten(2).double()  # (N, L, h·w)
-    torch.testing.assert_close(made.mean.detach(), tokens.mean(0).nan_to_num(), rtol=1e-5, atol=1e-6)
+    mean = made.basis[:, 0].detach().unflatten(1, made.format.token_shape)
+    rows = (tokens - mean).nan_to_num().flatten(2).double()  # (N, L, h·w)
+    torch.testing.assert_close(mean, tokens.mean(0).nan_to_num(), rtol=1e-5, atol=1e-6)
     for slot in range(made.format.n_tokens):
-        components = made.components[slot, : N_TEACHERS - 1].detach().double()  # as many as N teachers span
+        components = made.basis[slot, 1:N_TEACHERS].detach().double()  # as many as N teachers span
         shares = torch.linalg.lstsq(components.T, rows[:, slot].T).solution  # (components, N)
         torch.testing.assert_close(components.T @ shares, rows[:, slot].T, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(shares.square().mean(1), torch.ones(N_TEACHERS - 1).double(), rtol=1e-3, atol=0)
@@ -328,5 +329,5 @@ def test_a_generator_does_not_start_from_tokens_of_another_shape(
 
 def test_a_new_generator_writes_nothing_but_small_components(case: Case) -> None:
     made = LoRAGenerator(case.format, CONDITION_SIZE, width=8, depth=1, heads=1, components=1)
-    assert not made.mean.any()
-    assert 0.01 < float(made.components.std()) < 0.03
+    assert not made.basis[:, 0].any()
+    assert 0.01 < float(made.basis[:, 1:].detach().std()) < 0.03

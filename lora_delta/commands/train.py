@@ -7,7 +7,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from qwen_functional.memory import keep_freed_memory
+from qwen_functional.memory import keep_freed_memory, use_huge_pages
 
 from ..distributed import process_group
 
@@ -37,6 +37,7 @@ def _train(options: argparse.Namespace) -> int:
     if options.device is not None:
         config = dataclasses.replace(config, device=options.device)
     keep_freed_memory()
+    use_huge_pages()
     with process_group(config.device) as ranks:
         history = train_run(config, ranks, progress=not options.quiet)
     if ranks.rank > 0:

@@ -54,8 +54,8 @@ class SlotTransformer(nn.Module):
 class LoRAGenerator(nn.Module):
     """Maps conditions to LoRA tokens, all at once.
 
-    There is a slot for each projection's A and B in each layer. Each token is a mean and a mixture of a few tokens of
-    its own place, which are learned; its slot says how they are mixed. They start as the principal components of the
+    There is a slot for each projection's A and B in each layer. Each token is a mean and a mixture of a few components
+    of its own place, which are learned; its slot says how they are mixed. They start as the principal components of the
     teachers' tokens at that place (:meth:`fit`): LoRA weights are noise to anything smoother, and places have little in
     common.
 
@@ -63,7 +63,10 @@ class LoRAGenerator(nn.Module):
         format: of the tokens.
         condition_size: H of the conditions.
         width, depth, heads: of the transformer.
-        components: tokens that are mixed at each place; there are L·components·h·w parameters in them.
+        components: that are mixed at each place; there are L·components·h·w parameters in them.
+
+    Attributes:
+        basis: (L, 1 + components, h·w), the mean and the components of each place.
     """
 
     def __init__(
@@ -85,8 +88,9 @@ class LoRAGenerator(nn.Module):
         )
         self.mixtures = nn.ModuleList(nn.Linear(width, n * components) for *_, n in format.groups)
         height, token_width = format.token_shape
-        self.mean = nn.Parameter(torch.zeros(format.n_tokens, height, token_width))
-        self.components = nn.Parameter(0.02 * torch.randn(format.n_tokens, components, height * token_width))
+        mean = torch.zeros(format.n_tokens, 1, height * token_width)
+        of_place = 0.02 * torch.randn(format.n_tokens, components, height * token_width)
+        self.basis = nn.Parameter(torch.cat((mean, of_place), 1))
 
     @torch.no_grad()
     def fit(self, tokens: Tensor) -> None:
@@ -98,17 +102,17 @@ class LoRAGenerator(nn.Module):
         Raises:
             ValueError: no teachers, or tokens of another shape than the format's.
         """
-        shape = tuple(self.mean.shape)
+        shape = (self.format.n_tokens, *self.format.token_shape)
         if tokens.dim() != 4 or not len(tokens) or tuple(tokens.shape[1:]) != shape:
             expected = f"(N, {', '.join(map(str, shape))})"
             raise ValueError(f"tokens have shape {tuple(tokens.shape)}, expected {expected} with an N of 1 or more")
-        tokens = tokens.to("cpu", self.mean.dtype)  # devices choose other signs of eigenvectors: so all start alike
+        tokens = tokens.to("cpu", self.basis.dtype)  # devices choose other signs of eigenvectors: so all start alike
         mean = tokens.nanmean(0).nan_to_num()
         rows = (tokens - mean).nan_to_num().flatten(2).transpose(0, 1)  # (L, N, h·w)
         _, vectors = torch.linalg.eigh(rows @ rows.mT)  # ascending
-        chosen = vectors.flip(-1)[..., : self.components.shape[1]]
-        self.mean.copy_(mean)
-        self.components[:, : chosen.shape[-1]].copy_((chosen.mT @ rows) / len(tokens) ** 0.5)
+        chosen = vectors.flip(-1)[..., : self.sizes["components"]]
+        self.basis[:, 0].copy_(mean.flatten(1))
+        self.basis[:, 1 : 1 + chosen.shape[-1]].copy_((chosen.mT @ rows) / len(tokens) ** 0.5)
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
         """Tokens (B, L, h, w) for ``states`` (B, T, H) and ``mask`` (B, T), true where there is a token."""
@@ -116,10 +120,11 @@ class LoRAGenerator(nn.Module):
         mixed = [one(slot).unflatten(-1, (-1, self.sizes["components"])) for one, slot in zip(
             self.mixtures, x.unbind(2), strict=True
         )]  # fmt: skip
-        mixture = torch.cat(mixed, 2).flatten(1, 2).to(self.mean.dtype)  # (B, L, components)
+        mixture = torch.cat(mixed, 2).flatten(1, 2).to(self.basis.dtype)  # (B, L, components)
+        mixture = nn.functional.pad(mixture, (1, 0), value=1.0)  # the mean counts as one
         with torch.autocast(states.device.type, enabled=False):
             # Place by place: tokens (B, L, h, w) are a view of (L, B, h·w), of which no copy is made.
-            tokens = torch.baddbmm(self.mean.flatten(1)[:, None], mixture.transpose(0, 1), self.components)
+            tokens = torch.bmm(mixture.transpose(0, 1), self.basis)
         return tokens.transpose(0, 1).unflatten(-1, self.format.token_shape)
 
 

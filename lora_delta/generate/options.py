@@ -24,8 +24,8 @@ class TrainingOptions:
         batch_size: conditions in a micro-batch; a step has ``accumulate`` of them.
         prompts_per_condition: how many of a condition's prompts, drawn anew each time, are read together.
         texts_per_condition: how many of its texts, likewise, the losses ``"lm"`` and ``"kl"`` are taken of.
-        delta_batch_size: the delta loss takes so many of a micro-batch, in every ``delta_every``-th step: it costs
-            a pass of the whole base model.
+        delta_batch_size: the delta loss takes at most so many of a micro-batch, in every ``delta_every``-th step: it
+            costs a pass of the whole base model.
         learning_rate, warmup_steps: of AdamW; a line up in the first steps, then a cosine down to a tenth.
         clip: the gradient's norm, over all parameters, is cut to this.
         losses: the weight by step of each term: ``"weights"``, a mean squared error over tokens; ``"delta"``; ``"lm"``,
@@ -44,10 +44,10 @@ class TrainingOptions:
     """
 
     steps: int = option(1000, least=1)
-    batch_size: int = option(16, least=1)
+    batch_size: int = option(8, least=1)
     prompts_per_condition: int = option(1, least=1)
     texts_per_condition: int = option(4, least=1)
-    delta_batch_size: int = option(4, least=1)
+    delta_batch_size: int = option(8, least=1)
     delta_every: int = option(1, least=1)
     accumulate: int = option(1, least=1)
     learning_rate: float = option(1e-3, above=0, most=1)

@@ -102,6 +102,8 @@ class Stepper:
         weights = {name: schedule(step) for name, schedule in schedules.items()}
         if not any(weights.values()):
             return {}, []  # delta loss alone, between two of its steps
+        if not any(weight for name, weight in weights.items() if name != "delta"):
+            batch = batch.first(batch.n_deltas)  # nobody asks for the other adapters
         condition = Condition.collate(batch.states).to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=options.bf16):
             written = Written(self.generator(condition.states, condition.mask), self.terms.format)

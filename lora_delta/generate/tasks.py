@@ -56,6 +56,10 @@ class Batch:
     texts: list[list[Text]]
     n_deltas: int
 
+    def first(self, n: int) -> Batch:
+        """Its first n tasks."""
+        return Batch(self.names[:n], self.states[:n], self.tasks[:n], self.texts[:n], self.n_deltas)
+
     def targets(self, name: str, loss: str, n: int | None = None) -> list[Tensor]:
         """The tokens or deltas of the first n tasks.
 

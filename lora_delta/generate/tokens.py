@@ -179,11 +179,13 @@ class TokenFormat:
         self._check_finite("LoRA tensors", torch.cat(scales, -3).isfinite()[..., 0, 0])
         return torch.cat(tokens, -3).flatten(-4, -3)
 
-    def detokenize(self, tokens: Tensor) -> dict[str, Tensor]:
+    def detokenize(self, tokens: Tensor, *, validate: bool = True) -> dict[str, Tensor]:
         """Tokens to LoRA tensors, differentiably: the inverse of :meth:`tokenize`, for tokens with noise too.
 
         Args:
             tokens: (L, h, w), or (G, L, h, w) for G adapters.
+            validate: False does without the look at every number, which on a GPU waits for it, and with it without the
+                error for one that is not finite.
 
         Returns:
             {PEFT name: (r, in) or (out, r)}, or with a G in front; in the tokens' dtype and in the order of
@@ -193,14 +195,17 @@ class TokenFormat:
             ValueError: tokens of another shape, not floating point, or not finite. Every entry is read, so none
                 may be NaN; see :func:`real_places`.
         """
-        return self.join([self.read(part) for part in self.split(tokens)], tokens.dtype)
+        parts = [self.read(part) for part in self.split(tokens, validate=validate)]
+        return self.join(parts, tokens.dtype, validate=validate)
 
-    def split(self, tokens: Tensor) -> list[Tensor]:
+    def split(self, tokens: Tensor, *, validate: bool = True) -> list[Tensor]:
         """Tokens by ``groups``: views (…, layers, n, h, w) of a stack (L, h, w) or (G, L, h, w), which is checked."""
         self._check_tokens(tokens)
         by_layer = tokens.unflatten(-3, (self.num_hidden_layers, -1))
-        if not is_symbolic(tokens) and not torch.isfinite(torch.stack(tokens.detach().aminmax())).all():  # NaN is both
-            self._check_finite("tokens", torch.isfinite(by_layer).all(-1).all(-1))
+        if validate and not is_symbolic(tokens):
+            ends = torch.stack(tokens.detach().aminmax())  # NaN is both
+            if not torch.isfinite(ends).all():
+                self._check_finite("tokens", torch.isfinite(by_layer).all(-1).all(-1))
         return list(by_layer.split([n for *_, n in self.groups], -3))
 
     def read(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -218,9 +223,12 @@ class TokenFormat:
         std = (torch.exp(log_std - self.log_offset) - self.std_floor) / self.std_slope
         return corner, (m / self.mean_scale).mean(-1)[..., None, None], std.mean(-1)[..., None, None]
 
-    def join(self, parts: Sequence[tuple[Tensor, Tensor, Tensor]], dtype: torch.dtype) -> dict[str, Tensor]:
+    def join(
+        self, parts: Sequence[tuple[Tensor, Tensor, Tensor]], dtype: torch.dtype, *, validate: bool = True
+    ) -> dict[str, Tensor]:
         """LoRA tensors, all contiguous, of what :meth:`read` gives for each part of :meth:`split`."""
-        self._check_finite("tokens", torch.cat([mean + std for _, mean, std in parts], -3).isfinite()[..., 0, 0])
+        if validate:
+            self._check_finite("tokens", torch.cat([mean + std for _, mean, std in parts], -3).isfinite()[..., 0, 0])
         joined = {}
         for (projection, side, _), (chunks, mean, std) in zip(self.groups, parts, strict=True):
             wide = torch.addcmul(mean, chunks.to(std.dtype), std).to(dtype).movedim(-4, 0)
