@@ -45,6 +45,33 @@ delta_batch_size = 1
 warmup_steps = 1
 checkpoint_every = 3
 """
+TEXTS_CONFIG = """
+base = "embedded"
+dtype = "float32"
+device = "cpu"
+data = "../texts.jsonl"
+out = "texts"
+[adapter]
+rank = 2
+[generator]
+width = 16
+depth = 1
+[training]
+steps = 7
+batch_size = 2
+texts_per_condition = 2
+warmup_steps = 1
+checkpoint_every = 3
+[losses]
+lm = 1.0
+kl = 0.5
+l1 = 0.1
+l2 = 0.1
+product_l2 = 0.1
+[evaluation]
+data = "../texts.jsonl"
+every = 2
+"""
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink")
 _SECONDS = 120  # of a command, before it counts as one that hangs
@@ -152,6 +179,8 @@ class Bench:
         lines = [json.dumps({"adapter": str(root / "teachers" / f"t{i}"), "prompts": [f"task {i}", f"do {i}"]})
                  for i in range(TEACHERS)]  # fmt: skip
         (root / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+        texts = [{"condition": f"task {i % 3}", "prompt": f"{i}=", "completion": "x" * (1 + i)} for i in range(9)]
+        (root / "texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
         (root / "prompts.txt").write_text("".join(f"prompt {i}\n" for i in range(10)))
         (root / "probes.txt").write_text("cat=\n3 + 4 =\n")
         label = ["label", "--quiet", "--model", str(embedded_checkpoint()), "--probes", str(root / "probes.txt")]
@@ -163,6 +192,9 @@ class Bench:
                 lambda folder: [*label, "--out", str(folder / "deltas")], "deltas", _labels
             ),
             "train": Command(lambda folder: ["train", "--quiet", str(folder / "run.toml")], "run", run_state),
+            "train on texts": Command(
+                lambda folder: ["train", "--quiet", str(folder / "texts.toml")], "texts", run_state
+            ),
             "generate": Command(
                 lambda folder: [*generate, "--out", str(folder / "out")], "out", contents
             ),
@@ -182,6 +214,7 @@ class Bench:
         folder = self.root / name
         folder.mkdir()
         (folder / "run.toml").write_text(CONFIG)
+        (folder / "texts.toml").write_text(TEXTS_CONFIG)
         return folder
 
     def _measure(self, command: Command) -> None:
@@ -221,7 +254,9 @@ def run_state(out: Path) -> Any:
     """All that a checkpoint holds, to the bit, and the metrics but for seconds."""
     state = torch.load(out / "checkpoint.pt", weights_only=True)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return _bits(state), {line["step"]: {**line, "seconds": None} for line in lines}
+    best = out / "best.pt"
+    kept = _bits(torch.load(best, weights_only=True)) if best.exists() else None
+    return (_bits(state), kept), {line["step"]: {**line, "seconds": None} for line in lines}
 
 
 def _bits(value: Any) -> Any:

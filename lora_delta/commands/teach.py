@@ -32,6 +32,7 @@ def _teach(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ..distributed import Ranks
+    from ..files import folder_lock
     from ..generate.prompts import read_prompts
     from ..generate.run_config import RunConfig
     from ..generate.runs import load_base, text_sets
@@ -46,9 +47,10 @@ def _teach(options: argparse.Namespace) -> int:
     device = options.device or config.device
     prompts = None if config.prompts is None else read_prompts(config.prompts)
     folder, base, weights = load_base(config.base, config.dtype, device, stream=config.stream, lm_head=True)
-    texts, _ = text_sets(
-        config, folder, base, prompts, Ranks(), with_context=True, progress=not options.quiet
-    )
+    with folder_lock(config.out):
+        texts, _ = text_sets(
+            config, folder, base, prompts, Ranks(), with_context=True, progress=not options.quiet
+        )
     lm = DifferentiableLMLoss(base, weights)
     said = []
     for start in tqdm(range(0, texts.n_texts, _TEXTS_AT_ONCE), "teach", disable=options.quiet):

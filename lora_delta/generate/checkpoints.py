@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from ..distributed import Ranks
-from ..files import folder_lock, replaces, write_json
+from ..files import UNFINISHED, folder_lock, replaces, write_json
 from ..identity import Identity
 
 RUN, METRICS, CHECKPOINT, PREVIOUS = "run.json", "metrics.jsonl", "checkpoint.pt", "checkpoint.previous.pt"
@@ -65,19 +65,36 @@ class Progress:
 
 
 class RunFolder:
-    """A run's folder while it is held; :meth:`held` makes one.
+    """A run's folder while it is held; :meth:`held` makes one, or :meth:`locked` and then :meth:`begin`.
 
     Attributes:
         progress: of the state in the folder.
         history: metrics of the steps before that, as far as the log has them.
     """
 
-    def __init__(self, folder: Path, identity: Identity, ranks: Ranks) -> None:
-        self.folder, self.identity, self.ranks = folder, identity, ranks
+    def __init__(self, folder: Path, ranks: Ranks, stack: ExitStack) -> None:
+        self.folder, self.ranks, self.identity = folder, ranks, Identity({})
         self.history: list[Metrics] = []
+        self._stack = stack
         self._state: dict[str, Any] | None = None
         self._log: TextIO | None = None
         self._is_whole = False  # what checkpoint.pt holds, as far as we know
+
+    @classmethod
+    @contextmanager
+    def locked(cls, folder: str | Path, ranks: Ranks | None = None) -> Iterator[RunFolder]:
+        """Hold a folder, new or of a run that is to go on, for one job of however many ranks.
+
+        Args:
+            ranks: of the job; all of them make this call.
+
+        Raises:
+            ValueError: another job holds the folder.
+        """
+        with ExitStack() as stack:
+            run = cls(Path(folder), ranks or Ranks(), stack)
+            run.ranks.first(lambda: stack.enter_context(folder_lock(run.folder)))
+            yield run
 
     @classmethod
     @contextmanager
@@ -88,40 +105,42 @@ class RunFolder:
         ranks: Ranks | None = None,
         about: Mapping[str, Any] | None = None,
     ) -> Iterator[RunFolder]:
-        """Hold a folder, new or of a run that is to go on, for one job of however many ranks.
+        """:meth:`locked` and :meth:`begin`; raises as they do."""
+        with cls.locked(folder, ranks) as run:
+            run.begin(identity, about)
+            yield run
+
+    def begin(self, identity: Identity, about: Mapping[str, Any] | None = None) -> None:
+        """Take up the run that is there, or begin one. All ranks make this call.
 
         Args:
             identity: what the run depends on.
-            ranks: of the job; all of them make this call.
             about: further facts for ``run.json``.
 
         Raises:
-            ValueError: another job holds the folder; its run depends on something else, and then nothing is written;
-                no checkpoint in it is whole.
+            ValueError: the run in the folder depends on something else, and then nothing is written; no checkpoint in
+                it is whole.
         """
-        run = cls(Path(folder), identity, ranks or Ranks())
-        with ExitStack() as stack:
+        self.identity = identity
 
-            def begin() -> tuple[str | None, list[Metrics]]:
-                stack.enter_context(folder_lock(run.folder))
-                found = newest_checkpoint(run.folder)
-                if found is not None:
-                    path, run._state = found
-                    advice = "Go on with what it was made with, or take another folder."
-                    identity.require_same(run._state["identity"], path, advice)
-                    run._is_whole = path.name == CHECKPOINT
-                log = run.folder / METRICS
-                if log.is_symlink() or (log.exists() and not log.is_file()):  # a pipe may never open
-                    raise ValueError(f"{log} is not a file of its own, expected the log of a run")
-                history = _mend(log, run.progress.steps)
-                write_json(run.folder / RUN, {**(about or {}), "identity": identity.facts})
-                run._log = stack.enter_context(log.open("a", encoding="utf-8"))
-                return None if found is None else found[0].name, history
+        def first() -> tuple[str | None, list[Metrics]]:
+            found = newest_checkpoint(self.folder)
+            if found is not None:
+                path, self._state = found
+                advice = "Go on with what it was made with, or take another folder."
+                identity.require_same(self._state["identity"], path, advice)
+                self._is_whole = path.name == CHECKPOINT
+            log = self.folder / METRICS
+            if log.is_symlink() or (log.exists() and not log.is_file()):  # a pipe may never open
+                raise ValueError(f"{log} is not a file of its own, expected the log of a run")
+            history = _mend(log, self.progress.steps)
+            write_json(self.folder / RUN, {**(about or {}), "identity": identity.facts})
+            self._log = self._stack.enter_context(log.open("a", encoding="utf-8"))
+            return None if found is None else found[0].name, history
 
-            name, run.history = run.ranks.first(begin)
-            if name is not None and run._state is None:
-                run._state = read_checkpoint(run.folder / name)
-            yield run
+        name, self.history = self.ranks.first(first)
+        if name is not None and self._state is None:
+            self._state = read_checkpoint(self.folder / name)
 
     @property
     def progress(self) -> Progress:
@@ -173,9 +192,12 @@ class RunFolder:
         with replaces(path) as unfinished:
             torch.save(state, unfinished)
             if self._is_whole:
-                previous.unlink(missing_ok=True)
+                kept = previous.with_name(f"{previous.name}.{os.getpid()}{UNFINISHED}")
+                kept.unlink(missing_ok=True)
                 try:
-                    os.link(path, previous)  # so that there is a checkpoint.pt at every moment
+                    os.link(path, kept)  # so that both are there at every moment
+                    kept.replace(previous)
+                    kept.unlink(missing_ok=True)  # it stays where previous was another name of the same file
                 except OSError:  # a file system without hard links
                     path.replace(previous)
         self._is_whole = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,32 +152,33 @@ def train_run(config: RunConfig, ranks: Ranks | None = None, *, progress: bool =
     if prompts is not None:
         facts["prompts_sha256"] = sha256_of(list(prompts.items()))
         shown["prompts_sha256"] = f"here of {config.prompts}"
-    texts, own, held_out, cache = None, None, None, None
-    if reads_texts:
-        own, held_out = text_sets(config, folder, base, prompts, ranks, progress=progress)
-        texts = _text_losses(config, base, weights, spec, own)
-        facts |= {_TEXTS: own.facts, "loss": loss_facts(texts)}
-        shown[f"{_TEXTS}.sha256"] = f"here of {config.data}"
-        if held_out is not None:
-            facts[_HELD_OUT] = held_out.facts
-        if config.condition_cache:
-            key = sha256_of([facts[name] for name in ("model_sha256", "dtype", "condition_layer", "max_length")])
-            cache = ConditionCache(config.out / _CONDITIONS, key, config.condition_cache)
-    encoder = PromptEncoder(
-        base, weights, load_tokenizer(folder), layer=config.condition_layer, max_length=config.max_length, cache=cache
-    )
-    tasks = _tasks(encoder, prompts, labels, format, own, config)
-    evaluation = None
-    if held_out is not None and config.evaluation is not None:
-        names = held_out.conditions if prompts is None else list(held_out.conditions)
-        asked = {name: getattr(config.evaluation, name) for name in ("every", "conditions", "texts", "patience")}
-        evaluation = Evaluation(Tasks(encoder, names, prompts, None, held_out), **asked)
-    torch.manual_seed(config.training.seed)
-    generator = _generator(format, base, spec, config.generator).to(weights.device)
-    facts |= {"spec": spec_facts(spec), "generator": generator.sizes}
-    with RunFolder.held(config.out, Identity(facts, shown=shown), ranks, about={"base": config.base}) as run:
-        if cache is not None:
-            ranks.first(cache.clear)
+    with ExitStack() as stack:
+        texts, own, held_out, cache, run = None, None, None, None, None
+        if reads_texts:
+            run = stack.enter_context(RunFolder.locked(config.out, ranks))  # texts are written there
+            own, held_out = text_sets(config, folder, base, prompts, ranks, progress=progress)
+            texts = _text_losses(config, base, weights, spec, own)
+            facts |= {_TEXTS: own.facts, "loss": loss_facts(texts)}
+            shown[f"{_TEXTS}.sha256"] = f"here of {config.data}"
+            if held_out is not None:
+                facts[_HELD_OUT] = held_out.facts
+            if config.condition_cache:
+                key = sha256_of([facts[name] for name in ("model_sha256", "dtype", "condition_layer", "max_length")])
+                cache = ConditionCache(config.out / _CONDITIONS, key, config.condition_cache)
+                ranks.first(cache.clear)
+        sizes: dict[str, Any] = {"layer": config.condition_layer, "max_length": config.max_length}
+        encoder = PromptEncoder(base, weights, load_tokenizer(folder), **sizes, cache=cache)
+        tasks = _tasks(encoder, prompts, labels, format, own, config)
+        evaluation = None
+        if held_out is not None and config.evaluation is not None:
+            names = held_out.conditions if prompts is None else list(held_out.conditions)
+            asked = {name: getattr(config.evaluation, name) for name in ("every", "conditions", "texts", "patience")}
+            evaluation = Evaluation(Tasks(encoder, names, prompts, None, held_out), **asked)
+        torch.manual_seed(config.training.seed)
+        generator = _generator(format, base, spec, config.generator).to(weights.device)
+        facts |= {"spec": spec_facts(spec), "generator": generator.sizes}
+        run = run or stack.enter_context(RunFolder.locked(config.out, ranks))
+        run.begin(Identity(facts, shown=shown), about={"base": config.base})
         if not run.progress.steps and isinstance(generator, LoRAGenerator) and labels is not None:
             found = [tasks[i].tokens for i in range(min(len(tasks), STATISTICS))]
             generator.fit(torch.stack([tokens for tokens in found if tokens is not None]))
