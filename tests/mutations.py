@@ -58,8 +58,13 @@ AREAS: dict[str, tuple[int, dict[str, str]]] = {
         f"{MODEL}compiled.py": "compiled",
     }),
     "lm loss": (4, {
-        f"{MODEL}ops/lm_head.py": "token_loss lm_loss",
-        f"{HOUSE}lm_loss.py {HOUSE}teachers.py": "lm_loss",
+        f"{MODEL}ops/lm_head.py": "token_loss lm_loss parallel",
+        f"{HOUSE}lm_loss.py {HOUSE}teachers.py": "lm_loss text_training",
+    }),
+    "texts": (4, {
+        f"{STEPS}texts.py {STEPS}text_lines.py": "texts",
+        f"{STEPS}terms.py {STEPS}tasks.py {STEPS}evaluation.py {STEPS}trackers.py": (
+            "text_training training training_ranks trackers"),
     }),
     "ops": (4, {
         f"{MODEL}ops/*": "ops overflow drawn engine",
@@ -83,7 +88,7 @@ AREAS: dict[str, tuple[int, dict[str, str]]] = {
     "schedule": (2, {f"{STEPS}schedules.py": "losses training runs run_config"}),
     "tokens": (4, {f"{STEPS}tokens.py": "tokens", f"{STEPS}reconstruct.py": "reconstruct"}),
     "training": (5, {f"{STEPS}training.py {STEPS}step.py {STEPS}generator.py {STEPS}conditions.py {STEPS}prompts.py": (
-        "training resume runs conditions run_config")}),
+        "training text_training generators resume runs conditions run_config")}),
     "resume": (5, {f"{STEPS}*": "resume run_config runs training"}),
     "labelling": (5, {f"{HOUSE}labelling/*": "labels label_*"}),
     "identity, files": (3, {
