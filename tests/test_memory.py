@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -87,3 +89,15 @@ def test_without_control_groups_there_is_no_limit(tmp_path: Path) -> None:
 def test_free_memory_is_no_more_than_the_system_has() -> None:
     free = free_bytes(torch.device("cpu"))
     assert 0 < free < psutil.virtual_memory().total + psutil.Process().memory_info().rss
+
+
+@pytest.mark.parametrize(("given", "left"), [(None, "None"), ("0", "0")])
+def test_huge_pages_are_asked_for_in_this_process_alone_unless_the_user_says_otherwise(
+    given: str | None, left: str
+) -> None:
+    code = "import os; from qwen_functional.memory import use_huge_pages; use_huge_pages(); "
+    code += "print(os.environ.get('THP_MEM_ALLOC_ENABLE'))"
+    environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    environment |= {} if given is None else {"THP_MEM_ALLOC_ENABLE": given}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.strip() == left

@@ -37,7 +37,8 @@ def _train(options: argparse.Namespace) -> int:
     if options.device is not None:
         config = dataclasses.replace(config, device=options.device)
     keep_freed_memory()
-    use_huge_pages()
+    if not config.stream:  # which is for little memory
+        use_huge_pages()
     with process_group(config.device) as ranks:
         history = train_run(config, ranks, progress=not options.quiet)
     if ranks.rank > 0:
