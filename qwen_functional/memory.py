@@ -46,9 +46,9 @@ def keep_freed_memory() -> bool:
 def use_huge_pages() -> None:
     """Let torch ask for huge pages for large tensors on the CPU, unless ``THP_MEM_ALLOC_ENABLE`` says otherwise.
 
-    Where Linux gives them when it is asked to, writing a new tensor of hundreds of megabytes takes half as long; and more
-    memory is resident, as pages are given whole. To be called before the first tensor, which is when torch looks, once;
-    like :func:`keep_freed_memory` it changes the whole process, and no other one.
+    Where Linux gives them when it is asked to, writing a new tensor of hundreds of megabytes takes half as long; and
+    more memory is resident, as pages are given whole. To be called before the first tensor, which is when torch looks,
+    once; like :func:`keep_freed_memory` it changes the whole process, and no other one.
     """
     if _HUGE_PAGES not in os.environ:
         os.environ[_HUGE_PAGES] = "1"
