@@ -16,7 +16,7 @@ from lora_delta.delta import DifferentiableDeltaCompute
 from lora_delta.embedded import embedded_checkpoint
 
 
-def test_check_on_the_embedded_checkpoint_disagrees_with_peft(
+def test_check_on_the_embedded_checkpoint_agrees_with_peft(
     device: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--rank", "4", "--steps", "8", "--device", device, "--against-peft", "--json"]
@@ -137,7 +137,7 @@ def test_the_module_does_not_run_as_a_program() -> None:
 
 
 @pytest.mark.real_checkpoint
-def test_check_on_real_weights_disagrees_with_peft(
+def test_check_on_real_weights_agrees_with_peft(
     real_checkpoint: str, device: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--model", real_checkpoint, "--device", device, "--steps", "4", "--against-peft", "--json"]

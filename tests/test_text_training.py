@@ -176,6 +176,22 @@ def test_a_run_that_gets_no_better_ends_early_and_stays_ended(tasks: TextTasks, 
     assert len(train(direct_generator(), tasks, asked, evaluation=patient, out=tmp_path, **given)) > len(history)
 
 
+def test_an_evaluation_that_is_not_finite_is_no_best_one_and_the_run_goes_on(tasks: TextTasks, tmp_path: Path) -> None:
+    class Spoilt(Evaluation):
+        def measured(self, *given: Any) -> dict[str, float]:
+            return dict.fromkeys(super().measured(*given), math.nan)
+
+    given: dict[str, Any] = {"texts": text_losses(), "out": tmp_path, "progress": False}
+    spoilt = Spoilt(text_tasks(4, seed=9), every=2)
+    history = train(direct_generator(), tasks, options(steps=4), evaluation=spoilt, **given)
+    assert not any("held_out_lm" in metrics for metrics in history)
+    assert best_checkpoint(tmp_path) is None
+    history = train(direct_generator(), tasks, options(steps=6), evaluation=evaluation(), **given)
+    found = best_checkpoint(tmp_path)
+    assert found is not None
+    assert found[1]["progress"]["best"] == history[-1]["held_out_lm"]
+
+
 class CutOff(RuntimeError):
     """What ends a run."""
 

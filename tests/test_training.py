@@ -14,7 +14,18 @@ import torch
 from rank_jobs import Generator
 from torch import Tensor, nn
 from torch.nn import functional as F
-from training_case import BOTH, CONDITION_SIZE, DELTA, N_TEACHERS, WEIGHTS, Case, Teachers, options, training_case
+from training_case import (
+    BOTH,
+    CONDITION_SIZE,
+    DELTA,
+    N_TEACHERS,
+    WEIGHTS,
+    Case,
+    Teachers,
+    adam_step,
+    options,
+    training_case,
+)
 
 from lora_delta import DifferentiableDeltaCompute
 from lora_delta.embedded import embedded_checkpoint
@@ -78,19 +89,7 @@ def plain_run(
             (loss / asked.accumulate).backward()
             found["loss"] += loss.item() / asked.accumulate
             found["weights"] += weights.item() / asked.accumulate
-        gradients = [p.grad for p in generator.parameters() if p.grad is not None]
-        norm = float(torch.cat([g.flatten() for g in gradients]).norm())
-        for gradient in gradients:
-            gradient *= min(1.0, asked.clip / norm)
-        if step < asked.warmup_steps:
-            factor = (step + 1) / asked.warmup_steps
-        else:
-            part = (step - asked.warmup_steps) / (asked.steps - asked.warmup_steps)
-            factor = 0.1 + 0.9 * (1 + math.cos(math.pi * part)) / 2
-        adam.param_groups[0]["lr"] = rate = asked.learning_rate * factor
-        if step not in without:
-            adam.step()
-        history.append({"step": step, **found, "gradient_norm": norm, "learning_rate": rate})
+        history.append({"step": step, **found, **adam_step(adam, asked, step, step in without)})
     return history
 
 

@@ -12,6 +12,7 @@ import torch
 from reference import call, hf_model, one_by_one, peft_model, tiny_config
 from torch import Tensor, nn
 from torch.nn import functional as F
+from training_case import adam_step
 
 from lora_delta import DifferentiableLMLoss
 from lora_delta.generate.generator import DirectGenerator
@@ -112,18 +113,7 @@ class ByPeft:
                 (loss / asked.accumulate).backward()
                 for name, term in {"loss": loss, **terms}.items():
                     found[name] = found.get(name, 0.0) + term.item() / asked.accumulate
-            gradients = [p.grad for p in generator.parameters() if p.grad is not None]
-            norm = float(torch.cat([g.flatten() for g in gradients]).norm())
-            for gradient in gradients:
-                gradient *= min(1.0, asked.clip / norm)
-            if step < asked.warmup_steps:
-                factor = (step + 1) / asked.warmup_steps
-            else:
-                part = (step - asked.warmup_steps) / (asked.steps - asked.warmup_steps)
-                factor = 0.1 + 0.9 * (1 + math.cos(math.pi * part)) / 2
-            adam.param_groups[0]["lr"] = rate = asked.learning_rate * factor
-            adam.step()
-            self.history.append({"step": step, **found, "gradient_norm": norm, "learning_rate": rate})
+            self.history.append({"step": step, **found, **adam_step(adam, asked, step)})
 
     def drawn(self, chance: torch.Generator) -> tuple[list[Tensor], list[list[tuple[tuple[Tensor, Tensor], Tensor]]]]:
         """Of a micro-batch the states of each condition, and its texts: (pair, context) each."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,23 @@ def training_case(device: str) -> Case:
     # On the CPU, as those of a label folder are.
     teachers = Teachers((conditions[i], tokens[i], targets[i]) for i in range(N_TEACHERS))
     return Case(delta, format, teachers, device)
+
+
+def adam_step(adam: torch.optim.Optimizer, asked: TrainingOptions, step: int, skip: bool = False) -> dict[str, float]:
+    """What the options' docstring says of clipping and the learning rate, by torch alone; the norm and the rate."""
+    gradients = [p.grad for group in adam.param_groups for p in group["params"] if p.grad is not None]
+    norm = float(torch.cat([g.flatten() for g in gradients]).norm())
+    for gradient in gradients:
+        gradient *= min(1.0, asked.clip / norm)
+    if step < asked.warmup_steps:
+        factor = (step + 1) / asked.warmup_steps
+    else:
+        part = (step - asked.warmup_steps) / (asked.steps - asked.warmup_steps)
+        factor = 0.1 + 0.9 * (1 + math.cos(math.pi * part)) / 2
+    adam.param_groups[0]["lr"] = rate = asked.learning_rate * factor
+    if not skip:
+        adam.step()
+    return {"gradient_norm": norm, "learning_rate": rate}
 
 
 def options(losses: Mapping[str, Schedule] = BOTH, **changes: Any) -> TrainingOptions:

@@ -5,6 +5,7 @@
     checkpoint.pt             the state after a step, replaced as a whole
     checkpoint.previous.pt    the one before: if checkpoint.pt is damaged, the run goes on from here
     best.pt                   the generator that was best on held-out conditions, where those are looked at
+    texts-…, held_out-…       tokenized texts, and conditions/ states of their conditions: all can be made again
 
 The checkpoint is the truth: the log is mended to it. Both are read by ``torch.load`` and as JSON lines.
 """

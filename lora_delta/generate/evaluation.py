@@ -10,7 +10,7 @@ from torch import nn
 from ..shares import Shares
 from .checkpoints import Metrics
 from .conditions import Condition
-from .tasks import Batch, Draw, Task, TrainingSet
+from .tasks import Batch, Task, TrainingSet, name_of
 from .terms import Terms, Written, n_targets
 
 PREFIX = "held_out_"
@@ -71,11 +71,10 @@ class Evaluation:
         return {f"{PREFIX}{name}": total / count for name, total in zip(names, totals, strict=True)}
 
     def _batch(self, indices: range, n_prompts: int) -> Batch:
-        draw = Draw(self.tasks, 1, 0, 0, 0)
         tasks = [Task(*self.tasks[index]) for index in indices]
         states = [torch.cat([task.states[i] for i in range(min(n_prompts, len(task.states)))]) for task in tasks]
         texts = [[task.texts[i] for i in range(min(self.texts or len(task.texts), len(task.texts)))] for task in tasks]
-        return Batch([draw.name(index) for index in indices], states, tasks, texts, 0)
+        return Batch([name_of(self.tasks, index) for index in indices], states, tasks, texts, 0)
 
     def score(self, metrics: Metrics, terms: Terms) -> float:
         """By which generators are compared, least is best: the terms as the last step weighs them."""

@@ -23,83 +23,27 @@ from ..distributed import Ranks, usable_device
 from ..embedded import embedded_checkpoint
 from ..identity import Identity, sha256_of
 from ..labelling.settings import label_identity, label_settings, model_fingerprint, spec_facts, spec_of
-from ..labelling.table import DeltaLabels, LabelDataset
+from ..labelling.table import DeltaLabels
 from ..lm_loss import DifferentiableLMLoss
 from ..probes.chat import read_probes
 from ..probes.tokenization import load_tokenizer
 from ..shares import DATA_PARALLEL
 from ..teachers import StoredTopK
 from .checkpoints import RUN, Metrics, RunFolder, best_checkpoint, newest_checkpoint
-from .conditions import ConditionCache, PromptEncoder, PromptStates
+from .conditions import ConditionCache, PromptEncoder
 from .evaluation import Evaluation
 from .generator import DirectGenerator, LoRAGenerator
 from .prompts import read_prompts
 from .run_config import AdapterOptions, RunConfig
-from .tasks import Task
+from .tasks import Tasks
 from .terms import TEXT_TERMS, TextLosses, Written
 from .text_lines import TextReader
-from .texts import Texts, TextSet
+from .texts import TextSet
 from .tokens import TokenFormat
 from .training import loss_facts, train
 
 STATISTICS = 64  # teachers whose tokens start the generator
 _CONDITIONS, _TEXTS, _HELD_OUT = "conditions", "texts", "held_out"  # in the folder of a run
-
-
-class Tasks:
-    """What a run is trained on; states of prompts are computed, and texts read, when they are looked at.
-
-    Args:
-        names: of the tasks.
-        prompts: of each name; None where the conditions of ``texts`` are themselves the prompts.
-        dataset: of teachers, in the names' order, if there are any.
-        texts: by condition, if there are any; all names are among them.
-    """
-
-    def __init__(
-        self,
-        encoder: PromptEncoder,
-        names: Sequence[str],
-        prompts: Mapping[str, Sequence[str]] | None,
-        dataset: LabelDataset | None = None,
-        texts: TextSet | None = None,
-    ) -> None:
-        self.encoder, self.names, self.prompts, self.dataset, self._texts = encoder, names, prompts, dataset, texts
-        self._places: Mapping[str, int] | None = None
-        if texts is not None and prompts is not None:
-            self._places = {name: index for index, name in enumerate(texts.conditions)}
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> Task:
-        states: Sequence[Tensor]
-        if self.prompts is None:
-            states = _Item(PromptStates(self.encoder, self.names), index)
-        else:
-            states = self.encoder.lazily(self.prompts[self.names[index]])
-        _, *tokens, delta = (None, None) if self.dataset is None else self.dataset[index]
-        return Task(states, tokens[0] if tokens else None, delta, self.texts(index))
-
-    def texts(self, index: int) -> Texts | tuple[()]:
-        """Of a task."""
-        if self._texts is None:
-            return ()
-        return self._texts.texts(index if self._places is None else self._places[self.names[index]])
-
-
-class _Item(Sequence[Any]):
-    """One item of a sequence, as a sequence; it is looked up when it is asked for."""
-
-    def __init__(self, of: Sequence[Any], index: int) -> None:
-        self._of, self._index = of, index
-
-    def __len__(self) -> int:
-        return 1
-
-    def __getitem__(self, index: Any) -> Any:
-        range(1)[index]  # or IndexError
-        return self._of[self._index]
 
 
 def train_run(config: RunConfig, ranks: Ranks | None = None, *, progress: bool = True) -> list[Metrics]:

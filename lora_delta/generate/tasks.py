@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from ..labelling.table import LabelDataset
+from .conditions import PromptEncoder, PromptStates
 from .text_lines import Text
+from .texts import Texts, TextSet
 
 
 class Task(NamedTuple):
@@ -38,6 +41,62 @@ class TrainingSet(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Task | tuple: ...
+
+
+class Tasks:
+    """What a run is trained on; states of prompts are computed, and texts read, when they are looked at.
+
+    Args:
+        names: of the tasks.
+        prompts: of each name; None where the conditions of ``texts`` are themselves the prompts.
+        dataset: of teachers, in the names' order, if there are any.
+        texts: by condition, if there are any; all names are among them.
+    """
+
+    def __init__(
+        self,
+        encoder: PromptEncoder,
+        names: Sequence[str],
+        prompts: Mapping[str, Sequence[str]] | None,
+        dataset: LabelDataset | None = None,
+        texts: TextSet | None = None,
+    ) -> None:
+        self.encoder, self.names, self.prompts, self.dataset, self._texts = encoder, names, prompts, dataset, texts
+        self._places: Mapping[str, int] | None = None
+        if texts is not None and prompts is not None:
+            self._places = {name: index for index, name in enumerate(texts.conditions)}
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Task:
+        states: Sequence[Tensor]
+        if self.prompts is None:
+            states = _Item(PromptStates(self.encoder, self.names), index)
+        else:
+            states = self.encoder.lazily(self.prompts[self.names[index]])
+        _, *tokens, delta = (None, None) if self.dataset is None else self.dataset[index]
+        return Task(states, tokens[0] if tokens else None, delta, self.texts(index))
+
+    def texts(self, index: int) -> Texts | tuple[()]:
+        """Of a task."""
+        if self._texts is None:
+            return ()
+        return self._texts.texts(index if self._places is None else self._places[self.names[index]])
+
+
+class _Item(Sequence[Any]):
+    """One item of a sequence, as a sequence; it is looked up when it is asked for."""
+
+    def __init__(self, of: Sequence[Any], index: int) -> None:
+        self._of, self._index = of, index
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: Any) -> Any:
+        range(1)[index]  # or IndexError
+        return self._of[self._index]
 
 
 @dataclass(frozen=True)
@@ -85,7 +144,6 @@ class Draw:
         self.tasks, self.prompts, self.texts = tasks, prompts, texts
         self.size = min(size, len(tasks))
         self.n_deltas = min(n_deltas, self.size)
-        self._names: Sequence[str] | None = getattr(tasks, "names", None)
         self._texts_of = getattr(tasks, "texts", None)
 
     def indices(self, chance: torch.Generator) -> list[tuple[int, int]]:
@@ -106,14 +164,17 @@ class Draw:
         for index, seed in drawn:
             task = Task(*self.tasks[index])
             chosen = _chosen(len(task.states), self.prompts, seed)
-            names.append(self.name(index))
+            names.append(name_of(self.tasks, index))
             states.append(torch.cat([task.states[one] for one in chosen]))
             texts.append([task.texts[one] for one in _chosen(len(task.texts), self.texts, seed ^ 1)])
             tasks.append(task)
         return Batch(names, states, tasks, texts, n_deltas)
 
-    def name(self, index: int) -> str:
-        return f"number {index}" if self._names is None else repr(self._names[index])
+
+def name_of(tasks: TrainingSet, index: int) -> str:
+    """A task's name, for messages."""
+    names: Sequence[str] | None = getattr(tasks, "names", None)
+    return f"number {index}" if names is None else repr(names[index])
 
 
 def _chosen(n: int, k: int, seed: int) -> list[int]:

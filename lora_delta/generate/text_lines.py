@@ -129,9 +129,10 @@ class TextReader:
         self._render(found)
         good = [one for one in found if isinstance(one, _Line)]
         ids = self._encode([string for one in good for string in one.strings()])
-        conditions: list[Tensor] = []
+        conditions: dict[str, Tensor] = {}
         if self.max_condition is not None:
-            conditions = self._encode([(one.condition, True) for one in good])
+            texts = list(dict.fromkeys(one.condition for one in good))  # neighbours often share a long one
+            conditions = dict(zip(texts, self._encode([(text, True) for text in texts]), strict=True))
         at = 0
         for index, one in enumerate(found):
             if not isinstance(one, _Line):
@@ -139,8 +140,7 @@ class TextReader:
             n = len(one.strings())
             own, at = ids[at : at + n], at + n
             try:
-                condition = conditions.pop(0) if conditions else None
-                found[index] = (one.condition, self._text(one, own, condition))
+                found[index] = (one.condition, self._text(one, own, conditions.get(one.condition)))
             except ValueError as error:
                 found[index] = error
         return found
@@ -162,10 +162,8 @@ class TextReader:
         check_text(completion, "completion" if kind == "prompt" else "text")
         if prompt != "":
             check_text(prompt, "prompt")
-        line_ = _Line(condition, pairs=[(prompt, completion)])
-        if self.context is not None:
-            line_.contexts = [_filled(self.context, condition, prompt)]
-        return line_
+        contexts = [] if self.context is None else [_filled(self.context, condition, prompt)]
+        return _Line(condition, [(prompt, completion)], contexts)
 
     def _render(self, found: list[Any]) -> None:
         """Put what the chat template makes of them into the lines of messages, or an error in their place."""
@@ -174,9 +172,12 @@ class TextReader:
             self._render_some(found, places[start : start + _RENDERED_AT_ONCE])
 
     def _render_some(self, found: list[Any], places: Sequence[int]) -> None:
-        asked: list[tuple[list[dict[str, Any]], bool]] = []
+        with_context = self.context is not None
+        counts, asked = list[int](), list[tuple[list[dict[str, Any]], bool]]()
         for index in places:
-            asked += found[index].conversations(with_context=self.context is not None)
+            own = found[index].conversations(with_context)
+            counts.append(len(own))
+            asked += own
         texts: dict[bool, Iterator[str]] = {}
         try:
             for generates in (False, True):
@@ -191,13 +192,13 @@ class TextReader:
                 self._render_some(found, places[half:])
             return
         answers = [next(texts[flag]) for _, flag in asked]
-        for index in places:
-            n = len(found[index].conversations(with_context=self.context is not None))
-            own, answers = answers[:n], answers[n:]
+        at = 0
+        for index, n in zip(places, counts, strict=True):
             try:
-                found[index].take(own, with_context=self.context is not None)
+                found[index].take(answers[at : at + n], with_context)
             except ValueError as error:
                 found[index] = error
+            at += n
 
     def _encode(self, strings: Sequence[tuple[str, bool]]) -> list[Tensor]:
         """The ids of texts, each with the tokenizer's own special tokens added or not."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from contextlib import ExitStack
@@ -156,13 +157,13 @@ def _evaluated(
     """What an evaluation found; the best generator is kept."""
     found = evaluation.measured(generator, stepper.terms, stepper.shares, stepper.device)
     score = evaluation.score(found, stepper.terms)
-    if done.best is None or score < done.best:
+    if math.isfinite(score) and (done.best is None or score < done.best):
         done.best, done.best_step, done.stale = score, done.steps, 0
         if out is not None:
             out.save_best(generator, done)
     else:
         done.stale += 1
-    return found
+    return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
 def _identity(generator: nn.Module, tasks: TrainingSet, terms: Terms) -> Identity:
