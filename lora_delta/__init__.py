@@ -7,12 +7,15 @@ from .lm_loss import DifferentiableLMLoss
 from .peft.adapters import load_peft_adapter, save_peft_adapter
 from .probes.texts import create_domain_probes, create_generic_probes, create_mixed_probes
 from .teachers import States, TopK, load_top_k, save_top_k
+from .text_delta import DeltaTarget, DifferentiableTextDelta
 
 __all__ = [
     "DeltaLabels",
+    "DeltaTarget",
     "DifferentiableDeltaCompute",
     "DifferentiableDetokenizer",
     "DifferentiableLMLoss",
+    "DifferentiableTextDelta",
     "States",
     "TokenFormat",
     "TopK",

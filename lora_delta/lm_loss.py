@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +11,20 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from qwen_functional import Lora, LoraSpec, Qwen2Config, Qwen2Weights, load_pretrained, pack_each
+from qwen_functional import Lora, LoraSpec, Qwen2Config, Qwen2Weights, load_pretrained
 from qwen_functional.compiled import opaque
-from qwen_functional.dtypes import accumulation_dtype
-from qwen_functional.forward import forward_vjp
 from qwen_functional.heads import TokenLoss
 from qwen_functional.ops.lm_head import StateTargets, Targets
-from qwen_functional.packing import PackedTokens, check_ids, token_row
 from qwen_functional.plan import check_options
 
 from . import autograd
 from .distributed import default_device
 from .frozen import Frozen
-from .passes import AdapterPasses, check_pass_options, prepacked
+from .own_texts import Column, Examples, OwnTexts, TextPasses, read_states, require_examples
+from .passes import check_pass_options, prepacked
 from .teachers import States, TopK
 
 REDUCTIONS = ("token", "example")
-Ids = Sequence[int] | Tensor
-Example = tuple[Ids, Ids]  # the ids of a prompt, and of its completion
-Examples = Sequence[Sequence[Example]]  # of each adapter
 Teacher = Sequence[Sequence[TopK | States]]  # of each example, one kind for all
 
 
@@ -157,8 +153,9 @@ class DifferentiableLMLoss(Frozen):
             ValueError: adapters without examples, an empty completion, ids outside the vocabulary, a text longer than
                 the model's positions, a teacher of other examples; or as :meth:`LoraSpec.bind`.
         """
-        lora = self._bound(tensors, examples)
-        value = autograd.values(self._passes(examples, teacher, cross_entropy), lora)
+        lora, texts = self.bound(tensors, examples), OwnTexts(self.config, examples)
+        passes = self.passes(texts, self.columns(texts, teacher, cross_entropy=cross_entropy))
+        value = autograd.values(passes, lora)
         return value if lora.batched else value[0]
 
     @opaque
@@ -192,12 +189,12 @@ class DifferentiableLMLoss(Frozen):
         """
         if over not in ("adapters", "tokens"):
             raise ValueError(f"over is {over!r}, expected 'adapters' or 'tokens'")
-        lora = self._bound(tensors, examples)
+        lora, texts = self.bound(tensors, examples), OwnTexts(self.config, examples)
         total = None
         if over == "tokens":
-            total = (self.n_targets(examples) if n_tokens is None else n_tokens) / lora.n_adapters
-        passes = self._passes(examples, teacher, cross_entropy, total)
-        return autograd.mean_loss(passes, lora, loss)
+            total = self.n_targets(examples) if n_tokens is None else n_tokens
+        columns = self.columns(texts, teacher, cross_entropy=cross_entropy, n_tokens=total)
+        return autograd.mean_loss(self.passes(texts, columns), lora, loss)
 
     @staticmethod
     def n_targets(examples: Examples) -> int:
@@ -245,164 +242,122 @@ class DifferentiableLMLoss(Frozen):
         """
         if not temperature > 0:
             raise ValueError(f"temperature is {temperature!r}, expected above 0")
-        lora = Lora({}, len(examples), batched=True) if tensors is None else self._bound(tensors, examples)
-        passes = self._passes(examples, None)
-        with torch.no_grad():
-            return [passes.states(lora, index, temperature) for index in range(len(examples))]
+        lora = None if tensors is None else self.bound(tensors, examples)
+        texts = OwnTexts(self.config, examples)
+        passes = self._passes_options["adapters_per_pass"]
+        (found,) = read_states(
+            self.config, self.weights, texts, lora, [((-1,), "completion")], adapters_per_pass=passes, **self._engine
+        )
+        return as_teacher(found, texts, self.weights.compute_dtype, temperature)
 
-    def _bound(self, tensors: Mapping[str, Tensor], examples: Examples) -> Lora:
-        lora = autograd.bound(self.spec, self.config, tensors, self.device, validate=self._validate)
-        if not isinstance(examples, Sequence) or isinstance(examples, str) or len(examples) != lora.n_adapters:
-            found = f"of {len(examples)}" if isinstance(examples, Sequence) else f"a {type(examples).__name__}"
-            raise ValueError(f"examples are {found}, expected a list for each of {lora.n_adapters} adapters")
-        return lora
-
-    def _passes(
+    def columns(
         self,
-        examples: Examples,
-        teacher: Teacher | None,
+        texts: OwnTexts,
+        teacher: Teacher | None = None,
+        *,
         cross_entropy: bool = False,
         n_tokens: float | None = None,
-    ) -> _LMPasses:
-        if cross_entropy and teacher is None:
+    ) -> list[Column]:
+        """What one pass through texts is to give: the cross-entropy; or the KL, and the cross-entropy after it.
+
+        Args:
+            teacher, cross_entropy: as in :meth:`forward`.
+            n_tokens: the losses are then sums over tokens divided by it, times the adapters, whatever ``reduction`` is.
+
+        Raises:
+            ValueError: a teacher of other examples; ``cross_entropy`` without a teacher.
+        """
+        if teacher is None and cross_entropy:
             raise ValueError("cross_entropy is True without a teacher, expected False: the loss is the cross-entropy")
-        texts = [_Texts.of(own, index) for index, own in enumerate(examples)]
-        wanted: list[Teacher | None] = [teacher, None] if cross_entropy else [teacher]
-        targets = [_targets(texts, one, self.config, self.reduction, n_tokens) for one in wanted]
-        return _LMPasses(self, texts, targets)
+        total = None if n_tokens is None else n_tokens / len(texts)
+        plain = _TokenColumn(None, self.reduction, total, self.label_smoothing, 1.0)
+        if teacher is None:
+            return [plain]
+        temperature = _checked(texts, teacher, self.config)
+        smoothing = 0.0 if cross_entropy else self.label_smoothing
+        kl = _TokenColumn(teacher, self.reduction, total, smoothing, temperature)
+        return [kl, plain] if cross_entropy else [kl]
+
+    def passes(self, texts: OwnTexts, columns: Sequence[Column]) -> TextPasses:
+        """Texts through the engine, as this loss runs them."""
+        return TextPasses(self.config, self.weights, texts, columns, **self._passes_options, **self._engine)
+
+    def bound(self, tensors: Mapping[str, Tensor], examples: Examples) -> Lora:
+        """LoRA tensors as the engine takes them.
+
+        Raises:
+            ValueError: as :meth:`LoraSpec.bind`; examples of another number of adapters.
+        """
+        lora = autograd.bound(self.spec, self.config, tensors, self.device, validate=self._validate)
+        require_examples(examples, lora.n_adapters)
+        return lora
 
 
-class _Texts:
-    """An adapter's examples, packed: what the model reads, and where in it what should follow is predicted."""
+@dataclass(frozen=True)
+class _TokenColumn:
+    """Cross-entropy, or the KL to a teacher."""
 
-    def __init__(self, sequences: list[Tensor], firsts: list[int], completions: list[Tensor]) -> None:
-        self.sequences, self.firsts, self.completions = sequences, firsts, completions
+    teacher: Teacher | None
+    reduction: str
+    n_tokens: float | None  # by which sums over tokens are divided instead
+    smoothing: float
+    temperature: float
 
-    @classmethod
-    def of(cls, examples: Sequence[Example], adapter: int) -> _Texts:
-        if isinstance(examples, (str, bytes)) or not isinstance(examples, Sequence) or not examples:
-            empty = isinstance(examples, Sequence) and not examples
-            what = "no examples" if empty else f"a {type(examples).__name__} of examples"
-            raise ValueError(f"adapter {adapter} has {what}, expected at least one (prompt ids, completion ids)")
-        sequences, firsts, completions = [], [], []
-        for index, example in enumerate(examples):
-            where = f"adapter {adapter}, example {index}:"
-            if not isinstance(example, Sequence) or isinstance(example, str) or len(example) != 2:
-                raise ValueError(f"{where} is no pair, expected (prompt ids, completion ids)")
-            prompt = token_row(f"{where} the prompt", example[0], 0)
-            completion = token_row(f"{where} the completion", example[1], 1 if len(prompt) else 2)
-            # The last token predicts nothing that is asked for; without a prompt the first one is not predicted.
-            sequences.append(torch.cat((prompt, completion[:-1])))
-            firsts.append(max(0, len(prompt) - 1))
-            completions.append(completion if len(prompt) else completion[1:])
-        return cls(sequences, firsts, completions)
+    def head(self, texts: OwnTexts, adapters: slice) -> TokenLoss:
+        targets: list[Any] = [self._targets(texts, index) for index in range(len(texts))[adapters]]
+        return TokenLoss(targets, self.smoothing, self.temperature)
 
-    def rows(self, tokens: PackedTokens) -> Tensor:
-        """The nodes that predict the completions' tokens, one example after the other."""
-        return torch.cat([path[first:] for path, first in zip(tokens.paths, self.firsts, strict=True)])
+    def losses(self, read: Tensor, texts: OwnTexts, adapters: slice) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        return read, lambda cotangent: cotangent
 
-
-def _targets(
-    texts: Sequence[_Texts],
-    teacher: Teacher | None,
-    config: Qwen2Config,
-    reduction: str,
-    n_tokens: float | None,
-) -> Callable[[Sequence[PackedTokens], slice], tuple[list[Any], float | None]]:
-    """The targets of the adapters in a slice, and the temperature of a teacher; all checked here."""
-    temperature = None
-    if teacher is not None:
-        if len(teacher) != len(texts):
-            raise ValueError(f"teacher is of {len(teacher)} adapters, expected {len(texts)} as the examples")
-        for index, (own, said) in enumerate(zip(texts, teacher, strict=True)):
-            if len(said) != len(own.completions):
-                n = len(own.completions)
-                raise ValueError(f"teacher of adapter {index} is of {len(said)} examples, expected {n}")
-            for example, (one, completion) in enumerate(zip(said, own.completions, strict=True)):
-                size = config.vocab_size if isinstance(one, TopK) else config.hidden_size
-                one.check(len(completion), size, f"teacher of adapter {index}, example {example}")
-        if len({type(one) for said in teacher for one in said}) > 1:
-            raise ValueError("teacher is of states and of top k, expected one kind for all examples")
-        temperatures = {one.temperature for said in teacher for one in said}
-        if len(temperatures) > 1:
-            raise ValueError(f"teacher is of temperatures {sorted(temperatures)}, expected one")
-        (temperature,) = temperatures
-
-    def of(trees: Sequence[PackedTokens], adapters: slice) -> tuple[list[Any], float | None]:
-        made = list[Any]()
-        for index, tree in zip(range(len(texts))[adapters], trees, strict=True):
-            own = texts[index]
-            lengths = torch.tensor([len(completion) for completion in own.completions])
-            if n_tokens is not None:
-                each = torch.full((len(lengths),), 1 / n_tokens, dtype=torch.float64)
-            elif reduction == "token":
-                each = torch.full((len(lengths),), 1 / int(lengths.sum()), dtype=torch.float64)
-            else:
-                each = 1 / (len(lengths) * lengths.double())
-            weights, rows = each.repeat_interleave(lengths), own.rows(tree)
-            if teacher is None:
-                made.append(Targets.of_tokens(rows, torch.cat(own.completions), weights))
-            elif states := [one.states for one in teacher[index] if isinstance(one, States)]:
-                made.append(StateTargets(rows, torch.cat(states), weights))
-            else:
-                top = [one for one in teacher[index] if isinstance(one, TopK)]
-                made.append(Targets.joined([
-                    Targets(part, said.indices.cpu().long(), said.log_probs.cpu().double().exp(), weight)
-                    for part, weight, said in zip(
-                        rows.split(lengths.tolist()), weights.split(lengths.tolist()), top, strict=True
-                    )
-                ]))  # fmt: skip
-        return made, temperature
-
-    return of
+    def _targets(self, texts: OwnTexts, index: int) -> Targets | StateTargets:
+        lengths = texts.lengths(index)
+        n = torch.tensor(lengths)
+        if self.n_tokens is not None:
+            each = torch.full((len(lengths),), 1 / self.n_tokens, dtype=torch.float64)
+        elif self.reduction == "token":
+            each = torch.full((len(lengths),), 1 / sum(lengths), dtype=torch.float64)
+        else:
+            each = 1 / (len(lengths) * n.double())
+        weights, rows = each.repeat_interleave(n), texts.rows(index, "completion")
+        if self.teacher is None:
+            return Targets.of_tokens(rows, torch.cat(texts.completions[index]), weights)
+        said = self.teacher[index]
+        if states := [one.states for one in said if isinstance(one, States)]:
+            return StateTargets(rows, torch.cat(states), weights)
+        top = [one for one in said if isinstance(one, TopK)]
+        return Targets.joined([
+            Targets(part, one.indices.cpu().long(), one.log_probs.cpu().double().exp(), weight)
+            for part, weight, one in zip(rows.split(lengths), weights.split(lengths), top, strict=True)
+        ])  # fmt: skip
 
 
-class _LMPasses(AdapterPasses):
-    """The losses of one call's adapters: (G,) of one kind, or (G, kinds)."""
+def as_teacher(
+    states: Sequence[Tensor], texts: OwnTexts, dtype: torch.dtype, temperature: float
+) -> list[list[States]]:
+    """What was read (1, T, H) of each adapter's completions, by example."""
+    parts = [one[0].to(dtype).split(texts.lengths(index)) for index, one in enumerate(states)]
+    return [[States(part, temperature) for part in own] for own in parts]
 
-    def __init__(self, lm: DifferentiableLMLoss, texts: list[_Texts], targets: list[Callable]) -> None:
-        super().__init__(**lm._passes_options)
-        self.config, self.weights, self.smoothing, self.engine = lm.config, lm.weights, lm.label_smoothing, lm._engine
-        self.texts, self.targets = texts, targets
-        self.trees = pack_each([own.sequences for own in texts])
-        for index, (tree, own) in enumerate(zip(self.trees, texts, strict=True)):
-            try:
-                tree.check_fits(lm.config)
-                check_ids(torch.cat(own.completions), lm.config.vocab_size)
-            except ValueError as error:
-                raise ValueError(f"adapter {index}: {error}") from None
 
-    @property
-    def one(self) -> Tensor:
-        dtype, device = accumulation_dtype(self.weights.compute_dtype), self.weights.device
-        return torch.zeros([len(self.targets)] * (len(self.targets) > 1), dtype=dtype, device=device)
+def _checked(texts: OwnTexts, teacher: Teacher, config: Qwen2Config) -> float:
+    """The temperature of a teacher.
 
-    def base(self, lora: Lora) -> Tensor:
-        return self.one.expand(lora.n_adapters, *self.one.shape)
-
-    def run(self, lora: Lora, adapters: slice, wanted: Sequence[str] | None) -> tuple[Tensor, Callable]:
-        trees = self.trees[adapters]
-        heads = []
-        for of in self.targets:
-            targets, temperature = of(trees, adapters)
-            smoothing = self.smoothing if temperature is None or len(self.targets) == 1 else 0.0
-            heads.append(TokenLoss(targets, smoothing, temperature or 1.0))
-        values, vjp = forward_vjp(
-            self.config, self.weights, trees, lora[adapters], heads=heads, wrt=wanted, **self.engine
-        )
-        if len(heads) == 1:
-            return values[0], lambda cotangent: vjp((cotangent,))
-        return torch.stack(values, -1), lambda cotangent: vjp([one.contiguous() for one in cotangent.unbind(-1)])
-
-    def states(self, lora: Lora, index: int, temperature: float) -> list[States]:
-        """Of one adapter's completions."""
-        tree, own = self.trees[index], self.texts[index]
-        states, _ = forward_vjp(
-            self.config, self.weights, (tree,), lora[index : index + 1], read="all", wrt=(), **self.engine
-        )
-        place = torch.cat(tree.paths)
-        at = torch.empty(len(tree), dtype=torch.int64)
-        at[place] = torch.arange(len(place))  # a node is read in every sequence that has it
-        h = states[at[own.rows(tree)].to(states.device)].to(self.weights.compute_dtype)
-        lengths = [len(completion) for completion in own.completions]
-        return [States(part, temperature) for part in h.split(lengths)]
+    Raises:
+        ValueError: one of other examples, or of several kinds or temperatures.
+    """
+    if len(teacher) != len(texts):
+        raise ValueError(f"teacher is of {len(teacher)} adapters, expected {len(texts)} as the examples")
+    for index, said in enumerate(teacher):
+        lengths = texts.lengths(index)
+        if len(said) != len(lengths):
+            raise ValueError(f"teacher of adapter {index} is of {len(said)} examples, expected {len(lengths)}")
+        for example, (one, n) in enumerate(zip(said, lengths, strict=True)):
+            size = config.vocab_size if isinstance(one, TopK) else config.hidden_size
+            one.check(n, size, f"teacher of adapter {index}, example {example}")
+    if len({type(one) for said in teacher for one in said}) > 1:
+        raise ValueError("teacher is of states and of top k, expected one kind for all examples")
+    temperatures = {one.temperature for said in teacher for one in said}
+    if len(temperatures) > 1:
+        raise ValueError(f"teacher is of temperatures {sorted(temperatures)}, expected one")
+    return temperatures.pop()

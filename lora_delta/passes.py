@@ -133,22 +133,28 @@ class Passes(AdapterPasses):
         key = lora.n_adapters, lora.structure if self._ranks_decide else tuple(least)
         if key not in self._bases:
             if self._ranks_decide:
-                zero = {key: LoraPair(_zeros(pair.A), _zeros(pair.B), pair.scaling) for key, pair in lora.pairs.items()}
+                zero = zero_lora(lora)
             else:
-                zero = {
+                pairs = {
                     key: LoraPair(torch.zeros_like(pair.A[:, :1]), torch.zeros_like(pair.B[..., :1]), 1.0)
                     for key, pair in least.items()
                 }
+                zero = Lora(pairs, lora.n_adapters, batched=True)
             with torch.no_grad():
-                self._bases[key] = self.values(Lora(zero, lora.n_adapters, batched=True))
+                self._bases[key] = self.values(zero)
             while len(self._bases) > _BASES_KEPT:
                 self._bases.popitem(last=False)
         self._bases.move_to_end(key)
         return self._bases[key]
 
 
+def zero_lora(lora: Lora) -> Lora:
+    """Zeros of the same structure, in the memory of one number each."""
+    pairs = {key: LoraPair(_zeros(pair.A), _zeros(pair.B), pair.scaling) for key, pair in lora.pairs.items()}
+    return Lora(pairs, lora.n_adapters, batched=True)
+
+
 def _zeros(like: Tensor) -> Tensor:
-    """Zeros of a shape, in the memory of one."""
     return like.new_zeros(()).expand(like.shape)
 
 

@@ -60,14 +60,14 @@ class Hidden:
     H) or (layers, ΣP, H), those of one adapter after the other's.
 
     Args:
-        layer, read: as for :func:`forward_vjp`.
+        layer, read: as for :func:`forward_vjp`; or the nodes (P,) that are read of each row of tokens.
     """
 
     layer: int | Sequence[int] = -1
-    read: str = "last"
+    read: str | Sequence[Tensor] = "last"
 
     def reads(self, tokens: PackedTokens, index: int) -> Tensor:
-        return tokens.reads(self.read)
+        return tokens.reads(self.read) if isinstance(self.read, str) else self.read[index]
 
     def bind(self, plan: Plan, row_of: Tensor) -> Bound:
         return _BoundHidden(self, plan, row_of)

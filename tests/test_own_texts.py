@@ -115,6 +115,7 @@ def test_several_heads_have_the_gradients_of_their_sum() -> None:
     cotangents = [torch.randn(value.shape, dtype=F64) for value in values]
     together, total = vjp(cotangents), dict[str, Tensor]()
     for head, value, cotangent in zip(heads, values, cotangents, strict=True):
+        assert isinstance(head.read, str)
         alone, back = forward_vjp(config, weights, tokens, lora, layer=head.layer, read=head.read)
         assert relative_error(value, alone) <= 1e-13
         for name, gradient in back(cotangent).items():

@@ -53,7 +53,11 @@ def delta_cosine(delta: Tensor, target: Tensor) -> Tensor:
     Raises:
         ValueError: as :func:`delta_mse`.
     """
-    delta, target = _checked_pair("delta", delta, target)
+    return _cosine_distance(*_checked_pair("delta", delta, target)).mean()
+
+
+def _cosine_distance(delta: Tensor, target: Tensor) -> Tensor:
+    """1 − cosine similarity of each pair of vectors, 1 where one of them is zero."""
     tiny = torch.finfo(delta.dtype).tiny
     # NaN counts as an angle, or it would hide behind a loss of 1.
     has_angle = ~((delta.square().sum(-1) <= tiny) | (target.square().sum(-1) <= tiny))[..., None]
@@ -64,7 +68,7 @@ def delta_cosine(delta: Tensor, target: Tensor) -> Tensor:
     units = [v / torch.linalg.vector_norm(v, dim=-1, keepdim=True) for v in units]
     # Half the squared distance of unit vectors is 1 − cos, without the cancellation near 0.
     distance = (units[0] - units[1]).square().sum(-1) / 2
-    return torch.where(has_angle[..., 0], distance, 1.0).mean()
+    return torch.where(has_angle[..., 0], distance, 1.0)
 
 
 def delta_loss(
@@ -78,17 +82,64 @@ def delta_loss(
     Raises:
         ValueError: a weight that is negative or not finite, both weights 0, or as :func:`delta_mse`.
     """
-    for name, weight in (("mse_weight", mse_weight), ("cosine_weight", cosine_weight)):
-        if not math.isfinite(weight) or weight < 0:
-            raise ValueError(f"{name} is {weight!r}, expected a finite number of 0 or more")
+    _check_weights(mse_weight, cosine_weight)
     parts = []
     if mse_weight:
         parts.append(mse_weight * delta_mse(delta, target, normalize=normalize))
     if cosine_weight:
         parts.append(cosine_weight * delta_cosine(delta, target))
-    if not parts:
-        raise ValueError("mse_weight and cosine_weight are both 0, expected one above 0")
     return torch.stack(parts).sum()
+
+
+def _check_weights(mse_weight: float, cosine_weight: float) -> None:
+    for name, weight in (("mse_weight", mse_weight), ("cosine_weight", cosine_weight)):
+        if not math.isfinite(weight) or weight < 0:
+            raise ValueError(f"{name} is {weight!r}, expected a finite number of 0 or more")
+    if not mse_weight and not cosine_weight:
+        raise ValueError("mse_weight and cosine_weight are both 0, expected one above 0")
+
+
+def adapters_delta_loss(
+    deltas: Tensor,
+    targets: Tensor,
+    adapters: Tensor,
+    n_adapters: int,
+    *,
+    mse_weight: float = 1.0,
+    cosine_weight: float = 1.0,
+) -> Tensor:
+    """The loss (G,) of adapters that have vectors of their own, some more than others.
+
+    For each adapter ``mse_weight · Σ‖delta − target‖² / Σ‖target‖²``, the sums over its vectors, plus ``cosine_weight``
+    times the mean over them of one minus the cosine; a mean over layers. The size of an adapter's targets as a whole
+    does not count so, while a vector that hardly moves does not count as much as one that does. Where all targets of
+    an adapter are zero the divisor is their number of elements.
+
+    Args:
+        deltas, targets: (layers, V, H).
+        adapters: (V,) integer, whose vector each is.
+
+    Raises:
+        ValueError: as :func:`delta_loss`; other shapes.
+    """
+    _check_weights(mse_weight, cosine_weight)
+    deltas, targets = _checked_pair("deltas", deltas, targets)
+    if deltas.dim() != 3 or tuple(adapters.shape) != (deltas.shape[1],):
+        found = f"deltas have shape {tuple(deltas.shape)} and adapters {tuple(adapters.shape)}"
+        raise ValueError(f"{found}, expected (layers, V, H) and (V,)")
+
+    def sums(each: Tensor) -> Tensor:  # (layers, V) to (layers, G)
+        return each.new_zeros(len(each), n_adapters).index_add(1, adapters, each)
+
+    counts = sums(torch.ones_like(deltas[..., 0]))
+    total = deltas.new_zeros(n_adapters)
+    if mse_weight:
+        error, scale = sums((deltas - targets).square().sum(-1)), sums(targets.square().sum(-1))
+        ratio = error / torch.where(scale == 0, counts * deltas.shape[-1], scale)
+        total = total + mse_weight * ratio.mean(0)
+    if cosine_weight:
+        total = total + cosine_weight * (sums(_cosine_distance(deltas, targets)) / counts).mean(0)
+    return total
 
 
 def tokens_mse(tokens: Tensor, target_tokens: Tensor | Sequence[Tensor]) -> Tensor:

@@ -1,0 +1,364 @@
+"""How a LoRA moves a frozen model's hidden states of texts that each adapter has for itself, differentiable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from qwen_functional import Lora, LoraSpec, Qwen2Config, Qwen2Weights, load_pretrained
+from qwen_functional.backends import choose
+from qwen_functional.compiled import opaque
+from qwen_functional.dtypes import accumulation_dtype
+from qwen_functional.forward import forward_vjp
+from qwen_functional.heads import Hidden
+from qwen_functional.plan import check_options, checked_layers
+
+from . import autograd
+from .delta import POOLINGS
+from .distributed import default_device
+from .frozen import Frozen
+from .generate.losses import adapters_delta_loss
+from .own_texts import POSITIONS, Column, Examples, Ids, OwnTexts, TextPasses, read_states, require_examples
+from .passes import AdapterPasses, check_pass_options, prepacked, zero_lora
+
+Contexts = Sequence[Sequence[Ids]]  # of each adapter's examples
+AdaptersLoss = Callable[[Tensor, Tensor, Tensor, int], Tensor]  # see adapters_delta_loss
+
+
+@dataclass(frozen=True)
+class DeltaTarget:
+    """What the deltas of some texts should be.
+
+    Attributes:
+        base: of each adapter (layers, P, H), the bare model's hidden states of its texts.
+        wanted: those that an adapter should give; their difference is the target.
+    """
+
+    base: list[Tensor]
+    wanted: list[Tensor]
+
+    @property
+    def deltas(self) -> list[Tensor]:
+        return [wanted - base for base, wanted in zip(self.base, self.wanted, strict=True)]
+
+
+class DifferentiableTextDelta(Frozen):
+    """Maps LoRA tensors to their deltas on texts, with gradients: ``h(base + θ) − h(base)`` of each position.
+
+    Unlike :class:`DifferentiableDeltaCompute`, which reads a few probes that are the same for all adapters and all
+    steps, each adapter has texts of its own, and each call may have others. What they should be is read of a teacher's
+    adapter, or of the *prompted base*: the bare model that reads the same completions behind a context which says more,
+    an instruction or a document, so that no teacher is needed. A LoRA of zeros has deltas of exactly zero.
+
+    Args:
+        config, weights: the base model, from :func:`qwen_functional.load_pretrained`; the lm_head is not read.
+        spec: the LoRA; by default rank 16, alpha 32, all seven projections.
+        layer: after which block to read, from 0; −1 is after the last block and the final norm. A sequence reads
+            several.
+        positions: ``"completion"``: the tokens that predict those of the completions, where prompt and answer meet
+            and what follows; ``"last"``: each text's last token; ``"all"``: every token.
+        pooling: ``"none"`` gives a delta for each position, ``"mean"`` their mean over all of an adapter's.
+        adapters_per_pass, mesh, prepack, validate: as for :class:`DifferentiableDeltaCompute`.
+        checkpoint, memory_budget: see :func:`qwen_functional.forward.forward_vjp`.
+
+    Raises:
+        ValueError: an argument that is off.
+    """
+
+    def __init__(
+        self,
+        config: Qwen2Config,
+        weights: Qwen2Weights,
+        spec: LoraSpec | None = None,
+        *,
+        layer: int | Sequence[int] = -1,
+        positions: str = "completion",
+        pooling: str = "none",
+        adapters_per_pass: int | None = None,
+        checkpoint: str = "auto",
+        memory_budget: int | None = None,
+        prepack: bool | str = "auto",
+        mesh: DeviceMesh | None = None,
+        validate: bool = True,
+    ) -> None:
+        super().__init__()
+        for name, value, known in (("positions", positions, POSITIONS), ("pooling", pooling, POOLINGS)):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}, expected one of {known}")
+        check_pass_options(adapters_per_pass, prepack)
+        check_options(checkpoint)
+        self.layers, self.single_layer = checked_layers(config, layer), isinstance(layer, int)
+        self.positions, self.pooling = positions, pooling
+        self.spec = LoraSpec() if spec is None else spec
+        self.lora_shapes = self.spec.shapes(config)
+        self.config, self.weights = config, prepacked(weights, prepack)
+        self.adapters_per_pass, self._mesh = adapters_per_pass, mesh
+        self.engine: dict[str, Any] = {"checkpoint": checkpoint, "memory_budget": memory_budget}
+        self._validate = validate
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        spec: LoraSpec | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+        *,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        compute_dtype: torch.dtype | None = None,
+        mesh: DeviceMesh | None = None,
+        stream: bool | str = False,
+        **options: Any,
+    ) -> DifferentiableTextDelta:
+        """Load a base model; arguments as of :meth:`DifferentiableLMLoss.from_pretrained`.
+
+        Raises:
+            ValueError: as the constructor and ``load_pretrained`` do.
+        """
+        device = default_device() if device is None else device
+        where: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only, "lm_head": False}
+        config, weights = load_pretrained(model, dtype=dtype, device=device, mesh=mesh, stream=stream, **where)
+        weights = weights if compute_dtype is None else weights.compute_in(compute_dtype)
+        return cls(config, weights, spec, mesh=mesh, **options)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the LoRA tensors are expected, and the deltas come out."""
+        return self.weights.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the base model is stored in."""
+        return self.weights.dtype
+
+    @opaque
+    def forward(self, tensors: Mapping[str, Tensor], examples: Examples) -> Tensor:
+        """The deltas of G adapters, (G, P, H): P is that of the adapter with most positions, the others' rest is zero.
+
+        Several layers put a dimension before P; with ``pooling="mean"`` there is no P. Of one adapter without a
+        leading G the delta has none either. float32, or float64 for float64 weights.
+
+        Args:
+            tensors: as :meth:`LoraSpec.bind` takes them.
+            examples: of each adapter, (prompt ids, completion ids) pairs; see :meth:`DifferentiableLMLoss.forward`.
+
+        Raises:
+            ValueError: as :meth:`DifferentiableLMLoss.forward`.
+        """
+        lora, texts = self._bound(tensors, examples), self.texts(examples)
+        passes = _DeltaPasses(self, texts)
+        value = autograd.values(passes, lora) - passes.base(lora)
+        value = value[:, 0] if self.single_layer else value
+        return value if lora.batched else value[0]
+
+    @opaque
+    def mean_loss(
+        self,
+        tensors: Mapping[str, Tensor],
+        examples: Examples,
+        target: DeltaTarget,
+        loss: AdaptersLoss = adapters_delta_loss,
+    ) -> Tensor:
+        """The mean over adapters of a loss of their deltas, a scalar; each pass goes back before the next one begins.
+
+        Args:
+            target: from :meth:`target`, of the same examples.
+            loss: from deltas and targets (layers, V, H) of some adapters, whose each vector is (V,), and how many they
+                are (g), to their losses (g,); with ``pooling="mean"`` there is one vector of each.
+
+        Raises:
+            ValueError: as :meth:`forward`; a target of other examples.
+        """
+        lora, texts = self._bound(tensors, examples), self.texts(examples)
+        passes = TextPasses(
+            self.config, self.weights, texts, [self.column(texts, target, loss)], self.adapters_per_pass, self._mesh,
+            **self.engine,
+        )  # fmt: skip
+        return autograd.mean_loss(passes, lora, lambda losses, adapters: losses.mean())
+
+    def target(
+        self,
+        examples: Examples,
+        *,
+        tensors: Mapping[str, Tensor] | None = None,
+        contexts: Contexts | None = None,
+    ) -> DeltaTarget:
+        """What deltas should be: those of a teacher's adapters, or of the prompted base.
+
+        Args:
+            examples: as in :meth:`forward`.
+            tensors: of the teachers; there may be both.
+            contexts: for each example the ids that the teacher reads in the place of its prompt, and with
+                ``positions="all"`` they end as the prompt does. Without a prompt the completion follows them whole.
+
+        Raises:
+            ValueError: neither, contexts of other examples, or ones that do not end with the prompt where they have to.
+        """
+        if tensors is None and contexts is None:
+            raise ValueError("tensors and contexts are both None, expected what a teacher has more than the base")
+        texts = self.texts(examples)
+        base = self._states(texts, None)
+        return DeltaTarget(base, self.wanted(examples, tensors=tensors, contexts=contexts))
+
+    def wanted(
+        self,
+        examples: Examples,
+        *,
+        tensors: Mapping[str, Tensor] | None = None,
+        contexts: Contexts | None = None,
+    ) -> list[Tensor]:
+        """The teacher's states of :meth:`target`, of each adapter (layers, P, H)."""
+        lora = None if tensors is None else self._bound(tensors, examples)
+        if contexts is None:
+            return self._states(self.texts(examples), lora)
+        texts = self.texts(examples)
+        counts = [texts.counts(index, self.positions) for index in range(len(texts))]
+        return self._states(self.texts(in_context(examples, contexts, self.positions)), lora, counts)
+
+    def column(self, texts: OwnTexts, target: DeltaTarget, loss: AdaptersLoss = adapters_delta_loss) -> Column:
+        """The loss of the deltas as one of several of one pass, see :class:`lora_delta.own_texts.TextPasses`.
+
+        Raises:
+            ValueError: a target of other texts.
+        """
+        for name, states in (("base", target.base), ("wanted", target.wanted)):
+            if len(states) != len(texts):
+                raise ValueError(f"target is of {len(states)} adapters, expected {len(texts)} as the examples")
+            for index, one in enumerate(states):
+                expected = len(self.layers), sum(texts.counts(index, self.positions)), self.config.hidden_size
+                if tuple(one.shape) != expected:
+                    found = f"{name} of adapter {index} has shape {tuple(one.shape)}"
+                    raise ValueError(f"target: {found}, expected {expected} as its examples")
+        return _DeltaColumn(self, target, loss)
+
+    def texts(self, examples: Examples) -> OwnTexts:
+        """Examples as this reads them; raises as :class:`OwnTexts` does."""
+        return OwnTexts(self.config, examples, [self.positions])
+
+    def _states(
+        self, texts: OwnTexts, lora: Lora | None, counts: Sequence[Sequence[int]] | None = None
+    ) -> list[Tensor]:
+        (found,) = read_states(
+            self.config, self.weights, texts, lora, [(self.layers, self.positions)], counts=counts,
+            adapters_per_pass=self.adapters_per_pass, **self.engine,
+        )  # fmt: skip
+        return found
+
+    def _bound(self, tensors: Mapping[str, Tensor], examples: Examples) -> Lora:
+        lora = autograd.bound(self.spec, self.config, tensors, self.device, validate=self._validate)
+        require_examples(examples, lora.n_adapters)
+        return lora
+
+
+def in_context(examples: Examples, contexts: Contexts, positions: str) -> list[list[tuple[Tensor, Tensor]]]:
+    """The examples as a teacher reads them, each behind its context.
+
+    Where a prompt is empty, the completion's first token is no target, and part of the context.
+
+    Raises:
+        ValueError: contexts of other examples; with ``"all"`` positions one that does not end with the prompt.
+    """
+    if len(contexts) != len(examples):
+        raise ValueError(f"contexts are of {len(contexts)} adapters, expected {len(examples)} as the examples")
+    found = []
+    for adapter, (own, before) in enumerate(zip(examples, contexts, strict=True)):
+        if len(own) != len(before):
+            raise ValueError(f"contexts of adapter {adapter} are of {len(before)} examples, expected {len(own)}")
+        behind = []
+        for index, ((prompt_ids, completion_ids), context_ids) in enumerate(zip(own, before, strict=True)):
+            prompt, completion, context = (
+                torch.as_tensor(ids, dtype=torch.int64) for ids in (prompt_ids, completion_ids, context_ids)
+            )
+            if positions == "all" and not torch.equal(context[len(context) - len(prompt) :], prompt):
+                where = f"the context of adapter {adapter}, example {index},"
+                raise ValueError(f"{where} does not end with its prompt, expected so where all positions are read")
+            first = 0 if len(prompt) else 1
+            behind.append((torch.cat((context, completion[:first])), completion[first:]))
+        found.append(behind)
+    return found
+
+
+class _DeltaColumn:
+    """A loss of the deltas of each adapter."""
+
+    def __init__(self, delta: DifferentiableTextDelta, target: DeltaTarget, loss: AdaptersLoss) -> None:
+        self.delta, self.target, self.loss = delta, target, loss
+
+    def head(self, texts: OwnTexts, adapters: slice) -> Hidden:
+        own = range(len(texts))[adapters]
+        return Hidden(self.delta.layers, [texts.rows(index, self.delta.positions) for index in own])
+
+    def losses(self, read: Tensor, texts: OwnTexts, adapters: slice) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        own = range(len(texts))[adapters]
+        base, wanted = (torch.cat(one[adapters], 1).to(read) for one in (self.target.base, self.target.wanted))
+        counts = torch.tensor([self.target.base[index].shape[1] for index in own])
+        of = torch.arange(len(own)).repeat_interleave(counts).to(read.device)
+        with torch.enable_grad():
+            leaf = read.detach().requires_grad_()
+            deltas, targets = leaf - base, wanted - base
+            if self.delta.pooling == "mean":
+                deltas, targets = (_means(one, of, counts) for one in (deltas, targets))
+                of = torch.arange(len(own), device=read.device)
+            losses = self.loss(deltas, targets, of, len(own))
+        return losses.detach(), lambda cotangent: torch.autograd.grad(losses, leaf, cotangent)[0]
+
+
+class _DeltaPasses(AdapterPasses):
+    """Hidden states (G, layers, P, H), or their means (G, layers, H), of adapters' own texts."""
+
+    def __init__(self, delta: DifferentiableTextDelta, texts: OwnTexts) -> None:
+        super().__init__(delta.adapters_per_pass, delta._mesh)
+        self.delta, self.texts = delta, texts
+        self.counts = torch.tensor([sum(texts.counts(index, delta.positions)) for index in range(len(texts))])
+
+    @property
+    def one(self) -> Tensor:
+        delta = self.delta
+        rows = [] if delta.pooling == "mean" else [int(self.counts.max())]
+        dtype = accumulation_dtype(delta.weights.compute_dtype)
+        return torch.zeros(len(delta.layers), *rows, delta.config.hidden_size, dtype=dtype, device=delta.device)
+
+    def base(self, lora: Lora) -> Tensor:
+        """The bare model's, computed as the adapters are: the delta of a zero LoRA is zero to the bit."""
+        delta = self.delta
+        as_adapters = choose(delta.config, delta.weights, lora).ranks_decide
+        bare = zero_lora(lora) if as_adapters else Lora({}, lora.n_adapters, batched=True)
+        with torch.no_grad():
+            return self.values(bare)
+
+    def run(self, lora: Lora, adapters: slice, wanted: Sequence[str] | None) -> tuple[Tensor, Callable]:
+        delta, texts = self.delta, self.texts
+        own = range(len(texts))[adapters]
+        head = Hidden(delta.layers, [texts.rows(index, delta.positions) for index in own])
+        (read,), vjp = forward_vjp(
+            delta.config, delta.weights, texts.trees[adapters], lora[adapters], heads=[head], wrt=wanted,
+            **delta.engine,
+        )  # fmt: skip
+        counts = self.counts[adapters]
+        of = torch.arange(len(own)).repeat_interleave(counts).to(read.device)
+        if delta.pooling == "mean":
+            sizes = counts.to(read)[of, None]
+            return _means(read, of, counts).transpose(0, 1), lambda d: vjp((d.transpose(0, 1)[:, of] / sizes,))
+        n = int(self.counts.max())
+        place = torch.cat([index * n + torch.arange(int(count)) for index, count in enumerate(counts)]).to(read.device)
+        padded = read.new_zeros(len(own) * n, *read.transpose(0, 1).shape[1:])
+        padded[place] = read.transpose(0, 1)
+        shape = len(own), n, *padded.shape[1:]
+
+        def back(cotangent: Tensor) -> dict[str, Tensor]:
+            return vjp((cotangent.transpose(1, 2).reshape(padded.shape)[place].transpose(0, 1),))
+
+        return padded.view(shape).transpose(1, 2), back
+
+
+def _means(vectors: Tensor, of: Tensor, counts: Tensor) -> Tensor:
+    """(layers, V, H) to the mean (layers, g, H) of each adapter's."""
+    sums = vectors.new_zeros(len(vectors), len(counts), vectors.shape[-1]).index_add(1, of, vectors)
+    return sums / counts.to(vectors)[:, None]
