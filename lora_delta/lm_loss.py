@@ -20,7 +20,7 @@ from qwen_functional.plan import check_options
 from . import autograd
 from .distributed import default_device
 from .frozen import Frozen
-from .own_texts import Column, Examples, OwnTexts, TextPasses, read_states, require_examples
+from .own_texts import Ask, Column, Examples, OwnTexts, TextPasses, read_states, require_examples
 from .passes import check_pass_options, prepacked
 from .teachers import States, TopK
 
@@ -244,10 +244,7 @@ class DifferentiableLMLoss(Frozen):
             raise ValueError(f"temperature is {temperature!r}, expected above 0")
         lora = None if tensors is None else self.bound(tensors, examples)
         texts = OwnTexts(self.config, examples)
-        passes = self._passes_options["adapters_per_pass"]
-        (found,) = read_states(
-            self.config, self.weights, texts, lora, [((-1,), "completion")], adapters_per_pass=passes, **self._engine
-        )
+        (found,) = self.read(texts, lora, [((-1,), "completion")])
         return as_teacher(found, texts, self.weights.compute_dtype, temperature)
 
     def columns(
@@ -277,6 +274,19 @@ class DifferentiableLMLoss(Frozen):
         smoothing = 0.0 if cross_entropy else self.label_smoothing
         kl = _TokenColumn(teacher, self.reduction, total, smoothing, temperature)
         return [kl, plain] if cross_entropy else [kl]
+
+    def read(
+        self,
+        texts: OwnTexts,
+        lora: Lora | None,
+        asks: Sequence[Ask],
+        counts: Sequence[Sequence[int]] | None = None,
+    ) -> list[list[Tensor]]:
+        """Hidden states of texts, see :func:`lora_delta.own_texts.read_states`."""
+        passes = self._passes_options["adapters_per_pass"]
+        return read_states(
+            self.config, self.weights, texts, lora, asks, counts=counts, adapters_per_pass=passes, **self._engine
+        )
 
     def passes(self, texts: OwnTexts, columns: Sequence[Column]) -> TextPasses:
         """Texts through the engine, as this loss runs them."""

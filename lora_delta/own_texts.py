@@ -20,6 +20,7 @@ from .passes import AdapterPasses
 Ids = Sequence[int] | Tensor
 Example = tuple[Ids, Ids]  # the ids of a prompt, and of its completion
 Examples = Sequence[Sequence[Example]]  # of each adapter
+Contexts = Sequence[Sequence[Ids]]  # of each adapter's examples
 Ask = tuple[Sequence[int], str]  # after which blocks, at which positions
 
 POSITIONS = ("completion", "last", "all")
@@ -68,6 +69,10 @@ class OwnTexts:
         if positions == "completion":
             return self.lengths(adapter)
         return [1] * len(self.completions[adapter]) if positions == "last" else list(self.trees[adapter].lengths)
+
+    def all_counts(self, positions: str) -> list[list[int]]:
+        """The same of all adapters."""
+        return [self.counts(index, positions) for index in range(len(self))]
 
     def rows(self, adapter: int, positions: str, counts: Sequence[int] | None = None) -> Tensor:
         """The nodes that are read, one example after the other.
@@ -193,6 +198,34 @@ def read_states(
         )  # fmt: skip
         for into, value, rows in zip(found, values, nodes, strict=True):
             into += value.split([len(one) for one in rows], dim=1)
+    return found
+
+
+def in_context(examples: Examples, contexts: Contexts, positions: str) -> list[list[tuple[Tensor, Tensor]]]:
+    """The examples as a teacher reads them, each behind its context.
+
+    Where a prompt is empty, the completion's first token is no target, and part of the context.
+
+    Raises:
+        ValueError: contexts of other examples; with ``"all"`` positions one that does not end with the prompt.
+    """
+    if len(contexts) != len(examples):
+        raise ValueError(f"contexts are of {len(contexts)} adapters, expected {len(examples)} as the examples")
+    found = []
+    for adapter, (own, before) in enumerate(zip(examples, contexts, strict=True)):
+        if len(own) != len(before):
+            raise ValueError(f"contexts of adapter {adapter} are of {len(before)} examples, expected {len(own)}")
+        behind = []
+        for index, ((prompt_ids, completion_ids), context_ids) in enumerate(zip(own, before, strict=True)):
+            prompt, completion, context = (
+                torch.as_tensor(ids, dtype=torch.int64) for ids in (prompt_ids, completion_ids, context_ids)
+            )
+            if positions == "all" and not torch.equal(context[len(context) - len(prompt) :], prompt):
+                where = f"the context of adapter {adapter}, example {index},"
+                raise ValueError(f"{where} does not end with its prompt, expected so where all positions are read")
+            first = 0 if len(prompt) else 1
+            behind.append((torch.cat((context, completion[:first])), completion[first:]))
+        found.append(behind)
     return found
 
 

@@ -24,10 +24,19 @@ from .delta import POOLINGS
 from .distributed import default_device
 from .frozen import Frozen
 from .generate.losses import adapters_delta_loss
-from .own_texts import POSITIONS, Column, Examples, Ids, OwnTexts, TextPasses, read_states, require_examples
+from .own_texts import (
+    POSITIONS,
+    Column,
+    Contexts,
+    Examples,
+    OwnTexts,
+    TextPasses,
+    in_context,
+    read_states,
+    require_examples,
+)
 from .passes import AdapterPasses, check_pass_options, prepacked, zero_lora
 
-Contexts = Sequence[Sequence[Ids]]  # of each adapter's examples
 AdaptersLoss = Callable[[Tensor, Tensor, Tensor, int], Tensor]  # see adapters_delta_loss
 
 
@@ -215,12 +224,11 @@ class DifferentiableTextDelta(Frozen):
         contexts: Contexts | None = None,
     ) -> list[Tensor]:
         """The teacher's states of :meth:`target`, of each adapter (layers, P, H)."""
-        lora = None if tensors is None else self._bound(tensors, examples)
+        lora, texts = None if tensors is None else self._bound(tensors, examples), self.texts(examples)
         if contexts is None:
-            return self._states(self.texts(examples), lora)
-        texts = self.texts(examples)
-        counts = [texts.counts(index, self.positions) for index in range(len(texts))]
-        return self._states(self.texts(in_context(examples, contexts, self.positions)), lora, counts)
+            return self._states(texts, lora)
+        behind = self.texts(in_context(examples, contexts, self.positions))
+        return self._states(behind, lora, texts.all_counts(self.positions))
 
     def column(self, texts: OwnTexts, target: DeltaTarget, loss: AdaptersLoss = adapters_delta_loss) -> Column:
         """The loss of the deltas as one of several of one pass, see :class:`lora_delta.own_texts.TextPasses`.
@@ -255,34 +263,6 @@ class DifferentiableTextDelta(Frozen):
         lora = autograd.bound(self.spec, self.config, tensors, self.device, validate=self._validate)
         require_examples(examples, lora.n_adapters)
         return lora
-
-
-def in_context(examples: Examples, contexts: Contexts, positions: str) -> list[list[tuple[Tensor, Tensor]]]:
-    """The examples as a teacher reads them, each behind its context.
-
-    Where a prompt is empty, the completion's first token is no target, and part of the context.
-
-    Raises:
-        ValueError: contexts of other examples; with ``"all"`` positions one that does not end with the prompt.
-    """
-    if len(contexts) != len(examples):
-        raise ValueError(f"contexts are of {len(contexts)} adapters, expected {len(examples)} as the examples")
-    found = []
-    for adapter, (own, before) in enumerate(zip(examples, contexts, strict=True)):
-        if len(own) != len(before):
-            raise ValueError(f"contexts of adapter {adapter} are of {len(before)} examples, expected {len(own)}")
-        behind = []
-        for index, ((prompt_ids, completion_ids), context_ids) in enumerate(zip(own, before, strict=True)):
-            prompt, completion, context = (
-                torch.as_tensor(ids, dtype=torch.int64) for ids in (prompt_ids, completion_ids, context_ids)
-            )
-            if positions == "all" and not torch.equal(context[len(context) - len(prompt) :], prompt):
-                where = f"the context of adapter {adapter}, example {index},"
-                raise ValueError(f"{where} does not end with its prompt, expected so where all positions are read")
-            first = 0 if len(prompt) else 1
-            behind.append((torch.cat((context, completion[:first])), completion[first:]))
-        found.append(behind)
-    return found
 
 
 class _DeltaColumn:

@@ -77,8 +77,10 @@ def padded(deltas: Sequence[Tensor], pooling: str, single: bool) -> Tensor:
 def assert_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor], most: float = 1e-9) -> None:
     floor = 1e-5 * max(float(tensor.grad.norm()) for tensor in theirs.values() if tensor.grad is not None)
     for name, tensor in theirs.items():
-        assert ours[name].grad is not None and tensor.grad is not None
-        assert float((ours[name].grad - tensor.grad).norm()) <= most * max(floor, float(tensor.grad.norm())), name
+        found, expected = ours[name].grad, tensor.grad
+        assert found is not None
+        assert expected is not None
+        assert float((found - expected).norm()) <= most * max(floor, float(expected.norm())), name
 
 
 @pytest.mark.parametrize("pooling", ["none", "mean"])
@@ -147,8 +149,8 @@ def test_the_loss_to_a_teacher_and_to_the_prompted_base_is_that_of_peft(
             before = context if target != "teacher" else prompt
             more = len(before) - len(prompt)
             moved = slice(rows.start + more, rows.stop + more)
-            by = (model, adapter) if target != "context" else (bare, None)
-            parts.append(hidden(*by, before + completion, moved, layer) - base)
+            who, what = (bare, None) if target == "context" else (model, adapter)
+            parts.append(hidden(who, what, before + completion, moved, layer) - base)
         wanted.append(torch.cat(parts, 1).detach())
     ours, theirs = leaves(tensors), leaves(tensors)
     delta = make(layer=layer, positions=positions, pooling=pooling, adapters_per_pass=per_pass)
@@ -215,8 +217,8 @@ def test_targets_of_other_texts_are_refused() -> None:
     target = delta.target(EXAMPLES, contexts=CONTEXTS)
     with pytest.raises(ValueError, match="target is of 2 adapters, expected 3 as the examples"):
         delta.mean_loss(tensors, EXAMPLES, DeltaTarget(target.base[:2], target.wanted[:2]))
+    wanted = [target.wanted[0], target.wanted[1][:, 1:], target.wanted[2]]
     with pytest.raises(ValueError, match=r"target: wanted of adapter 1 has shape \(1, 5, 24\), expected \(1, 6, 24\)"):
-        wanted = [target.wanted[0], target.wanted[1][:, 1:], target.wanted[2]]
         delta.mean_loss(tensors, EXAMPLES, DeltaTarget(target.base, wanted))
     with pytest.raises(ValueError, match="tensors and contexts are both None"):
         delta.target(EXAMPLES)

@@ -15,14 +15,15 @@ from text_case import ByPeft, Own, TextTasks, direct_generator, text_losses, tex
 
 from lora_delta.generate.checkpoints import BEST, METRICS, best_checkpoint, newest_checkpoint
 from lora_delta.generate.evaluation import Evaluation
-from lora_delta.generate.options import TrainingOptions
+from lora_delta.generate.options import DeltaOptions, TrainingOptions
 from lora_delta.generate.schedules import Schedule
 from lora_delta.generate.tasks import Task
-from lora_delta.generate.terms import TextLosses, in_context
+from lora_delta.generate.terms import TextLosses, contexts_of, pairs_of
 from lora_delta.generate.training import train
+from lora_delta.own_texts import in_context
 from lora_delta.teachers import StoredTopK, TopK, save_top_k
 
-LM, KL = {"lm": Schedule(1.0)}, {"kl": Schedule(1.0)}
+LM, KL, DELTA = {"lm": Schedule(1.0)}, {"kl": Schedule(1.0)}, {"delta": Schedule(0.7)}
 REGULARIZED = LM | {"l1": Schedule(0.3), "l2": Schedule(0.2), "product_l2": Schedule(2.0)}
 
 
@@ -45,6 +46,12 @@ def tasks() -> TextTasks:
         ({"losses": KL, "prompts_per_condition": 2}, {"temperature": 2.0}),
         ({"losses": LM | {"kl": Schedule(0.5, "linear", 3)}, "mean": "tokens"}, {"adapters_per_pass": 1}),
         ({"losses": KL | LM, "texts_per_condition": 9, "seed": 5}, {"label_smoothing": 0.2}),
+        ({"losses": DELTA, "delta": DeltaOptions("own", "context", "all", [0, -1])}, {}),
+        ({"losses": DELTA, "delta": DeltaOptions("own", "teacher", "last"), "accumulate": 2}, {"adapters_per_pass": 1}),
+        ({"losses": DELTA, "delta": DeltaOptions("own", pooling="mean"), "mse_weight": 0.0, "steps": 50}, {}),
+        ({"losses": DELTA | KL | LM, "delta": DeltaOptions("own", "context"), "mean": "tokens"}, {}),
+        ({"losses": KL | DELTA, "delta": DeltaOptions("own", "context", "all")}, {"adapters_per_pass": 2}),
+        ({"losses": LM | DELTA | {"weights": Schedule(2.0)}, "delta": DeltaOptions("own", layers=[0])}, {}),
     ],
     ids=str,
 )
@@ -53,7 +60,7 @@ def test_a_run_on_texts_is_that_of_peft_one_adapter_at_a_time(
 ) -> None:
     asked, (made, expected) = options(**changes), (direct_generator() for _ in range(2))
     temperature = lm.get("temperature", 1.0)
-    history = train(made, tasks, asked, texts=text_losses(**lm), progress=False)
+    history = train(made, tasks, asked, texts=text_losses(asked=asked, **lm), progress=False)
     peft = ByPeft(tasks, asked, temperature, lm.get("reduction", "token"), lm.get("label_smoothing", 0.0))
     peft.run(expected)
     tolerance = 1e-4 if asked.steps > 10 else 1e-6  # Adam makes steps of gradients that are rounding alone
@@ -80,7 +87,8 @@ def test_what_a_teacher_has_said_serves_as_the_teacher_does_where_all_is_stored(
         texts = Own()
         for text in task.texts:
             texts.append(type(text)(text.pairs, text.contexts, len(said)))
-            said += live.lm.top_k([in_context(text)], 61, temperature=1.5)[0]
+            behind = in_context(pairs_of([[text]]), contexts_of([[text]]), "completion")
+            said += live.lm.top_k(behind, 61, temperature=1.5)[0]
         numbered.append(Task(task.states, texts=texts))
     save_top_k(tmp_path / "said", said, 61)
     stored = StoredTopK(tmp_path / "said", 61)
@@ -255,7 +263,6 @@ def test_steps_can_be_raised_and_the_rate_goes_along_the_new_curve(tasks: TextTa
         (LM, "texts is None, which the loss 'lm' needs"),
         (KL, "texts is None, which the loss 'kl' needs"),
         ({"delta": Schedule(1.0)}, "delta is None, which the loss 'delta' needs"),
-        ({"weights": Schedule(1.0)}, "format is None, which the loss 'weights' needs"),
     ],
 )
 def test_a_loss_without_what_it_needs_is_refused(losses: Any, message: str, tasks: TextTasks) -> None:
@@ -265,7 +272,7 @@ def test_a_loss_without_what_it_needs_is_refused(losses: Any, message: str, task
 
 def test_tasks_without_texts_or_contexts_are_refused(tasks: TextTasks) -> None:
     bare = [Task(task.states, texts=[type(text)(text.pairs) for text in task.texts]) for task in tasks]
-    with pytest.raises(ValueError, match="a text has no context for the teacher of the loss 'kl'"):
+    with pytest.raises(ValueError, match="a text has no context for a teacher to read"):
         train(direct_generator(), bare, options(losses=KL), texts=text_losses(), progress=False)
     empty = [Task(task.states) for task in tasks]
     with pytest.raises(ValueError, match="adapter 0 has no examples, expected at least one"):
@@ -282,11 +289,11 @@ def test_gradients_of_the_generator_on_texts_are_those_of_peft_in_double(tasks: 
     made, expected = (direct_generator() for _ in range(2))
     asked, peft = options(losses=KL | LM), ByPeft(tasks, options(losses=KL | LM), 1.5)
     peft.bare, peft.model = _models()
-    states, texts = peft.drawn(torch.Generator().manual_seed(0))
+    states, texts, _ = peft.drawn(torch.Generator().manual_seed(0))
     padded = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
     mask = torch.arange(padded.shape[1]) < torch.tensor([len(one) for one in states])[:, None]
     written = expected(padded, mask)
-    loss = peft.term("kl", written, texts, 0) + peft.term("lm", written, texts, 0)
+    loss = peft.term("kl", written, texts, [], 0) + peft.term("lm", written, texts, [], 0)
     loss.backward()
     drawn = [[_text(pair, context) for pair, context in own] for own in texts]
     terms = Terms(asked, texts=text_losses(temperature=1.5))

@@ -5,16 +5,16 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from reference import call, hf_model, one_by_one, peft_model, tiny_config
+from reference import call, hf_model, one_by_one, peft_model, random_lora, tiny_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 from training_case import adam_step
 
-from lora_delta import DifferentiableLMLoss
+from lora_delta import DifferentiableLMLoss, DifferentiableTextDelta
 from lora_delta.generate.generator import DirectGenerator
 from lora_delta.generate.options import TrainingOptions
 from lora_delta.generate.tasks import Task
@@ -47,7 +47,7 @@ def weights(device: str = "cpu") -> Any:
 
 
 def text_tasks(n: int = 5, seed: int = 0) -> TextTasks:
-    """Conditions of two prompts each, and four texts; every third one is a conversation of two turns."""
+    """Conditions of two prompts each, a teacher, and four texts; every third one is a conversation of two turns."""
     chance = torch.Generator().manual_seed(seed)
 
     def ids(least: int, most: int) -> Tensor:
@@ -64,9 +64,13 @@ def text_tasks(n: int = 5, seed: int = 0) -> TextTasks:
             if index % 3 == 2:
                 pairs.append((torch.cat((prompt, completion, ids(1, 4))), ids(2, 5)))
                 contexts.append(torch.cat((ids(1, 5), pairs[1][0])))
+            for context in contexts:
+                if len(context.unique()) == 1:  # it would move nothing, and its delta be rounding alone
+                    context[0] = (context[0] + 1) % CONFIG.vocab_size
             texts.append(Text(tuple(pairs), tuple(contexts)))
         states = [torch.randn(3 + i, CONDITION_SIZE, generator=chance, dtype=torch.float64) for i in range(2)]
-        tasks.append(Task(states, texts=texts))
+        teacher = random_lora(CONFIG, SPEC, seed=seed + 100 + len(tasks))
+        tasks.append(Task(states, texts=texts, tensors=teacher))
     return tasks
 
 
@@ -101,26 +105,26 @@ class ByPeft:
             chance = torch.Generator().manual_seed(asked.seed * 1_000_003 + step)
             adam.zero_grad()
             batches = [self.drawn(chance) for _ in range(asked.accumulate)]
-            count = sum(len(self.targets(*pair)) for _, texts in batches for own in texts for pair, _ in own)
+            count = sum(len(self.targets(*pair)) for _, texts, _ in batches for own in texts for pair, _ in own)
             found: dict[str, float] = {}
-            for states, texts in batches:
+            for states, texts, teachers in batches:
                 padded = nn.utils.rnn.pad_sequence(states, batch_first=True).to(device)
                 mask = torch.tensor([[i < len(one) for i in range(padded.shape[1])] for one in states], device=device)
                 written = {name: one.cpu() for name, one in generator(padded, mask).items()}
                 counted = [name for name, schedule in asked.losses.items() if schedule(step)]
-                terms = {name: self.term(name, written, texts, count) for name in counted}
+                terms = {name: self.term(name, written, texts, teachers, count) for name in counted}
                 loss = torch.stack([asked.losses[name](step) * term for name, term in terms.items()]).sum()
                 (loss / asked.accumulate).backward()
                 for name, term in {"loss": loss, **terms}.items():
                     found[name] = found.get(name, 0.0) + term.item() / asked.accumulate
             self.history.append({"step": step, **found, **adam_step(adam, asked, step)})
 
-    def drawn(self, chance: torch.Generator) -> tuple[list[Tensor], list[list[tuple[tuple[Tensor, Tensor], Tensor]]]]:
-        """Of a micro-batch the states of each condition, and its texts: (pair, context) each."""
+    def drawn(self, chance: torch.Generator) -> tuple[list[Tensor], list[Any], list[Any]]:
+        """Of a micro-batch the states of each condition, its texts, (pair, context) each, and its teacher."""
         asked = self.options
         order = torch.randperm(len(self.tasks), generator=chance)[: asked.batch_size].tolist()
         seeds = torch.randint(2**62, (len(order),), generator=chance).tolist()
-        states, texts = [], []
+        states, texts, teachers = [], list[Any](), [self.tasks[index].tensors for index in order]
         for index, seed in zip(order, seeds, strict=True):
             task = self.tasks[index]
             prompts = torch.randperm(len(task.states), generator=torch.Generator().manual_seed(seed))
@@ -128,13 +132,21 @@ class ByPeft:
             own = torch.randperm(len(task.texts), generator=torch.Generator().manual_seed(seed ^ 1))
             chosen = [task.texts[one] for one in own[: asked.texts_per_condition].tolist()]
             texts.append([pair for text in chosen for pair in zip(text.pairs, text.contexts, strict=True)])
-        return states, texts
+        return states, texts, teachers
 
     @staticmethod
     def targets(prompt: Tensor, completion: Tensor) -> Tensor:
         return completion if len(prompt) else completion[1:]
 
-    def term(self, name: str, written: dict[str, Tensor], texts: Sequence[Any], count: int) -> Tensor:
+    def term(
+        self, name: str, written: dict[str, Tensor], texts: Sequence[Any], teachers: Sequence[Any], count: int
+    ) -> Tensor:
+        if name == "weights":
+            pairs = [(written[key], torch.stack([one[key] for one in teachers])) for key in written]
+            return torch.cat([(ours - theirs).square().flatten() for ours, theirs in pairs]).mean()
+        if name == "delta":
+            triples = zip(one_by_one(written), texts, teachers, strict=True)
+            return torch.stack([self.delta(*one) for one in triples]).mean()
         if name == "l1":
             return torch.cat([one.abs().flatten() for one in written.values()]).mean()
         if name == "l2":
@@ -155,6 +167,36 @@ class ByPeft:
                 means.append(torch.stack([one.mean() for one in each]).mean())
         return torch.stack(means).mean()
 
+    def delta(self, adapter: dict[str, Tensor], texts: Sequence[Any], teacher: dict[str, Tensor]) -> Tensor:
+        """The loss of an adapter's deltas, by the formula of ``adapters_delta_loss``."""
+        asked, deltas, wanted = self.options.delta, list[Tensor](), list[Tensor]()
+        for (prompt, completion), context in texts:
+            n = len(prompt) + len(completion)
+            first = {"completion": max(0, len(prompt) - 1), "last": n - 1, "all": 0}[asked.positions]
+            stop = n - 1 if asked.positions == "completion" else n
+
+            ids, rows = torch.cat((prompt, completion)), slice(first, stop)
+            base = self.states(self.bare, None, ids, rows)
+            deltas.append(self.states(self.model, adapter, ids, rows) - base)
+            with torch.no_grad():
+                if asked.target == "context":
+                    more = len(context) - len(prompt)
+                    behind = torch.cat((context, completion))
+                    said = self.states(self.bare, None, behind, slice(first + more, stop + more))
+                else:
+                    said = self.states(self.model, teacher, ids, rows)
+            wanted.append(said - base)
+        d, w = torch.cat(deltas, 1), torch.cat(wanted, 1)
+        d, w = (one.mean(1, keepdim=True) if asked.pooling == "mean" else one for one in (d, w))
+        ratio = (d - w).square().sum((1, 2)) / w.square().sum((1, 2))
+        cosine = (1 - F.cosine_similarity(d, w, dim=-1)).mean(1)
+        return (self.options.mse_weight * ratio + self.options.cosine_weight * cosine).mean()
+
+    def states(self, model: Any, tensors: dict[str, Tensor] | None, ids: Tensor, rows: slice) -> Tensor:
+        """(layers, rows, H)"""
+        found = call(model, tensors, input_ids=ids[None], output_hidden_states=True).hidden_states
+        return torch.stack([found[one + 1 if one >= 0 else -1][0, rows] for one in self.options.delta.layers])
+
     def losses(
         self, name: str, adapter: dict[str, Tensor], pair: tuple[Tensor, Tensor], context: Tensor
     ) -> Tensor:
@@ -172,5 +214,14 @@ class ByPeft:
         return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
 
 
-def text_losses(device: str = "cpu", temperature: float = 1.0, **options: Any) -> TextLosses:
-    return TextLosses(DifferentiableLMLoss(CONFIG, weights(device), SPEC, **options), temperature)
+def text_losses(
+    device: str = "cpu", temperature: float = 1.0, asked: TrainingOptions | None = None, **options: Any
+) -> TextLosses:
+    """``asked``: of a training whose deltas are of texts."""
+    made = TextLosses(DifferentiableLMLoss(CONFIG, weights(device), SPEC, **options), temperature)
+    if asked is None or "delta" not in asked.text_terms:
+        return made
+    read: dict[str, Any] = {name: getattr(asked.delta, name) for name in ("positions", "pooling")}
+    delta = DifferentiableTextDelta(CONFIG, weights(device), SPEC, layer=asked.delta.layers, **read)
+    parts: dict[str, Any] = {name: getattr(asked, name) for name in ("mse_weight", "cosine_weight")}
+    return replace(made, delta=delta, from_context=asked.delta_from_context, **parts)

@@ -36,8 +36,9 @@ def _teach(options: argparse.Namespace) -> int:
     from ..generate.prompts import read_prompts
     from ..generate.run_config import RunConfig
     from ..generate.runs import load_base, text_sets
-    from ..generate.terms import in_context
+    from ..generate.terms import contexts_of, pairs_of
     from ..lm_loss import DifferentiableLMLoss
+    from ..own_texts import in_context
     from ..teachers import save_top_k
 
     config = dataclasses.replace(RunConfig.from_toml(options.config), evaluation=None)
@@ -54,10 +55,9 @@ def _teach(options: argparse.Namespace) -> int:
     lm = DifferentiableLMLoss(base, weights)
     said = []
     for start in tqdm(range(0, texts.n_texts, _TEXTS_AT_ONCE), "teach", disable=options.quiet):
-        pairs = []
-        for line in range(start, min(start + _TEXTS_AT_ONCE, texts.n_texts)):
-            pairs += in_context(texts.text(line))
-        said += lm.top_k([pairs], options.k, temperature=config.teacher.temperature)[0]
+        lines = [[texts.text(line) for line in range(start, min(start + _TEXTS_AT_ONCE, texts.n_texts))]]
+        asked = in_context(pairs_of(lines), contexts_of(lines), "completion")
+        said += lm.top_k(asked, options.k, temperature=config.teacher.temperature)[0]
     save_top_k(options.out, said, base.vocab_size)
     print(f"wrote what is said of {sum(map(len, said)):,} tokens in {texts.n_texts:,} texts to {options.out}")
     return 0

@@ -38,19 +38,20 @@ class Evaluation:
             raise ValueError("the tasks of an evaluation are empty, expected at least one")
 
     def measured(self, generator: nn.Module, terms: Terms, shares: Shares, device: torch.device) -> Metrics:
-        """``held_out_lm``, and with a KL loss ``held_out_kl``: nats per token of all completions.
+        """``held_out_lm``, and with a KL loss ``held_out_kl``: nats per token of all completions; with a delta of
+        texts to the prompted base ``held_out_delta``, a mean over conditions.
 
-        What a teacher has said of the training's texts alone is no KL of these.
+        What a teacher has said of the training's texts alone is no KL of these, and its adapters are none of theirs.
 
         The ranks of ``shares`` look at a part of the conditions each. A condition is read with its first prompts.
         """
         if terms.texts is None:
-            raise ValueError("an evaluation needs a loss of texts, expected 'lm' or 'kl' among the losses")
+            raise ValueError("an evaluation needs a loss of texts, expected 'lm', 'kl' or a delta of texts")
         options, lm_texts = terms.options, terms.texts
         names = self._names(terms)
         n = len(self.tasks) if self.conditions is None else min(self.conditions, len(self.tasks))
         own = range(n)[shares.own(n)]
-        sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=device)
+        sums = torch.zeros(2, len(names), dtype=torch.float64, device=device)  # values, and of how many each is
         was_training = generator.training
         generator.eval()
         try:
@@ -59,16 +60,17 @@ class Evaluation:
                 batch = self._batch(indices, options.prompts_per_condition)
                 condition = Condition.collate(batch.states).to(device)
                 count = n_targets(batch.texts)
+                sizes = sums.new_tensor([len(indices) if name == "delta" else count for name in names])
                 with torch.no_grad():
                     with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
                         written = Written(generator(condition.states, condition.mask), terms.format)
                     ones = dict.fromkeys(names, 1.0)
                     _, means = lm_texts.mean(written.tensors, batch.texts, ones, n_tokens=count)
-                sums += count * torch.stack([*(means[name].double() for name in names), sums.new_ones(())])
+                sums += torch.stack((sizes * torch.stack([means[name].double() for name in names]), sizes))
         finally:
             generator.train(was_training)
-        *totals, count = shares.sum_(sums).tolist()
-        return {f"{PREFIX}{name}": total / count for name, total in zip(names, totals, strict=True)}
+        totals, sizes = shares.sum_(sums)
+        return {f"{PREFIX}{name}": value for name, value in zip(names, (totals / sizes).tolist(), strict=True)}
 
     def _batch(self, indices: range, n_prompts: int) -> Batch:
         tasks = [Task(*self.tasks[index]) for index in indices]
@@ -84,5 +86,9 @@ class Evaluation:
 
     @staticmethod
     def _names(terms: Terms) -> list[str]:
-        has_kl = terms.options.needs("kl") and terms.texts is not None and terms.texts.stored is None
-        return ["lm", "kl"] if has_kl else ["lm"]
+        names, texts = ["lm"], terms.texts
+        if texts is not None and texts.stored is None and terms.options.needs("kl"):
+            names.append("kl")
+        if texts is not None and texts.from_context and "delta" in terms.options.text_terms:
+            names.append("delta")
+        return names

@@ -3,15 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from .fields import check_fields, option
+from ..delta import POOLINGS
+from ..own_texts import POSITIONS
+from .fields import Range, check_fields, check_value, option
 from .schedules import Schedule
 
 TERMS = ("weights", "delta", "lm", "kl", "l1", "l2", "product_l2")
 MEANS = ("adapters", "tokens")
+PROBES, OWN = "probes", "own"
+TEACHER, CONTEXT = "teacher", "context"
 _NO_MATTER = ("steps", "checkpoint_every", "max_skipped_steps")  # to what comes out of the steps that are behind
+
+
+@dataclass(frozen=True)
+class DeltaOptions:
+    """Which deltas the loss ``"delta"`` compares, with what.
+
+    Attributes:
+        texts: ``"probes"``, those of the labels, the same for all adapters and steps; or each adapter's ``"own"``,
+            drawn anew in each step, to which the rest applies: see :class:`lora_delta.DifferentiableTextDelta`.
+        target: the deltas of a ``"teacher"``, whose adapter is among the labels; or of the prompted base, the bare
+            model with more in its ``"context"``.
+        positions, pooling: where a text is read, and whether the mean over an adapter's positions is.
+        layers: after which blocks.
+    """
+
+    texts: str = option(PROBES, one_of=(PROBES, OWN))
+    target: str = option(TEACHER, one_of=(TEACHER, CONTEXT))
+    positions: str = option("completion", one_of=POSITIONS)
+    layers: list = field(default_factory=lambda: [-1])
+    pooling: str = option("none", one_of=POOLINGS)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for layer in self.layers:
+            check_value("layers", layer, int, Range(least=-1))
+        if not self.layers or len(set(self.layers)) < len(self.layers):
+            raise ValueError(f"layers is {self.layers}, expected some, each once")
+        of_texts = {f.name: f.default for f in fields(self)[1:]} | {"layers": [-1]}
+        if self.texts == PROBES and any(getattr(self, name) != value for name, value in of_texts.items()):
+            raise ValueError("delta says what is read of texts, expected texts = 'own' as well: probes are the labels'")
 
 
 @dataclass(frozen=True)
@@ -24,16 +58,18 @@ class TrainingOptions:
         batch_size: conditions in a micro-batch; a step has ``accumulate`` of them.
         prompts_per_condition: how many of a condition's prompts, drawn anew each time, are read together.
         texts_per_condition: how many of its texts, likewise, the losses ``"lm"`` and ``"kl"`` are taken of.
-        delta_batch_size: the delta loss takes at most so many of a micro-batch, in every ``delta_every``-th step: it
-            costs a pass of the whole base model.
+        delta_batch_size: the delta loss of probes takes at most so many of a micro-batch, in every ``delta_every``-th
+            step: it costs a pass of the whole base model.
         learning_rate, warmup_steps: of AdamW; a line up in the first steps, then a cosine down to a tenth.
         clip: the gradient's norm, over all parameters, is cut to this.
-        losses: the weight by step of each term: ``"weights"``, a mean squared error over tokens; ``"delta"``; ``"lm"``,
-            the cross-entropy of the texts' completions; ``"kl"``, KL(teacher ‖ adapted model) there; and of what is
-            written ``"l1"`` and ``"l2"``, the mean absolute value and the mean square of A's and B's entries, and
-            ``"product_l2"``, the mean square of those of the weight updates s·BA.
+        losses: the weight by step of each term: ``"weights"``, a mean squared error over tokens, or over A and B where
+            a generator writes these; ``"delta"``, as ``delta`` says; ``"lm"``, the cross-entropy of the texts'
+            completions; ``"kl"``, KL(teacher ‖ adapted model) there; and of what is written ``"l1"`` and ``"l2"``, the
+            mean absolute value and the mean square of A's and B's entries, and ``"product_l2"``, the mean square of
+            those of the weight updates s·BA.
+        delta: which deltas.
         mse_weight, cosine_weight: of the two parts of the delta loss, mean squared error and one minus the cosine:
-            see :func:`lora_delta.generate.losses.delta_loss`.
+            see :func:`lora_delta.generate.losses.delta_loss`, and of adapters' own texts ``adapters_delta_loss``.
         mean: of ``"lm"`` and ``"kl"``: over ``"adapters"``, or over the ``"tokens"`` of all completions of a step.
         bf16: run the generator under autocast to bfloat16; its parameters stay float32.
         checkpoint_every: steps between checkpoints, the last one aside.
@@ -61,6 +97,7 @@ class TrainingOptions:
     losses: Mapping[str, Schedule] = option(
         lambda: {"weights": Schedule(1.0), "delta": Schedule(1.0, "linear", warmup_steps=100)}
     )
+    delta: DeltaOptions = field(default_factory=DeltaOptions)
     mse_weight: float = option(1.0, least=0)
     cosine_weight: float = option(1.0, least=0)
     mean: str = option("adapters", one_of=MEANS)
@@ -83,3 +120,20 @@ class TrainingOptions:
     def needs(self, *terms: str) -> bool:
         """Whether one of these is among the losses."""
         return any(term in self.losses for term in terms)
+
+    @property
+    def text_terms(self) -> tuple[str, ...]:
+        """Those of the losses that are taken of adapters' own texts."""
+        own = ("lm", "kl", "delta") if self.delta.texts == OWN else ("lm", "kl")
+        return tuple(name for name in own if name in self.losses)
+
+    @property
+    def delta_from_context(self) -> bool:
+        """Whether the delta of adapters' own texts is that of the prompted base."""
+        return "delta" in self.text_terms and self.delta.target == CONTEXT
+
+    @property
+    def teacher_terms(self) -> tuple[str, ...]:
+        """Those of the losses that need teachers' adapters."""
+        needs_delta = self.delta.texts == PROBES or self.delta.target == TEACHER
+        return tuple(name for name in ("weights", "delta") if name in self.losses and (name != "delta" or needs_delta))

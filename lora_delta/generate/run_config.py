@@ -28,6 +28,7 @@ On the language model's loss of texts it needs no teachers, see :mod:`lora_delta
     target_modules = ["q_proj", "v_proj"]
     [losses]
     lm = 1.0
+    delta = {weight = 0.5, texts = "own", target = "context"}
     l2 = 0.01
     [evaluation]
     data = "held_out.jsonl"
@@ -52,9 +53,8 @@ from ..distributed import usable_device
 from ..lm_loss import REDUCTIONS
 from ..probes.tokenization import shortened
 from .fields import check_fields, check_value, option
-from .options import TERMS, TrainingOptions
+from .options import TERMS, DeltaOptions, TrainingOptions
 from .schedules import Schedule
-from .terms import TEXT_TERMS
 from .text_lines import CONTEXT
 from .texts import ON_BAD_LINE
 from .trackers import TrackerOptions
@@ -123,7 +123,7 @@ class TextOptions:
 
 @dataclass(frozen=True)
 class TeacherOptions:
-    """Who says the distributions of the loss ``"kl"``.
+    """Who says the distributions of the loss ``"kl"``, and by what context deltas of texts to the prompted base are.
 
     Attributes:
         context: what the bare model reads instead of a prompt, of ``{condition}`` and ``{prompt}``; where texts are
@@ -159,10 +159,10 @@ class RunConfig:
     """What a TOML file says; see the module's docstring.
 
     Attributes:
-        labels: of teachers, for the losses ``"weights"`` and ``"delta"``.
+        labels: of teachers, for the loss ``"weights"``, and for ``"delta"`` unless its target is the prompted base.
         prompts: of each adapter that is named in the labels or in the data; without them the data's conditions are
             themselves the prompts.
-        data: JSON lines of texts, for the losses ``"lm"`` and ``"kl"``.
+        data: JSON lines of texts, for the losses ``"lm"`` and ``"kl"``, and for deltas of adapters' own texts.
         dtype: of the base weights.
         device: by default a GPU where there is one, else the CPU.
         tensor_parallel: how many of ``torchrun``'s processes hold the base model together.
@@ -206,13 +206,10 @@ class RunConfig:
         _check_keys("generator", self.generator, _GENERATOR)
         if self.device is not None:
             usable_device(self.device)
-        needs = self.training.needs
-        of_teachers = [term for term in ("weights", "delta") if needs(term)]
-        of_texts = [term for term in TEXT_TERMS if needs(term)]
+        of_texts = self.training.text_terms
         for name, terms, missing in (
-            ("labels", of_teachers, self.labels is None),
+            ("labels", self.training.teacher_terms, self.labels is None),
             ("data", of_texts, self.data is None),
-            ("format", of_teachers[:1] if needs("weights") else [], self.format is None),
         ):
             if terms and missing:
                 raise ValueError(f"{name} is not there, which the loss {terms[0]!r} needs")
@@ -223,7 +220,7 @@ class RunConfig:
         if self.labels is not None and self.adapter is not None:
             raise ValueError("adapter stands beside labels, expected one: the teachers of the labels say what it is")
         if self.evaluation is not None and not of_texts:
-            raise ValueError("evaluation is there without a loss of texts, expected 'lm' or 'kl' among the losses")
+            raise ValueError("evaluation is there without a loss of texts, expected 'lm', 'kl' or a delta of texts")
         if self.adapter is not None:
             rank = None if self.format is None else self.format["rank"]
             if rank not in (None, self.adapter.rank):
@@ -266,9 +263,18 @@ def _arguments(cls: type[RunConfig], table: dict[str, Any], folder: Path) -> dic
     losses = table.pop("losses", None)
     _check_keys("the file", table, [f.name for f in fields(cls)], required=("base", "out"))
     training = dict(check_value("training", table.get("training", {}), dict))
-    _check_keys("training", training, [f.name for f in fields(TrainingOptions) if f.name != "losses"])
+    _check_keys("training", training, [f.name for f in fields(TrainingOptions) if f.name not in ("losses", "delta")])
     if losses is not None:
-        training["losses"] = {n: _schedule(n, value) for n, value in check_value("losses", losses, dict).items()}
+        given, of_delta = dict(check_value("losses", losses, dict)), {}
+        if isinstance(given.get("delta"), dict):
+            known = [f.name for f in fields(DeltaOptions)]
+            of_delta = {name: value for name, value in given["delta"].items() if name in known}
+            given["delta"] = {name: value for name, value in given["delta"].items() if name not in known}
+        training["losses"] = {name: _schedule(name, value) for name, value in given.items()}
+        try:
+            training["delta"] = DeltaOptions(**of_delta)
+        except ValueError as error:
+            raise ValueError(f"losses.delta: {error}") from error
     made: dict[str, Any] = dict(table)
     for name in ("base", *_PATHS):
         if name in table:

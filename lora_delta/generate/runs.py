@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,16 @@ from ..probes.chat import read_probes
 from ..probes.tokenization import load_tokenizer
 from ..shares import DATA_PARALLEL
 from ..teachers import StoredTopK
+from ..text_delta import DifferentiableTextDelta
 from .checkpoints import RUN, Metrics, RunFolder, best_checkpoint, newest_checkpoint
 from .conditions import ConditionCache, PromptEncoder
 from .evaluation import Evaluation
 from .generator import DirectGenerator, LoRAGenerator
+from .options import TEACHER
 from .prompts import read_prompts
 from .run_config import AdapterOptions, RunConfig
 from .tasks import Tasks
-from .terms import TEXT_TERMS, TextLosses, Written
+from .terms import TextLosses, Written
 from .text_lines import TextReader
 from .texts import TextSet
 from .tokens import TokenFormat
@@ -72,7 +74,7 @@ def train_run(config: RunConfig, ranks: Ranks | None = None, *, progress: bool =
                 labels.entry(name)
         except KeyError:
             raise ValueError(f"{config.prompts} names {name!r}, which has no label in {config.labels}") from None
-    reads_texts = config.training.needs(*TEXT_TERMS)
+    reads_texts = bool(config.training.text_terms)
     device = ranks.device or config.device
     folder, base, weights = load_base(config.base, config.dtype, device, mesh, config.stream, lm_head=reads_texts)
     format = None
@@ -154,7 +156,8 @@ def text_sets(
     if config.data is None:
         raise ValueError("data is not there, expected a file of texts")
     if with_context is None:
-        with_context = config.training.needs("kl") and config.teacher.stored is None
+        asks_teacher = config.training.needs("kl") and config.teacher.stored is None
+        with_context = asks_teacher or config.training.delta_from_context
     reader = TextReader(
         folder,
         max_tokens=config.texts.max_tokens or base.max_position_embeddings,
@@ -185,11 +188,17 @@ def _text_losses(
     lm = DifferentiableLMLoss(
         base, weights, spec, label_smoothing=smoothing, reduction=reduction, adapters_per_pass=passes
     )
-    if not config.training.needs("kl") or config.teacher.stored is None:
-        return TextLosses(lm, config.teacher.temperature)
-    stored = StoredTopK(config.teacher.stored, base.vocab_size)
-    stored.require_lengths(texts.completions, f"the completions of {config.data}")
-    return TextLosses(lm, stored.temperature, stored)
+    made, asked = TextLosses(lm, config.teacher.temperature), config.training
+    if "delta" in asked.text_terms:
+        read: dict[str, Any] = {name: getattr(asked.delta, name) for name in ("positions", "pooling")}
+        delta = DifferentiableTextDelta(base, lm.weights, spec, layer=asked.delta.layers, prepack=False, **read)
+        parts: dict[str, Any] = {name: getattr(asked, name) for name in ("mse_weight", "cosine_weight")}
+        made = replace(made, delta=delta, from_context=asked.delta_from_context, **parts)
+    if asked.needs("kl") and config.teacher.stored is not None:
+        stored = StoredTopK(config.teacher.stored, base.vocab_size)
+        stored.require_lengths(texts.completions, f"the completions of {config.data}")
+        made = replace(made, temperature=stored.temperature, stored=stored)
+    return made
 
 
 def _tasks(
@@ -203,7 +212,11 @@ def _tasks(
     """What there is to train on: teachers, texts, or both for the same names."""
     dataset = None
     if labels is not None and prompts is not None:
-        dataset = labels.dataset(prompts, "tokens", format) if format is not None else labels.dataset(prompts)
+        if format is not None:
+            dataset = labels.dataset(prompts, "tokens", format)
+        else:
+            own_delta = "delta" in config.training.text_terms and config.training.delta.target == TEACHER
+            dataset = labels.dataset(prompts, "tensors" if own_delta or config.training.needs("weights") else None)
     if texts is None:
         assert prompts is not None
         return Tasks(encoder, list(prompts), prompts, dataset)

@@ -19,7 +19,7 @@ from .interrupts import Interrupts
 from .options import TrainingOptions
 from .schedules import weighted_sum
 from .tasks import Batch, Draw, TrainingSet
-from .terms import TEXT_TERMS, Terms, Written, n_targets
+from .terms import Terms, Written, n_targets
 
 _SEED = 1_000_003  # steps of a seed: more than a run has
 _NAMED = 3  # adapters in a message
@@ -42,7 +42,7 @@ class Stepper:
     def __post_init__(self) -> None:
         options = self.options
         prompts, texts = options.prompts_per_condition, options.texts_per_condition
-        texts = texts if options.needs(*TEXT_TERMS) else 0
+        texts = texts if options.text_terms else 0
         draw = Draw(self.tasks, options.batch_size, options.delta_batch_size, prompts, texts)
         object.__setattr__(self, "draw", draw)
         for name, size in (("batch_size", draw.size), ("delta_batch_size", draw.n_deltas)):
@@ -62,7 +62,7 @@ class Stepper:
         with _random_numbers(options.seed * _SEED + step, self.shares.rank, self.device):
             batches: Iterable[Batch] = self.micro_batches(step)
             n_tokens = None
-            if options.mean == "tokens" and options.needs(*TEXT_TERMS):
+            if options.mean == "tokens" and options.needs("lm", "kl"):
                 batches = list(batches)
                 count = torch.tensor(sum(n_targets(batch.texts) for batch in batches), device=self.device)
                 # A rank's gradients of a micro-batch count as a share of the step's.
@@ -102,17 +102,23 @@ class Stepper:
         weights = {name: schedule(step) for name, schedule in schedules.items()}
         if not any(weights.values()):
             return {}, []  # delta loss alone, between two of its steps
-        if not any(weight for name, weight in weights.items() if name != "delta"):
+        own = options.text_terms
+        if "delta" not in own and not any(weight for name, weight in weights.items() if name != "delta"):
             batch = batch.first(batch.n_deltas)  # nobody asks for the other adapters
         condition = Condition.collate(batch.states).to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=options.bf16):
             written = Written(self.generator(condition.states, condition.mask), self.terms.format)
-        of_texts = {name: weights[name] for name in TEXT_TERMS if weights.get(name)}
-        of_written = [name for name in schedules if name not in TEXT_TERMS]
+        of_texts = {name: weights[name] for name in own if weights.get(name)}
+        of_written = [name for name in schedules if name not in own]
         values, parts = dict[str, Tensor](), list[Tensor]()
         if of_texts:
             assert self.terms.texts is not None
-            part, found = self.terms.texts.mean(written.tensors, batch.texts, of_texts, n_tokens=n_tokens)
+            teachers = None
+            if "delta" in of_texts and not self.terms.texts.from_context:
+                teachers = self.terms.teachers(batch, "delta")
+            part, found = self.terms.texts.mean(
+                written.tensors, batch.texts, of_texts, n_tokens=n_tokens, teachers=teachers
+            )
             parts.append(part)
             values |= found
         if any(weights[name] for name in of_written):

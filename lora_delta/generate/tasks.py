@@ -20,7 +20,8 @@ class Task(NamedTuple):
 
     Attributes:
         states: (T, H) of each of the condition's prompts; those that are drawn are looked up.
-        tokens: (L, h, w), of a teacher.
+        tokens: (L, h, w), of a teacher; or
+        tensors: {PEFT name: tensor}, its A and B.
         delta: (H,) or another shape of deltas, of a teacher.
         texts: those that the adapter is there for; likewise.
     """
@@ -29,6 +30,7 @@ class Task(NamedTuple):
     tokens: Tensor | None = None
     delta: Tensor | None = None
     texts: Sequence[Text] = ()
+    tensors: Mapping[str, Tensor] | None = None
 
 
 class TrainingSet(Protocol):
@@ -75,8 +77,13 @@ class Tasks:
             states = _Item(PromptStates(self.encoder, self.names), index)
         else:
             states = self.encoder.lazily(self.prompts[self.names[index]])
-        _, *tokens, delta = (None, None) if self.dataset is None else self.dataset[index]
-        return Task(states, tokens[0] if tokens else None, delta, self.texts(index))
+        _, *target, delta = (None, None) if self.dataset is None else self.dataset[index]
+        tokens, tensors = None, None
+        if target and isinstance(target[0], Tensor):
+            tokens = target[0]
+        elif target:
+            tensors = target[0]
+        return Task(states, tokens, delta, self.texts(index), tensors)
 
     def texts(self, index: int) -> Texts | tuple[()]:
         """Of a task."""
@@ -119,8 +126,8 @@ class Batch:
         """Its first n tasks."""
         return Batch(self.names[:n], self.states[:n], self.tasks[:n], self.texts[:n], self.n_deltas)
 
-    def targets(self, name: str, loss: str, n: int | None = None) -> list[Tensor]:
-        """The tokens or deltas of the first n tasks.
+    def targets(self, name: str, loss: str, n: int | None = None) -> list[Any]:
+        """The tokens, tensors or deltas of the first n tasks.
 
         Raises:
             ValueError: a task has none.

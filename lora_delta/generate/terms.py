@@ -13,43 +13,42 @@ from torch import Tensor
 from qwen_functional import LoraSpec
 from qwen_functional.dtypes import accumulation_dtype
 
+from .. import autograd
 from ..delta import DifferentiableDeltaCompute
-from ..lm_loss import DifferentiableLMLoss
-from ..teachers import States, StoredTopK, TopK
-from .losses import delta_loss, product_l2, tensors_l1, tensors_l2, tokens_mse
+from ..lm_loss import DifferentiableLMLoss, Teacher, as_teacher
+from ..own_texts import Ask, Column, Examples, OwnTexts, in_context
+from ..teachers import StoredTopK
+from ..text_delta import DeltaTarget, DifferentiableTextDelta
+from .losses import adapters_delta_loss, delta_loss, product_l2, tensors_l1, tensors_l2, tensors_mse, tokens_mse
 from .options import TrainingOptions
 from .tasks import Batch
 from .text_lines import Text
 from .tokens import TokenFormat
 
-TEXT_TERMS = ("lm", "kl")
-
 
 @dataclass(frozen=True)
 class TextLosses:
-    """Cross-entropy and KL of texts under generated adapters, both in one pass where both are asked for.
+    """Cross-entropy, KL and delta of texts under generated adapters, all in one pass of those that are asked for.
 
     Attributes:
         lm: on the ranks of a mesh without a ``"dp"`` dimension.
-        temperature: of the teacher, by which logits are divided.
-        stored: what a teacher said of all pairs of the texts' file; by default the bare model is asked, on the texts'
-            contexts.
+        temperature: of the teacher of the KL, by which logits are divided.
+        stored: what that teacher said of all pairs of the texts' file; by default the bare model is asked, on the
+            texts' contexts.
+        delta: of the same config, weights and spec.
+        from_context: whether the target of the delta is the bare model on the texts' contexts; else it is a teacher's
+            adapter.
+        mse_weight, cosine_weight: of the parts of the delta's loss, see
+            :func:`lora_delta.generate.losses.adapters_delta_loss`.
     """
 
     lm: DifferentiableLMLoss
     temperature: float = 1.0
     stored: StoredTopK | None = None
-
-    def said(self, texts: Sequence[Sequence[Text]]) -> list[list[TopK]] | list[list[States]]:
-        """What the teacher says of each adapter's texts.
-
-        Raises:
-            ValueError: a text without a context.
-        """
-        if self.stored is not None:
-            return [[self.stored[text.number + i] for text in own for i in range(len(text.pairs))] for own in texts]
-        asked = [[pair for text in own for pair in in_context(text)] for own in texts]
-        return self.lm.states(asked, temperature=self.temperature)
+    delta: DifferentiableTextDelta | None = None
+    from_context: bool = False
+    mse_weight: float = 1.0
+    cosine_weight: float = 1.0
 
     def mean(
         self,
@@ -58,9 +57,17 @@ class TextLosses:
         weights: Mapping[str, float],
         *,
         n_tokens: float | None = None,
+        teachers: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum of the terms, and each one's mean over adapters, or over tokens where they are counted."""
-        terms = [name for name in ("kl", "lm") if name in weights]  # in the order of the columns
+        """The weighted sum of the terms, and each one's mean over adapters, or over tokens where they are counted.
+
+        Args:
+            teachers: their adapters {PEFT name: (B, …)}, where the target of the delta is theirs.
+
+        Raises:
+            ValueError: a text without a context that a term needs, no delta or no teachers for ``"delta"``.
+        """
+        terms = [name for name in ("kl", "lm", "delta") if name in weights]  # in the order of the columns
         parts: list[Tensor] = []
 
         def loss(losses: Tensor, adapters: slice) -> Tensor:
@@ -68,38 +75,84 @@ class TextLosses:
             parts.append(rows.detach().sum(0))
             return (rows.mean(0) * rows.new_tensor([weights[name] for name in terms])).sum()
 
-        teacher = self.said(texts) if "kl" in weights else None
-        over = "adapters" if n_tokens is None else "tokens"
-        total = self.lm.mean_loss(
-            tensors, _pairs(texts), teacher, cross_entropy=len(terms) > 1, loss=loss, over=over, n_tokens=n_tokens
-        )
+        examples = pairs_of(texts)
+        lora, own = self.lm.bound(tensors, examples), OwnTexts(self.lm.config, examples, self._positions(terms))
+        said, target = self._targets(own, examples, texts, terms, teachers)
+        columns: list[Column] = []
+        if "kl" in terms or "lm" in terms:
+            columns += self.lm.columns(own, said, cross_entropy="kl" in terms and "lm" in terms, n_tokens=n_tokens)
+        if target is not None and self.delta is not None:
+            part = partial(adapters_delta_loss, mse_weight=self.mse_weight, cosine_weight=self.cosine_weight)
+            columns.append(self.delta.column(own, target, part))
+        total = autograd.mean_loss(self.lm.passes(own, columns), lora, loss)
         means = torch.stack(parts).sum(0) / len(texts)
         return total, dict(zip(terms, means, strict=True))
 
+    def _positions(self, terms: Sequence[str]) -> list[str]:
+        own = [] if self.delta is None or "delta" not in terms else [self.delta.positions]
+        return ["completion", *own]
 
-def in_context(text: Text) -> list[tuple[Tensor, Tensor]]:
-    """(context, completion) of a text's pairs, as a teacher reads them.
+    def _targets(
+        self,
+        own: OwnTexts,
+        examples: Examples,
+        texts: Sequence[Sequence[Text]],
+        terms: Sequence[str],
+        teachers: Mapping[str, Tensor] | None,
+    ) -> tuple[Teacher | None, DeltaTarget | None]:
+        """What the KL's teacher says, and what the deltas should be; the prompted base is asked once for both."""
+        lm, delta = self.lm, self.delta
+        said: Teacher | None = None
+        if "kl" in terms and self.stored is not None:
+            stored = self.stored
+            said = [[stored[text.number + i] for text in of for i in range(len(text.pairs))] for of in texts]
+        asks: dict[str, Ask] = {}
+        if "kl" in terms and said is None:
+            asks["kl"] = (-1,), "completion"
+        if "delta" in terms:
+            if delta is None:
+                raise ValueError("there is no delta of texts, which the loss 'delta' needs")
+            if self.from_context:
+                asks["delta"] = delta.layers, delta.positions
+            elif teachers is None:
+                raise ValueError("there are no teachers' adapters, which the loss 'delta' needs as its target")
+        with torch.no_grad():
+            found: dict[str, list[Tensor]] = {}
+            if asks:
+                behind = in_context(examples, contexts_of(texts), delta.positions if "delta" in asks and delta else "")
+                read = OwnTexts(lm.config, behind, [positions for _, positions in asks.values()])
+                counts = own.all_counts(delta.positions) if "delta" in asks and delta else None
+                values = lm.read(read, None, list(asks.values()), counts)
+                found = dict(zip(asks, values, strict=True))
+                if "kl" in asks:
+                    said = as_teacher(found["kl"], read, lm.weights.compute_dtype, self.temperature)
+            if "delta" not in terms or delta is None:
+                return said, None
+            ask = [(delta.layers, delta.positions)]
+            wanted = found.get("delta") or lm.read(own, lm.bound(teachers or {}, examples), ask)[0]
+            return said, DeltaTarget(lm.read(own, None, ask)[0], wanted)
 
-    Where a prompt is empty, the completion's first token is no target, and part of the context.
+
+def contexts_of(texts: Sequence[Sequence[Text]]) -> list[list[Tensor]]:
+    """The contexts of all pairs, as a teacher reads them.
 
     Raises:
-        ValueError: it has no contexts.
+        ValueError: a text has none.
     """
-    if len(text.contexts) != len(text.pairs):
-        raise ValueError("a text has no context for the teacher of the loss 'kl', expected one")
-    found = []
-    for context, (prompt, completion) in zip(text.contexts, text.pairs, strict=True):
-        first = 0 if len(prompt) else 1
-        found.append((torch.cat((context, completion[:first])), completion[first:]))
-    return found
+    for own in texts:
+        for text in own:
+            if len(text.contexts) != len(text.pairs):
+                raise ValueError("a text has no context for a teacher to read, expected one for each pair")
+    return [[context for text in own for context in text.contexts] for own in texts]
 
 
 def n_targets(texts: Sequence[Sequence[Text]]) -> int:
     """How many tokens the losses of texts are taken of."""
-    return DifferentiableLMLoss.n_targets(_pairs(texts))
+    return DifferentiableLMLoss.n_targets(pairs_of(texts))
 
 
-def _pairs(texts: Sequence[Sequence[Text]]) -> list[list[tuple[Tensor, Tensor]]]:
+def pairs_of(texts: Sequence[Sequence[Text]]) -> list[list[tuple[Tensor, Tensor]]]:
+    """All (prompt, completion) of each adapter's texts."""
     return [[pair for text in own for pair in text.pairs] for own in texts]
 
 
@@ -162,8 +215,8 @@ class Terms:
     texts: TextLosses | None = None
 
     def __post_init__(self) -> None:
-        needed: dict[str, tuple[str, Any]] = {"weights": ("format", self.format), "delta": ("delta", self.delta)}
-        needed |= dict.fromkeys(TEXT_TERMS, ("texts", self.texts))
+        needed: dict[str, tuple[str, Any]] = {"delta": ("delta", self.delta)}
+        needed |= dict.fromkeys(self.options.text_terms, ("texts", self.texts))
         for name, (argument, value) in needed.items():
             if name in self.options.losses and value is None:
                 raise ValueError(f"{argument} is None, which the loss {name!r} needs")
@@ -188,9 +241,24 @@ class Terms:
     def _spec(self) -> LoraSpec | None:
         return self.delta.spec if self.delta is not None else self.texts.lm.spec if self.texts is not None else None
 
+    def teachers(self, batch: Batch, loss: str) -> dict[str, Tensor]:
+        """The adapters {PEFT name: (B, …)} of a batch's teachers.
+
+        Raises:
+            ValueError: a task has none, tokens of teachers without their format.
+        """
+        if any(task.tensors is not None for task in batch.tasks):
+            each = batch.targets("tensors", loss)
+            return {name: torch.stack([one[name] for one in each]).to(self.device) for name in each[0]}
+        tokens = torch.stack(batch.targets("tokens", loss)).to(self.device or "cpu")
+        if self.format is None:
+            raise ValueError(f"teachers are tokens and there is no format, which the loss {loss!r} needs")
+        return self.format.detokenize(_wide(tokens))
+
     def _weights(self, written: Written, batch: Batch) -> Tensor:
         if written.tokens is None:
-            raise ValueError("the generator writes LoRA tensors, expected tokens for the loss 'weights'")
+            teachers = self.teachers(batch, "weights")
+            return tensors_mse(written.tensors, {name: teachers[name].to(one) for name, one in written.tensors.items()})
         device = written.tokens.device
         return tokens_mse(written.tokens, [one.to(device) for one in batch.targets("tokens", "weights")])
 
