@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from reference import call, hf_model, peft_model, tiny_config
+from reference import call, hf_model, peft_model, random_lora, relative_error, tiny_config
 from torch import Tensor
 
 from lora_delta.generate.conditions import Condition
-from lora_delta.generate.generator import DirectGenerator, LoRAGenerator
+from lora_delta.generate.generator import AdditiveGenerator, DirectGenerator, LoRAGenerator
 from lora_delta.generate.tokens import TokenFormat
 from qwen_functional import LoraSpec, init_weights
 
@@ -133,3 +133,75 @@ def test_sizes_that_cannot_be_are_refused(sizes: dict[str, Any], message: str) -
         direct(SPECS[0], **sizes)
     with pytest.raises(ValueError, match=message):
         LoRAGenerator(TokenFormat.for_config(CONFIG, 4, 8), SIZE, **{"width": 16, "heads": 2, **sizes})
+
+
+# The additive generator
+
+
+def additive(spec: LoraSpec, **options: Any) -> AdditiveGenerator:
+    torch.manual_seed(0)
+    made = AdditiveGenerator(CONFIG, spec, SIZE, width=16, features=5, **options)
+    return made.double()
+
+
+@pytest.mark.parametrize("writes", ["B", "AB"])
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{len(spec.target_modules)} {spec.rank}")
+def test_an_additive_generator_writes_the_tensors_of_its_spec(spec: LoraSpec, writes: str) -> None:
+    given = condition(3, 5)
+    written = additive(spec, writes=writes)(given.states.double(), given.mask)
+    assert {name: tuple(tensor.shape) for name, tensor in written.items()} == {
+        name: (2, *shape) for name, shape in spec.shapes(CONFIG).items()
+    }
+    assert list(written) == list(spec.shapes(CONFIG))
+    spec.bind(CONFIG, written)
+    for name, tensor in written.items():  # without what is written, A is one for all
+        assert torch.equal(tensor[0], tensor[1]) == ("lora_A" in name and writes == "B"), name
+
+
+@pytest.mark.parametrize("writes", ["B", "AB"])
+def test_what_an_additive_generator_writes_of_two_conditions_together_is_what_it_writes_of_each_added(
+    writes: str,
+) -> None:
+    made, nothing = additive(SPECS[0], writes=writes), torch.zeros(1, 1, SIZE, dtype=torch.float64)
+    one, other = (condition(n, seed=n).states.double() for n in (2, 3))
+    both = torch.cat((other, one), 1)
+
+    def written(states: Tensor, there: bool = True) -> dict[str, Tensor]:
+        return made(states, torch.full(states.shape[:2], there))
+
+    start = written(nothing, there=False)
+    for name, tensor in written(both).items():
+        parts = [written(states)[name] - start[name] for states in (one, other)]
+        assert torch.allclose(tensor - start[name], parts[0] + parts[1], rtol=1e-10, atol=1e-12), name
+
+
+def test_padding_changes_nothing_that_an_additive_generator_writes() -> None:
+    made, given = additive(SPECS[1]), condition(3, 7)
+    alone = made(given.states[:1, :3].double(), given.mask[:1, :3])
+    states = given.states.double().masked_fill(~given.mask[..., None], float("nan"))
+    for name, tensor in made(states, given.mask).items():
+        assert torch.allclose(tensor[:1], alone[name], rtol=1e-12, atol=1e-14), name
+
+
+@pytest.mark.parametrize("writes", ["B", "AB"])
+def test_an_additive_generator_that_starts_from_teachers_has_their_mean_and_can_write_each(writes: str) -> None:
+    made = additive(SPECS[3], writes=writes)
+    teachers = random_lora(CONFIG, SPECS[3], 4)
+    made.fit(teachers)
+    sides = [names for (_, side, *_), names in made._kinds.items() if side in writes]
+    for start, names in zip(made.start, made._kinds.values(), strict=True):
+        for one, name in zip(start, names, strict=True):
+            assert torch.allclose(one, teachers[name].mean(0), atol=1e-12)
+    # Of four teachers there are three directions: each teacher is a mixture of as many components.
+    basis = torch.cat([one.transpose(0, 1).flatten(1) for one in made.components], 1)[:3]
+    moved = torch.cat([(teachers[name] - teachers[name].mean(0)).flatten(1) for names in sides for name in names], 1)
+    solved = torch.linalg.lstsq(basis.T, moved.T).solution
+    assert relative_error(basis.T @ solved, moved.T) <= 1e-9
+    with pytest.raises(ValueError, match=r"teachers' '.*' is of shape None"):
+        made.fit({})
+
+
+@pytest.mark.parametrize(("name", "value"), [("width", 0), ("features", True), ("scale", 1.5), ("writes", "A")])
+def test_a_size_of_an_additive_generator_that_cannot_be_is_named(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name} is {value!r}, expected"):
+        AdditiveGenerator(CONFIG, SPECS[0], SIZE, **{name: value})

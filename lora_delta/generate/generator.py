@@ -1,10 +1,13 @@
-"""The reference generators: a transformer over slots, with cross-attention to a condition, that writes adapters.
+"""The reference generators: a transformer over slots, with cross-attention to a condition, that writes adapters; and
+a sum over a condition's tokens.
 
 Any ``nn.Module`` from (states, mask) to LoRA tokens (B, L, h, w), or to LoRA tensors {PEFT name: (B, …)}, takes their
 place in the training loop.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +18,7 @@ from qwen_functional.lora import parse_name
 from .fields import Range, check_value
 from .tokens import TokenFormat
 
+WRITES = ("B", "AB")
 _Place = tuple[str, str, int, int]  # projection, side, rows, columns: what may have one head
 
 
@@ -128,11 +132,45 @@ class LoRAGenerator(nn.Module):
         return tokens.transpose(0, 1).unflatten(-1, self.format.token_shape)
 
 
-class DirectGenerator(nn.Module):
+class _Matrices(nn.Module):
+    """A and B of every adapted module of a spec, by kind: matrices of one projection, side and shape, layer by layer.
+
+    They begin as a LoRA of PEFT does: B is zero, A is random, the same for all conditions.
+    """
+
+    def __init__(self, config: Qwen2Config, spec: LoraSpec) -> None:
+        super().__init__()
+        self.shapes = spec.shapes(config)
+        self._kinds: dict[_Place, list[str]] = {}
+        for name, shape in self.shapes.items():
+            place = parse_name(name)
+            assert place is not None
+            self._kinds.setdefault((place[1], place[2], *shape), []).append(name)
+        self.start = nn.ParameterList()
+        for (_, side, rows, columns), names in self._kinds.items():
+            start = torch.zeros(len(names), rows, columns)
+            if side == "A":
+                nn.init.uniform_(start, -(columns**-0.5), columns**-0.5)
+            self.start.append(nn.Parameter(start))
+
+    def written(self, moved: Sequence[Tensor | None], n: int) -> dict[str, Tensor]:
+        """{PEFT name: (B, rows, columns)} of n conditions.
+
+        Args:
+            moved: of each kind by how much each matrix differs from its start, (names, B, rows·columns); or None.
+        """
+        found: dict[str, Tensor] = {}
+        for ((_, _, rows, columns), names), start, one in zip(self._kinds.items(), self.start, moved, strict=True):
+            made = start[:, None].expand(-1, n, -1, -1)
+            made = made if one is None else made + one.unflatten(-1, (rows, columns))
+            found |= zip(names, made.unbind(0), strict=True)
+        return {name: found[name] for name in self.shapes}
+
+
+class DirectGenerator(_Matrices):
     """Maps conditions to A and B of every adapted module, with whatever ranks and modules a spec has.
 
     There is a slot for each module of each layer, and a linear head for each kind of matrix, which all layers share.
-    The adapters begin as a LoRA of PEFT does: B is zero, A is random, the same for all conditions but for a little.
 
     Args:
         config, spec: of the adapters.
@@ -150,43 +188,108 @@ class DirectGenerator(nn.Module):
         depth: int = 2,
         heads: int = 4,
     ) -> None:
-        super().__init__()
+        super().__init__(config, spec)
         self.sizes = {"width": width, "depth": depth, "heads": heads}
-        self.shapes = spec.shapes(config)
         places = {name: parse_name(name) for name in self.shapes}
-        self._layers = sorted({place[0] for place in places.values() if place})
+        layers = sorted({place[0] for place in places.values() if place})
         modules = list(dict.fromkeys(place[1] for place in places.values() if place))
-        self.slots = SlotTransformer(len(self._layers), len(modules), condition_size, width, depth, heads)
-        # Of each kind of matrix: its names, and the slots that write them.
-        self._kinds: dict[_Place, tuple[list[str], list[int]]] = {}
-        for name, place in places.items():
-            assert place is not None
-            layer, projection, side = place
-            names, slots = self._kinds.setdefault((projection, side, *self.shapes[name]), ([], []))
-            names.append(name)
-            slots.append(self._layers.index(layer) * len(modules) + modules.index(projection))
-        self.start, self.heads = nn.ParameterList(), nn.ModuleList()
-        for index, ((_, side, rows, columns), (names, slots)) in enumerate(self._kinds.items()):
+        self.slots = SlotTransformer(len(layers), len(modules), condition_size, width, depth, heads)
+        self.heads = nn.ModuleList()
+        for index, ((projection, side, rows, columns), names) in enumerate(self._kinds.items()):
+            of_layers = [layers.index(place[0]) for place in map(parse_name, names) if place]
+            slots = [layer * len(modules) + modules.index(projection) for layer in of_layers]
             self.register_buffer(f"slots_{index}", torch.tensor(slots), persistent=False)
-            bound = columns**-0.5
-            start = torch.zeros(len(names), rows, columns)
             head = nn.Linear(width, rows * columns, bias=False)
             if side == "A":
-                nn.init.uniform_(start, -bound, bound)
-                nn.init.normal_(head.weight, std=0.1 * bound * width**-0.5)
+                nn.init.normal_(head.weight, std=0.1 * columns**-0.5 * width**-0.5)
             else:
                 nn.init.zeros_(head.weight)
-            self.start.append(nn.Parameter(start))
             self.heads.append(head)
 
     def forward(self, states: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """{PEFT name: (B, rows, columns)} for ``states`` (B, T, H) and ``mask`` (B, T)."""
         x = self.slots(states, mask).flatten(1, 2)
-        written: dict[str, Tensor] = {}
-        kinds = zip(self._kinds.items(), self.start, self.heads, strict=True)
-        for index, (((_, _, rows, columns), (names, _)), start, head) in enumerate(kinds):
+        moved = []
+        for index, head in enumerate(self.heads):
             # Layers first: each layer's adapters are contiguous, as the engine takes them.
-            own = x.index_select(1, self.get_buffer(f"slots_{index}")).transpose(0, 1)
-            made = start[:, None] + head(own).unflatten(-1, (rows, columns))
-            written |= zip(names, made.unbind(0), strict=True)
-        return {name: written[name] for name in self.shapes}
+            moved.append(head(x.index_select(1, self.get_buffer(f"slots_{index}")).transpose(0, 1)))
+        return self.written(moved, len(states))
+
+
+class AdditiveGenerator(_Matrices):
+    """Maps conditions to A and B by a sum over their tokens: what two words ask for is what each asks for, added.
+
+    ``z = Σ_t φ(s_t) · σ(gate(s_t)) / scale`` over a condition's tokens, and every matrix is its start plus ``z W``. It
+    generalizes to conditions of new combinations of parts where states are read early, after the first block say: later
+    ones have mixed a text's words already. B alone is written by default, and A is shared by all conditions, and
+    trained.
+
+    Args:
+        config, spec: of the adapters.
+        condition_size: H of the conditions.
+        width: of φ between its two layers.
+        features: of z.
+        scale: about the square root of the number of tokens in a condition.
+        writes: ``"B"``, or ``"AB"``.
+    """
+
+    def __init__(
+        self,
+        config: Qwen2Config,
+        spec: LoraSpec,
+        condition_size: int,
+        *,
+        width: int = 256,
+        features: int = 64,
+        scale: int = 3,
+        writes: str = "B",
+    ) -> None:
+        super().__init__(config, spec)
+        for name, value in {"width": width, "features": features, "scale": scale}.items():
+            check_value(name, value, int, Range(least=1))
+        check_value("writes", writes, str, Range(one_of=WRITES))
+        self.sizes = {"width": width, "features": features, "scale": scale, "writes": writes}
+        self.scale, self.writes, self.features = scale, writes, features
+        H = condition_size
+        self.phi = nn.Sequential(nn.LayerNorm(H), nn.Linear(H, width), nn.GELU(), nn.Linear(width, features))
+        self.gate = nn.Sequential(nn.LayerNorm(H), nn.Linear(H, features))
+        self.components = nn.ParameterList()
+        for (_, side, rows, columns), names in self._kinds.items():
+            if side in writes:
+                self.components.append(nn.Parameter(0.02 * torch.randn(len(names), features, rows * columns)))
+
+    @torch.no_grad()
+    def fit(self, tensors: Mapping[str, Tensor]) -> None:
+        """Start from teachers {PEFT name: (N, rows, columns)}: their mean, and as many principal components as there
+        are of all that is written.
+
+        Raises:
+            ValueError: names or shapes that are not the spec's.
+        """
+        expected = {name: tuple(shape) for name, shape in self.shapes.items()}
+        found = {name: tuple(tensor.shape[1:]) for name, tensor in tensors.items()}
+        if found != expected:
+            odd = sorted(set(found.items()) ^ set(expected.items()))[0]
+            raise ValueError(f"teachers' {odd[0]!r} is of shape {found.get(odd[0])}, expected {expected.get(odd[0])}")
+        n = len(next(iter(tensors.values())))
+        rows, gram = [], torch.zeros(n, n, dtype=torch.float64)
+        for (_, side, *_), names, start in zip(self._kinds, self._kinds.values(), self.start, strict=True):
+            stacked = torch.stack([tensors[name] for name in names]).to("cpu", start.dtype)  # (names, N, …)
+            start.copy_(stacked.mean(1))
+            if side in self.writes:
+                rows.append((stacked - stacked.mean(1, keepdim=True)).flatten(2))
+                flat = rows[-1].transpose(0, 1).flatten(1).double()
+                gram += flat @ flat.T
+        _, vectors = torch.linalg.eigh(gram)  # ascending
+        chosen = vectors.flip(-1)[:, : self.features].to(self.start[0].dtype).cpu()
+        for components, row in zip(self.components, rows, strict=True):
+            components[:, : chosen.shape[1]].copy_(chosen.T @ row / n**0.5)
+
+    def forward(self, states: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """{PEFT name: (B, rows, columns)} for ``states`` (B, T, H) and ``mask`` (B, T)."""
+        z = self.phi(states) * torch.sigmoid(self.gate(states))
+        z = torch.where(mask[..., None], z, 0.0).sum(1) / self.scale
+        moved, components = list[Tensor | None](), iter(self.components)
+        for _, side, *_ in self._kinds:
+            moved.append(torch.matmul(z, next(components)) if side in self.writes else None)
+        return self.written(moved, len(states))

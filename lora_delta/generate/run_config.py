@@ -52,7 +52,8 @@ from qwen_functional.files import read_text
 from ..distributed import usable_device
 from ..lm_loss import REDUCTIONS
 from ..probes.tokenization import shortened
-from .fields import check_fields, check_value, option
+from .fields import Range, check_fields, check_value, option
+from .generator import WRITES
 from .options import TERMS, DeltaOptions, TrainingOptions
 from .schedules import Schedule
 from .text_lines import CONTEXT
@@ -62,8 +63,11 @@ from .trackers import TrackerOptions
 _PATHS = ("labels", "prompts", "data", "out")
 _MOST = 2**16  # of a size in [format] and [generator]
 _FORMAT = ("rank", "chunk_width")
-_GENERATOR = ("width", "depth", "heads", "components")
-_OF_TOKENS = ("components",)
+TRANSFORMER, ADDITIVE = "transformer", "additive"
+# The sizes of each kind of generator: of one that writes tokens, that writes A and B, and of the additive one.
+_OF_TOKENS = ("width", "depth", "heads", "components")
+_OF_MATRICES = ("width", "depth", "heads")
+_OF_SUMS = ("width", "features", "scale", "writes", "from_teachers")
 
 
 @dataclass(frozen=True)
@@ -171,7 +175,9 @@ class RunConfig:
         max_length: tokens of a prompt: a longer one is cut, a longer condition of the data is a bad line.
         condition_cache: bytes of conditions' states that are kept in the run's folder.
         format: ``rank`` and ``chunk_width`` of :meth:`TokenFormat.for_config`; without it the generator writes A and B.
-        generator: arguments of :class:`LoRAGenerator`, or of :class:`DirectGenerator`, ``width`` and so on.
+        generator: ``kind``, ``"transformer"`` by default, and the sizes of :class:`LoRAGenerator`, or without a format
+            of :class:`DirectGenerator`; or ``"additive"`` and those of :class:`AdditiveGenerator`, which starts as the
+            teachers are with ``from_teachers``.
 
     Raises:
         ValueError: a value of another type, or out of its range; losses without what they need.
@@ -192,7 +198,7 @@ class RunConfig:
     condition_cache: int = option(8 * 2**30, least=0, most=2**60)
     format: Mapping[str, int] | None = option(None, least=1, most=_MOST)
     adapter: AdapterOptions | None = None
-    generator: Mapping[str, int] = option(dict, least=1, most=_MOST)
+    generator: Mapping[str, Any] = field(default_factory=dict)
     training: TrainingOptions = field(default_factory=TrainingOptions)
     texts: TextOptions = field(default_factory=TextOptions)
     teacher: TeacherOptions = field(default_factory=TeacherOptions)
@@ -203,7 +209,7 @@ class RunConfig:
         check_fields(self)
         if self.format is not None:
             _check_keys("format", self.format, _FORMAT, required=_FORMAT)
-        _check_keys("generator", self.generator, _GENERATOR)
+        self._check_generator()
         if self.device is not None:
             usable_device(self.device)
         of_texts = self.training.text_terms
@@ -225,9 +231,25 @@ class RunConfig:
             rank = None if self.format is None else self.format["rank"]
             if rank not in (None, self.adapter.rank):
                 raise ValueError(f"adapter.rank is {self.adapter.rank}, expected {rank} as the format's")
-        odd = [name for name in _OF_TOKENS if name in self.generator and self.format is None]
-        if odd:
-            raise ValueError(f"generator has {odd[0]!r}, which one that writes tokens has: expected a format as well")
+
+    def _check_generator(self) -> None:
+        sizes = dict(self.generator)
+        kind = check_value("generator.kind", sizes.pop("kind", TRANSFORMER), str, Range(one_of=(TRANSFORMER, ADDITIVE)))
+        if kind == TRANSFORMER and self.format is None and "components" in sizes:
+            raise ValueError("generator has 'components', which one that writes tokens has: expected a format as well")
+        if kind == ADDITIVE and self.format is not None:
+            raise ValueError("generator is additive beside a format, expected one of them: it writes A and B")
+        known = _OF_SUMS if kind == ADDITIVE else _OF_TOKENS if self.format is not None else _OF_MATRICES
+        _check_keys("generator", sizes, known)
+        for name, value in sizes.items():
+            if name == "writes":
+                check_value("generator.writes", value, str, Range(one_of=WRITES))
+            elif name == "from_teachers":
+                check_value("generator.from_teachers", value, bool)
+            else:
+                check_value(f"generator.{name}", value, int, Range(least=1, most=_MOST))
+        if sizes.get("from_teachers") and self.labels is None:
+            raise ValueError("generator starts from_teachers without labels, expected those of teachers")
 
     @classmethod
     def from_toml(cls, path: str | Path) -> RunConfig:

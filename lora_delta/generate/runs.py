@@ -33,10 +33,10 @@ from ..text_delta import DifferentiableTextDelta
 from .checkpoints import RUN, Metrics, RunFolder, best_checkpoint, newest_checkpoint
 from .conditions import ConditionCache, PromptEncoder
 from .evaluation import Evaluation
-from .generator import DirectGenerator, LoRAGenerator
+from .generator import AdditiveGenerator, DirectGenerator, LoRAGenerator
 from .options import TEACHER
 from .prompts import read_prompts
-from .run_config import AdapterOptions, RunConfig
+from .run_config import ADDITIVE, AdapterOptions, RunConfig
 from .tasks import Tasks
 from .terms import TextLosses, Written
 from .text_lines import TextReader
@@ -122,12 +122,12 @@ def train_run(config: RunConfig, ranks: Ranks | None = None, *, progress: bool =
             evaluation = Evaluation(Tasks(encoder, names, prompts, None, held_out), **asked)
         torch.manual_seed(config.training.seed)
         generator = _generator(format, base, spec, config.generator).to(weights.device)
-        facts |= {"spec": spec_facts(spec), "generator": generator.sizes}
+        kept = {name: config.generator[name] for name in ("kind", "from_teachers") if name in config.generator}
+        facts |= {"spec": spec_facts(spec), "generator": {**generator.sizes, **kept}}
         run = run or stack.enter_context(RunFolder.locked(config.out, ranks))
         run.begin(Identity(facts, shown=shown), about={"base": config.base})
-        if not run.progress.steps and isinstance(generator, LoRAGenerator) and labels is not None:
-            found = [tasks[i].tokens for i in range(min(len(tasks), STATISTICS))]
-            generator.fit(torch.stack([tokens for tokens in found if tokens is not None]))
+        if not run.progress.steps:
+            _fit(generator, tasks, config)
         return train(
             generator, tasks, config.training, format=format, delta=delta, texts=texts, evaluation=evaluation, out=run,
             trackers=config.log, progress=progress, mesh=mesh,
@@ -216,7 +216,8 @@ def _tasks(
             dataset = labels.dataset(prompts, "tokens", format)
         else:
             own_delta = "delta" in config.training.text_terms and config.training.delta.target == TEACHER
-            dataset = labels.dataset(prompts, "tensors" if own_delta or config.training.needs("weights") else None)
+            reads = own_delta or config.training.needs("weights") or config.generator.get("from_teachers")
+            dataset = labels.dataset(prompts, "tensors" if reads else None)
     if texts is None:
         assert prompts is not None
         return Tasks(encoder, list(prompts), prompts, dataset)
@@ -232,12 +233,28 @@ def _tasks(
 
 
 def _generator(
-    format: TokenFormat | None, base: Qwen2Config, spec: LoraSpec, sizes: Mapping[str, int]
-) -> LoRAGenerator | DirectGenerator:
-    """One that writes tokens, or without a format A and B."""
+    format: TokenFormat | None, base: Qwen2Config, spec: LoraSpec, asked: Mapping[str, Any]
+) -> LoRAGenerator | DirectGenerator | AdditiveGenerator:
+    """One that writes tokens, or without a format A and B; or an additive one."""
+    sizes = {name: value for name, value in asked.items() if name not in ("kind", "from_teachers")}
+    if asked.get("kind") == ADDITIVE:
+        return AdditiveGenerator(base, spec, base.hidden_size, **sizes)
     if format is not None:
         return LoRAGenerator(format, base.hidden_size, **sizes)
     return DirectGenerator(base, spec, base.hidden_size, **sizes)
+
+
+def _fit(generator: LoRAGenerator | DirectGenerator | AdditiveGenerator, tasks: Tasks, config: RunConfig) -> None:
+    """Start from the first teachers, where the generator does so."""
+    by_tensors = isinstance(generator, AdditiveGenerator) and bool(config.generator.get("from_teachers"))
+    if config.labels is None or not (by_tensors or isinstance(generator, LoRAGenerator)):
+        return
+    found = [tasks[index] for index in range(min(len(tasks), STATISTICS))]
+    if isinstance(generator, LoRAGenerator):
+        generator.fit(torch.stack([task.tokens for task in found if task.tokens is not None]))
+    elif isinstance(generator, AdditiveGenerator):
+        each = [task.tensors for task in found if task.tensors is not None]
+        generator.fit({name: torch.stack([one[name] for one in each]) for name in generator.shapes})
 
 
 def _label_facts(labels: DeltaLabels, name: str) -> list[Any]:
