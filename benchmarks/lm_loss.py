@@ -85,7 +85,8 @@ def run(workload: TextWorkload, dtype: str, options: argparse.Namespace) -> dict
                 first = path
                 continue
             agreement = compare(path, first)
-            print(f"{way}: {agreement}", file=sys.stderr)
+            over = (footprint.peak - footprint.weights) / 1e9
+            print(f"{way}: {agreement}; {over:.2f} GB over its weights", file=sys.stderr)
             if way == NOISE:
                 tolerance = tolerance.beside(agreement)
             else:

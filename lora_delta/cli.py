@@ -17,7 +17,7 @@ from types import FrameType
 
 import torch
 
-from .commands import check, demo, generate, label, plot, teach, train
+from .commands import check, demo, evaluate, generate, label, plot, teach, train
 
 _EXIT_STATUS = """exit status:
   0    all well
@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     subcommands = parser.add_subparsers(dest="subcommand", required=True, metavar="SUBCOMMAND")
-    for command in (demo, check, label, teach, train, generate, plot):
+    for command in (demo, check, label, teach, train, generate, evaluate, plot):
         command.add(subcommands)
     return parser
 

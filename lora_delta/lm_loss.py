@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from qwen_functional import Lora, LoraSpec, Qwen2Config, Qwen2Weights, load_pretrained
 from qwen_functional.compiled import opaque
 from qwen_functional.heads import TokenLoss
-from qwen_functional.ops.lm_head import StateTargets, Targets
+from qwen_functional.ops.lm_head import StateTargets, Targets, lm_head_scores
 from qwen_functional.plan import check_options
 
 from . import autograd
@@ -26,6 +26,20 @@ from .teachers import States, TopK
 
 REDUCTIONS = ("token", "example")
 Teacher = Sequence[Sequence[TopK | States]]  # of each example, one kind for all
+
+
+class Score(NamedTuple):
+    """How well a model does on a completion.
+
+    Attributes:
+        nats: the sum of −log p over its tokens.
+        n_tokens: of it.
+        right: whether greedy decoding writes it as a whole.
+    """
+
+    nats: float
+    n_tokens: int
+    right: bool
 
 
 def _mean(losses: Tensor, adapters: slice) -> Tensor:
@@ -246,6 +260,31 @@ class DifferentiableLMLoss(Frozen):
         texts = OwnTexts(self.config, examples)
         (found,) = self.read(texts, lora, [((-1,), "completion")])
         return as_teacher(found, texts, self.weights.compute_dtype, temperature)
+
+    def scores(
+        self, examples: Examples, tensors: Mapping[str, Tensor] | None = None
+    ) -> list[list[Score]]:
+        """How well the model does on each example, of one forward pass: of adapters, or the bare model.
+
+        Greedy decoding writes a completion exactly where every token of it is the likeliest one behind those before.
+
+        Args, Raises: as :meth:`top_k`.
+        """
+        lora = None if tensors is None else self.bound(tensors, examples)
+        texts = OwnTexts(self.config, examples)
+        (read,) = self.read(texts, lora, [((-1,), "completion")])
+        return [self.scored(one[0], texts.completions[index]) for index, one in enumerate(read)]
+
+    def scored(self, states: Tensor, completions: Sequence[Tensor]) -> list[Score]:
+        """The same of states (T, H) after the final norm that predict the tokens of some completions."""
+        assert self.weights.lm_head is not None
+        E = self.weights.lm_head.to(self.weights.compute_dtype)
+        tokens = torch.cat(list(completions)).long().to(E.device)
+        each = lm_head_scores(states.to(E), E, tokens)
+        lengths = [len(one) for one in completions]
+        losses, right = (one.cpu().split(lengths) for one in each)
+        pairs = zip(losses, right, strict=True)
+        return [Score(float(own.double().sum()), len(own), bool(all_.all())) for own, all_ in pairs]
 
     def columns(
         self,

@@ -58,7 +58,8 @@ def forward(
     Args:
         input_ids: (N, T) integer.
         attention_mask: (N, T), nonzero where there is a token; padding may be on either side. A padding token's
-            outputs are finite and mean nothing.
+            outputs are finite and mean nothing. Or (N, 1, T, T), nonzero where a query, second to last, sees a key:
+            a token always sees itself.
         position_ids: (N, T) or (1, T), by default 0 to T − 1, as in transformers whatever the padding. As there,
             without an attention mask a position that does not follow the one before begins a new sequence.
         lora: adapters from :meth:`LoraSpec.bind`.
@@ -165,6 +166,8 @@ def _seen(n_tokens: int, attention_mask: Tensor | None, position_ids: Tensor | N
     """(N or 1, 1, T, T) bool: which queries (second to last) see which keys. A token always sees itself."""
     index = torch.arange(n_tokens, device=device)
     seen = (index[:, None] >= index[None, :])[None, None]
+    if attention_mask is not None and attention_mask.dim() == 4:
+        return attention_mask.bool() | (index[:, None] == index[None, :])
     if attention_mask is not None:
         return seen & (attention_mask.bool()[:, None, None, :] | (index[:, None] == index[None, :]))
     if position_ids is not None:
@@ -191,9 +194,10 @@ def _check_inputs(
             f"input_ids has {n_tokens} tokens a row, expected at most max_position_embeddings = "
             f"{config.max_position_embeddings}"
         )
-    if attention_mask is not None and attention_mask.shape != input_ids.shape:
-        shape = tuple(attention_mask.shape)
-        raise ValueError(f"attention_mask has shape {shape}, expected {(rows, n_tokens)} as input_ids")
+    shapes = (rows, n_tokens), (rows, 1, n_tokens, n_tokens)
+    if attention_mask is not None and tuple(attention_mask.shape) not in shapes:
+        found = tuple(attention_mask.shape)
+        raise ValueError(f"attention_mask has shape {found}, expected {shapes[0]} as input_ids, or {shapes[1]}")
     if position_ids is not None and tuple(position_ids.shape) not in ((rows, n_tokens), (1, n_tokens)):
         shape = tuple(position_ids.shape)
         raise ValueError(f"position_ids has shape {shape}, expected {(rows, n_tokens)} or {(1, n_tokens)}")
@@ -203,7 +207,7 @@ def _check_inputs(
     if low < 0 or high >= config.vocab_size:
         bad = low if low < 0 else high
         raise ValueError(f"input_ids holds {bad}, outside the vocabulary; expected 0 to {config.vocab_size - 1}")
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.dim() == 2:
         empty = (attention_mask != 0).any(1).logical_not().nonzero().flatten().tolist()
         if empty:
             raise ValueError(f"attention_mask has no token in row {empty[0]}, expected at least one in every row")

@@ -1,10 +1,12 @@
-"""Makes the embedded checkpoint: ``python -m lora_delta.embedded.build [FOLDER]``, ten minutes on two cores."""
+"""Makes the embedded checkpoint: ``python -m lora_delta.embedded.build [FOLDER]``, half an hour on two cores."""
 
 from __future__ import annotations
 
 import json
+import math
 import random
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,18 +17,22 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from lora_delta.embedded import embedded_checkpoint
-from lora_delta.embedded.tasks import TASKS, example, padded
+from lora_delta.embedded.tasks import CONTEXT, SEEN, word
 from qwen_functional import Qwen2Config, Qwen2Weights, init_weights
 from qwen_functional.forward import forward
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+END = SPECIAL_TOKENS[2]
 # ChatML, as the instruct models of the Qwen2 family use it.
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-STEPS, BATCH_SIZE, LEARNING_RATE, WARMUP = 2500, 96, 2e-3, 150
-BARE = 0.25  # share of examples without an instruction: their task cannot be known
+STEPS, CONDITIONS, WORDS = 4000, 32, 6  # of a step: WORDS answers behind each condition
+BARE = 0.15  # share of rows without an instruction: their tasks cannot be known
+LEARNING_RATE, MATRIX_RATE = 4e-3, 2e-2
+WEIGHT_DECAY = 0.02  # of matrices
+WARMUP, FLAT = 40, 0.3  # steps, share of the steps
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -56,41 +62,97 @@ def embedded_config(tokenizer: Tokenizer) -> Qwen2Config:
     )
 
 
-def batch(tokenizer: Tokenizer, generator: random.Random) -> tuple[Tensor, Tensor, Tensor]:
-    """A batch of :func:`padded`, of random tasks with and without an instruction."""
-    examples = []
-    for _ in range(BATCH_SIZE):
-        task = generator.choice(TASKS)
-        prompt = None if generator.random() < BARE else generator.choice(task.prompts)
-        examples.append(example(task, generator, prompt))
-    return padded(tokenizer, examples)
+def batch(tokenizer: Tokenizer, chance: random.Random) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows of a condition and several questions behind it, which do not see each other.
+
+    Returns:
+        ids and positions (N, T), mask (N, 1, T, T), and targets (N, T), the next token of an answer, else −100.
+    """
+    end, rows = tokenizer.encode(END).ids, []
+    for _ in range(CONDITIONS):
+        tasks, before = [chance.choice(SEEN) for _ in range(WORDS)], ""
+        if chance.random() >= BARE:
+            tasks = tasks[:1] * WORDS
+            before = CONTEXT.format(condition=chance.choice(tasks[0].conditions()), prompt="")
+        words = [word(chance) for _ in tasks]
+        pairs = [(f"{given}=", task.answer(given)) for task, given in zip(tasks, words, strict=True)]
+        encoded = [[one.ids for one in tokenizer.encode_batch_fast(list(pair))] for pair in pairs]
+        rows.append((tokenizer.encode(before).ids, [(question, answer + end) for question, answer in encoded]))
+    return _padded(rows)
+
+
+def _padded(
+    rows: Sequence[tuple[list[int], list[tuple[list[int], list[int]]]]]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    length = max(len(before) + sum(len(q) + len(a) for q, a in pairs) for before, pairs in rows)
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    positions, part, targets = ids.clone(), torch.full_like(ids, -1), torch.full_like(ids, -100)
+    for row, (before, pairs) in enumerate(rows):
+        at = len(before)
+        ids[row, :at], positions[row, :at], part[row, :at] = torch.tensor(before), torch.arange(at), 0
+        for number, (question, answer) in enumerate(pairs, 1):
+            n = len(question) + len(answer)
+            own = slice(at, at + n)
+            ids[row, own], part[row, own] = torch.tensor(question + answer), number
+            positions[row, own] = len(before) + torch.arange(n)
+            targets[row, at + len(question) - 1 : at + n - 1] = torch.tensor(answer)
+            at += n
+    sees = (part[:, :, None] == part[:, None]) | (part[:, None] == 0)
+    sees &= torch.ones(length, length, dtype=torch.bool).tril()
+    return ids, positions, sees[:, None], targets
+
+
+def rate(step: int, steps: int) -> float:
+    """The learning rates' factor: a line up, a flat part, a line down."""
+    done = step / steps
+    return min(1.0, (step + 1) / WARMUP) * (1.0 if done < FLAT else max(0.02, (1 - done) / (1 - FLAT)))
+
+
+@torch.no_grad()
+def muon_step(matrix: Tensor, momentum: Tensor, rate: float) -> None:
+    """A step of Muon (Jordan et al. 2024): momentum, whose singular values five Newton-Schulz steps bring near one.
+
+    torch's own does these in bfloat16, which takes a CPU without such products most of the training's time.
+    """
+    assert matrix.grad is not None
+    momentum.mul_(0.95).add_(matrix.grad)
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.grad + 0.95 * momentum
+    x = (x.T if tall else x) / (x.norm() + 1e-7)
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
+    rows, columns = matrix.shape
+    matrix.mul_(1 - rate * WEIGHT_DECAY).add_(x.T if tall else x, alpha=-rate * max(1, rows / columns) ** 0.5)
 
 
 def trained_weights(config: Qwen2Config, tokenizer: Tokenizer, steps: int = STEPS) -> Qwen2Weights:
-    """Weights trained on the answers of :data:`TASKS`, with and without an instruction."""
+    """Weights trained on the answers of the seen tasks, with and without an instruction."""
     weights = init_weights(config, seed=0)
     assert isinstance(weights.embed_tokens, Tensor)
-    parameters = [weights.embed_tokens, weights.norm]
-    parameters += [tensor for block in weights.blocks for tensor in block.tensors().values()]
-    for parameter in parameters:
+    inner = [one for block in weights.blocks for one in block.tensors().values()]
+    matrices = [one for one in inner if one.dim() == 2]
+    others = [weights.embed_tokens, weights.norm, *(one for one in inner if one.dim() != 2)]
+    for parameter in (*matrices, *others):
         parameter.requires_grad_()
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05)
-    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=WARMUP)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps - WARMUP), eta_min=LEARNING_RATE / 50)
-    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, decay], [WARMUP])
-    generator, progress = random.Random(0), tqdm(range(steps), desc="train the embedded checkpoint")
+    adam = torch.optim.AdamW(others, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)
+    momenta = [torch.zeros_like(matrix) for matrix in matrices]
+    chance, progress, recent = random.Random(0), tqdm(range(steps), desc="train the embedded checkpoint"), math.nan
     for step in progress:
-        ids, mask, targets = batch(tokenizer, generator)
-        logits = forward(config, weights, ids, mask).logits
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        optimizer.zero_grad()
+        ids, positions, sees, targets = batch(tokenizer, chance)
+        logits = forward(config, weights, ids, sees, positions).logits
+        loss = F.cross_entropy(logits[targets >= 0], targets[targets >= 0])
+        for parameter in (*matrices, *others):
+            parameter.grad = None
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
+        adam.param_groups[0]["lr"] = LEARNING_RATE * rate(step, steps)
+        adam.step()
+        for matrix, momentum in zip(matrices, momenta, strict=True):
+            muon_step(matrix, momentum, MATRIX_RATE * rate(step, steps))
+        recent = loss.item() if math.isnan(recent) else 0.98 * recent + 0.02 * loss.item()
         if step % 50 == 0:
-            progress.set_postfix(loss=f"{loss.item():.3f}")
-    for parameter in parameters:
+            progress.set_postfix(loss=f"{recent:.3f}")
+    for parameter in (*matrices, *others):
         parameter.requires_grad_(False)
     return weights
 
@@ -102,7 +164,7 @@ def build(folder: Path, steps: int = STEPS) -> None:
     config = embedded_config(tokenizer)
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": "<|im_end|>",
+        "eos_token": END,
         "pad_token": "<|endoftext|>",
         "model_max_length": config.max_position_embeddings,
         "chat_template": CHAT_TEMPLATE,

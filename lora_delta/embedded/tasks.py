@@ -1,163 +1,167 @@
-"""Small text tasks on words: what the embedded checkpoint is trained on, and what the demo's adapters teach it.
+"""A family of small text tasks in which what no one has shown follows from what was: an operation, then a decoration.
 
-An example is bytes: ``{prompt}: {word}={answer}\\n`` with an instruction, ``{word}={answer}\\n`` without. Without one
-the base model can only guess which task is meant; an adapter makes it do one of them.
+"reverse, then add ing" is one of 12 × 14 tasks. A model that has learnt both parts in other company can do it, and a
+generator that has written adapters for the parts can write one for it. 120 tasks are seen; 24 are for choosing between
+generators (validation), and 24 for the last word (test): neither is in the embedded checkpoint's training either.
+
+An example is bytes: ``{condition}: {word}={answer}`` and the end-of-text token with an instruction, ``{word}={answer}``
+without. Without one the base model can only guess which task is meant; an adapter makes it do one of them.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-
-import torch
-from tokenizers import Tokenizer
-from torch import Tensor
 
 VOWELS = "aeiou"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WORD_LENGTHS = (3, 4, 5)
+CONTEXT = "{condition}: {prompt}"  # what the model reads before an answer that it is told how to make
+N_HELD_OUT = 24  # of each split
+SEEN_WORDINGS = 4  # of six: a generator is trained on these alone
+_TEMPLATES = ("{0} then {1}", "{0}, {1}", "{1} after {0}")
+
+
+@dataclass(frozen=True)
+class Part:
+    """An operation or a decoration: what it does to a word, and six ways to ask for it."""
+
+    name: str
+    apply: Callable[[str], str]
+    wordings: tuple[str, ...]
+
+
+def _shifted(word: str) -> str:
+    return "".join(LETTERS[(LETTERS.index(letter) + 1) % 26] for letter in word)
+
+
+def _suffix(end: str) -> Part:
+    verbs = (f"add {end}", f"append {end}", f"finish with {end}", f"{end} at the end", f"attach {end}", f"{end} behind")
+    return Part(f"suffix {end}", lambda word: word + end, verbs)
+
+
+def _prefix(start: str) -> Part:
+    verbs = (f"prepend {start}", f"begin with {start}", f"{start} in front", f"lead with {start}", f"{start} before")
+    return Part(f"prefix {start}", lambda word: start + word, (*verbs, f"open with {start}"))
+
+
+def _wrap(pair: str) -> Part:
+    verbs = (f"wrap in {pair}", f"enclose by {pair}", f"put inside {pair}", f"within {pair}", f"surround with {pair}")
+    return Part(f"wrap {pair}", lambda word: pair[0] + word + pair[1], (*verbs, f"{pair} around"))
+
+
+def _join(mark: str) -> Part:
+    verbs = (f"join by {mark}", f"separate with {mark}", f"{mark} between letters", f"split at {mark}")
+    return Part(f"join {mark}", mark.join, (*verbs, f"space by {mark}", f"link with {mark}"))
+
+
+OPERATIONS = (
+    Part("copy", lambda w: w, ("copy", "keep it", "the same", "echo", "as it is", "no change")),
+    Part("upper", str.upper, ("upper case", "capitals", "shout", "all large", "big letters", "all caps")),
+    Part("title", str.capitalize, ("title case", "as a name", "first large", "capitalize", "one capital", "headline")),
+    Part("reverse", lambda w: w[::-1], ("reverse", "backwards", "mirror", "last to first", "turn around", "flip")),
+    Part(
+        "double", lambda w: "".join(c + c for c in w),
+        ("double letters", "stutter", "each twice", "two of each", "twin letters", "pairs"),
+    ),
+    Part(
+        "behead", lambda w: w[1:],
+        ("drop first", "behead", "cut the head", "skip one", "without initial", "lose first"),
+    ),
+    Part(
+        "curtail", lambda w: w[:-1],
+        ("drop last", "curtail", "cut the tail", "stop early", "without final", "lose last"),
+    ),
+    Part(
+        "left", lambda w: w[1:] + w[0],
+        ("rotate left", "roll left", "head to the end", "first goes last", "cycle left", "shift left"),
+    ),
+    Part(
+        "right", lambda w: w[-1] + w[:-1],
+        ("rotate right", "roll right", "tail to the front", "last goes first", "cycle right", "shift right"),
+    ),
+    Part(
+        "swap", lambda w: w[-1] + w[1:-1] + w[0],
+        ("swap ends", "exchange ends", "trade outer letters", "switch ends", "first for last", "outer swap"),
+    ),
+    Part("next", _shifted, ("next letter", "advance", "one further", "increment", "plus one", "successor")),
+    Part(
+        "mask", lambda w: "".join("*" if c in VOWELS else c for c in w),
+        ("mask vowels", "hide vowels", "star vowels", "censor", "cover vowels", "blank vowels"),
+    ),
+)  # fmt: skip
+DECORATIONS = (
+    Part("plain", lambda w: w, ()),
+    *map(_suffix, ("ing", "ed", "ly", "!")),
+    *map(_prefix, ("un", "re")),
+    *map(_wrap, ("()", "<>", "[]", "{}")),
+    *map(_join, ("-", ".")),
+    Part("twice", lambda w: w + w, ("twice", "two times", "say it again", "repeat all", "once more", "duplicate")),
+)
 
 
 @dataclass(frozen=True)
 class Task:
-    """A function of words, and the prompts that ask for it. ``family`` groups tasks that differ in one detail."""
+    """An operation on words, and a decoration of what comes out."""
 
-    name: str
-    family: str
-    prompts: tuple[str, ...]
-    answer: Callable[[str], str]
+    operation: Part
+    decoration: Part
 
+    @property
+    def name(self) -> str:
+        return f"{self.operation.name}, {self.decoration.name}"
 
-def _task(name: str, answer: Callable[[str], str], *prompts: str, family: str | None = None) -> Task:
-    return Task(name, family or name, prompts, answer)
+    def answer(self, word: str) -> str:
+        return self.decoration.apply(self.operation.apply(word))
 
-
-def _shifted(word: str, by: int) -> str:
-    return "".join(LETTERS[(LETTERS.index(letter) + by) % 26] for letter in word)
-
-
-def _suffix(end: str) -> Task:
-    prompts = (f"add {end}", f"append {end}", f"put {end} at the end", f"end it with {end}", f"finish with {end}")
-    return _task(f"suffix {end}", lambda word: word + end, *prompts, f"attach {end} behind", family="suffix")
-
-
-def _prefix(start: str) -> Task:
-    prompts = (f"prepend {start}", f"put {start} in front", f"begin with {start}", f"start it with {start}")
-    more = (f"attach {start} before", f"lead with {start}")
-    return _task(f"prefix {start}", lambda word: start + word, *prompts, *more, family="prefix")
+    def conditions(self, wordings: slice = slice(None)) -> list[str]:
+        """Every way to ask for it with some of the wordings; a part that changes nothing is not mentioned."""
+        first, second = (part.wordings[wordings] for part in (self.operation, self.decoration))
+        if not second:
+            return list(first)
+        if self.operation.name == "copy":
+            return list(second)
+        return [template.format(*pair) for template in _TEMPLATES for pair in itertools.product(first, second)]
 
 
-def _wrap(left: str, right: str) -> Task:
-    pair = left + right
-    prompts = (f"wrap in {pair}", f"enclose in {pair}", f"put inside {pair}", f"surround by {pair}")
-    more = (f"place within {pair}", f"use {pair} around it")
-    return _task(f"wrap {pair}", lambda word: left + word + right, *prompts, *more, family="wrap")
+def _splits() -> tuple[tuple[Task, ...], tuple[Task, ...], tuple[Task, ...]]:
+    """Seen, validation and test: a held-out task has two parts that change something, each of them at most three times
+    in a split."""
+    every = [Task(operation, decoration) for operation in OPERATIONS for decoration in DECORATIONS]
+    left = [task for task in every if task.operation.name != "copy" and task.decoration.wordings]
+    random.Random(20).shuffle(left)
+    held: list[tuple[Task, ...]] = []
+    for _ in range(2):
+        own: list[Task] = []
+        for task in left:
+            parts = [part for one in own for part in (one.operation.name, one.decoration.name)]
+            if len(own) < N_HELD_OUT and max(map(parts.count, (task.operation.name, task.decoration.name))) < 3:
+                own.append(task)
+        left = [task for task in left if task not in own]
+        held.append(tuple(own))
+    seen = tuple(task for task in every if task not in (*held[0], *held[1]))
+    return seen, held[0], held[1]
 
 
-def _join(mark: str) -> Task:
-    prompts = (f"join by {mark}", f"separate with {mark}", f"put {mark} between", f"insert {mark} between letters")
-    more = (f"split letters by {mark}", f"letters with {mark} between")
-    return _task(f"join {mark}", lambda word: mark.join(word), *prompts, *more, family="join")
+SEEN, VALIDATION, TEST = _splits()
 
 
-TASKS: tuple[Task, ...] = (
-    _task("copy", lambda w: w, "copy", "repeat the word", "say it again", "the same", "echo", "leave it as it is"),
-    _task("upper", str.upper, "upper case", "capital letters", "in capitals", "shout", "make it large", "all caps"),
-    _task(
-        "title", str.capitalize,
-        "capitalize", "as a name", "first letter large", "title case", "start with a capital", "as a title",
-    ),
-    _task(
-        "reverse", lambda w: w[::-1],
-        "reverse", "write backwards", "from the end", "mirror the word", "turn around", "last to first",
-    ),
-    _task(
-        "double", lambda w: "".join(c + c for c in w),
-        "double letters", "each letter twice", "stutter", "repeat each letter", "two of each", "twin letters",
-    ),
-    _task(
-        "twice", lambda w: w + w,
-        "twice", "the word two times", "say it twice", "repeat whole word", "word and word", "duplicate it",
-    ),
-    _task("first", lambda w: w[0], "first letter", "initial", "how it begins", "head", "leading letter", "only start"),
-    _task("last", lambda w: w[-1], "last letter", "final letter", "how it ends", "tail", "closing letter", "only end"),
-    _task(
-        "behead", lambda w: w[1:],
-        "drop first", "without the head", "remove initial", "all but first", "cut the start", "skip one letter",
-    ),
-    _task(
-        "curtail", lambda w: w[:-1],
-        "drop last", "without the tail", "remove final", "all but last", "cut the end", "shorten by one",
-    ),
-    _task(
-        "sort", lambda w: "".join(sorted(w)),
-        "sort", "alphabetical order", "order letters", "arrange a to z", "in sequence", "rank the letters",
-    ),
-    _task(
-        "next", lambda w: _shifted(w, 1),
-        "next letter", "shift up", "one further", "letters after", "advance each", "plus one", family="shift",
-    ),
-    _task(
-        "previous", lambda w: _shifted(w, -1),
-        "previous letter", "shift down", "one back", "letters before", "retreat each", "minus one", family="shift",
-    ),
-    _task(
-        "left", lambda w: w[1:] + w[0],
-        "rotate left", "first to the end", "turn left", "cycle left", "move head back", "roll left", family="rotate",
-    ),
-    _task(
-        "right", lambda w: w[-1] + w[:-1],
-        "rotate right", "last to the front", "turn right", "cycle right", "move tail up", "roll right", family="rotate",
-    ),
-    _task(
-        "swap", lambda w: w[-1] + w[1:-1] + w[0],
-        "swap ends", "exchange outer letters", "switch first and last", "trade ends", "swap outer", "ends changed",
-    ),
-    _task(
-        "consonants", lambda w: "".join(c for c in w if c not in VOWELS) or "-",
-        "no vowels", "consonants only", "remove vowels", "without aeiou", "drop vowels", "strip vowels",
-    ),
-    _task(
-        "mask", lambda w: "".join("*" if c in VOWELS else c for c in w),
-        "hide vowels", "star for vowels", "mask vowels", "vowels as stars", "censor vowels", "cover vowels",
-    ),
-    _task(
-        "length", lambda w: str(len(w)),
-        "length", "how long", "count letters", "size", "number of letters", "how many",
-    ),
-    *map(_suffix, ("ing", "ed", "s", "ly", "er")),
-    *map(_prefix, ("un", "re", "mis", "pre")),
-    _wrap("(", ")"),
-    _wrap("<", ">"),
-    _wrap("{", "}"),
-    _wrap("[", "]"),
-    *map(_join, ("-", ".", "_", "+")),
-)  # fmt: skip
-
-
-def word(generator: random.Random) -> str:
+def word(chance: random.Random) -> str:
     """A word of 3 to 5 letters, a third of them vowels."""
     return "".join(
-        generator.choice(VOWELS if generator.random() < 1 / 3 else LETTERS)
-        for _ in range(generator.choice(WORD_LENGTHS))
+        chance.choice(VOWELS if chance.random() < 1 / 3 else LETTERS) for _ in range(chance.choice(WORD_LENGTHS))
     )
 
 
-def example(task: Task, generator: random.Random, prompt: str | None = None) -> tuple[str, str]:
-    """(question, answer): the text up to the equals sign, and what should follow, newline included."""
-    question = word(generator)
-    return (f"{prompt}: " if prompt else "") + question + "=", task.answer(question) + "\n"
-
-
-def padded(tokenizer: Tokenizer, examples: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Of (question, answer) texts: ids and mask (N, T), and targets (N, T), the next token in an answer, else −100."""
-    rows = [[tokenizer.encode(text).ids for text in pair] for pair in examples]
-    length = max(len(question) + len(answer) for question, answer in rows)
-    ids = torch.zeros(len(rows), length, dtype=torch.long)
-    mask, targets = torch.zeros_like(ids), torch.full_like(ids, -100)
-    for row, (question, answer) in enumerate(rows):
-        n = len(question) + len(answer)
-        ids[row, :n], mask[row, :n] = torch.tensor(question + answer), 1
-        targets[row, len(question) - 1 : n - 1] = torch.tensor(answer)
-    return ids, mask, targets
+def lines(
+    tasks: Sequence[Task], chance: random.Random, *, per_condition: int, wordings: slice = slice(SEEN_WORDINGS)
+) -> Iterator[dict[str, str]]:
+    """Examples as :mod:`lora_delta.generate.text_lines` reads them, of every way to ask for each task."""
+    for task in tasks:
+        for condition in task.conditions(wordings):
+            for _ in range(per_condition):
+                given = word(chance)
+                example = {"prompt": f"{given}=", "completion": task.answer(given)}
+                yield {"condition": condition, "task": task.name, **example}

@@ -53,10 +53,10 @@ def delta_cosine(delta: Tensor, target: Tensor) -> Tensor:
     Raises:
         ValueError: as :func:`delta_mse`.
     """
-    return _cosine_distance(*_checked_pair("delta", delta, target)).mean()
+    return cosine_distances(*_checked_pair("delta", delta, target)).mean()
 
 
-def _cosine_distance(delta: Tensor, target: Tensor) -> Tensor:
+def cosine_distances(delta: Tensor, target: Tensor) -> Tensor:
     """1 − cosine similarity of each pair of vectors, 1 where one of them is zero."""
     tiny = torch.finfo(delta.dtype).tiny
     # NaN counts as an angle, or it would hide behind a loss of 1.
@@ -138,7 +138,7 @@ def adapters_delta_loss(
         ratio = error / torch.where(scale == 0, counts * deltas.shape[-1], scale)
         total = total + mse_weight * ratio.mean(0)
     if cosine_weight:
-        total = total + cosine_weight * (sums(_cosine_distance(deltas, targets)) / counts).mean(0)
+        total = total + cosine_weight * (sums(cosine_distances(deltas, targets)) / counts).mean(0)
     return total
 
 

@@ -163,7 +163,7 @@ def text_sets(
         max_tokens=config.texts.max_tokens or base.max_position_embeddings,
         vocab_size=base.vocab_size,
         max_condition=None if prompts is not None else config.max_length,
-        names=None if prompts is None else list(prompts),
+        names=None if prompts is None else {name: own[0] for name, own in prompts.items()},
         context=config.teacher.context if with_context else None,
         chat_template_kwargs=config.texts.chat_template_kwargs,
     )
@@ -348,9 +348,16 @@ def common_spec(
 
 @dataclass(frozen=True)
 class Run:
-    """A generator with all it needs: base model, encoder of its conditions, spec of the adapters, format of tokens."""
+    """A generator with all it needs: base model, encoder of its conditions, spec of the adapters, format of tokens.
+
+    Attributes:
+        facts: what its checkpoint depends on.
+        folder: of the base model.
+    """
 
     base: str
+    folder: Path
+    facts: Mapping[str, Any]
     config: Qwen2Config
     weights: Qwen2Weights
     encoder: PromptEncoder
@@ -364,7 +371,9 @@ class Run:
             return Written(self.generator(states, mask), self.format).tensors
 
 
-def load_run(folder: str | Path, device: str | None = None, *, last: bool = False) -> Run:
+def load_run(
+    folder: str | Path, device: str | None = None, *, last: bool = False, lm_head: bool = False
+) -> Run:
     """A trained generator from the folder of its run, with what its checkpoint was made with.
 
     It is the one that was best on held-out conditions, where the run has looked at some, else that of the last
@@ -372,6 +381,7 @@ def load_run(folder: str | Path, device: str | None = None, *, last: bool = Fals
 
     Args:
         last: take that of the last checkpoint in any case.
+        lm_head: whether the base model has one.
 
     Raises:
         ValueError: not the folder of a run; files in it that are damaged, or not of the same run; another base model.
@@ -387,7 +397,7 @@ def load_run(folder: str | Path, device: str | None = None, *, last: bool = Fals
     Identity(facts).require_same(told.get("identity", {}), folder / RUN, advice)
     if not isinstance(told.get("base"), str) or "condition_layer" not in facts:
         raise ValueError(f"{folder / RUN} names no base model, expected a run of lora-delta train")
-    where, config, weights = load_base(told["base"], facts["dtype"], device)
+    where, config, weights = load_base(told["base"], facts["dtype"], device, lm_head=lm_head)
     ours = Identity({"model_sha256": model_fingerprint(config, weights)}, {"model_sha256": f"here of {told['base']}"})
     ours.require_same({"model_sha256": facts["model_sha256"]}, path, "Take the base model that it was trained on.")
     format, spec = None, spec_of(facts["spec"])
@@ -397,4 +407,4 @@ def load_run(folder: str | Path, device: str | None = None, *, last: bool = Fals
     generator.load_state_dict(state["generator"])
     layer, max_length = facts["condition_layer"], facts["max_length"]
     encoder = PromptEncoder(config, weights, load_tokenizer(where), layer=layer, max_length=max_length)
-    return Run(told["base"], config, weights, encoder, format, spec, generator.eval())
+    return Run(told["base"], where, facts, config, weights, encoder, format, spec, generator.eval())

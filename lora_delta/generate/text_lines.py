@@ -26,6 +26,7 @@ from torch import Tensor
 
 from qwen_functional.files import parse_json
 
+from ..identity import sha256_of
 from ..probes.chat import ChatTemplate, load_chat_template
 from ..probes.tokenization import check_text, load_tokenizer, shortened
 from ..probes.tokenizer_files import TokenizerConfig
@@ -60,7 +61,8 @@ class TextReader:
         folder: of the checkpoint.
         max_tokens: of a prompt with its completion; a longer text is a bad line.
         max_condition: tokens of a condition likewise; None where conditions are names.
-        names: what a condition may be where conditions are names, of prompts or adapters.
+        names: what a condition may be where conditions are names, of prompts or adapters; or {name: the text that a
+            teacher reads for it}.
         context: how a teacher's prompt is made of ``{condition}`` and ``{prompt}``; None for no teacher. In messages
             the condition becomes the system's, before what that says already.
         chat_template_kwargs: further variables of the chat template.
@@ -76,13 +78,13 @@ class TextReader:
         max_tokens: int,
         vocab_size: int,
         max_condition: int | None = None,
-        names: Sequence[str] | None = None,
+        names: Sequence[str] | Mapping[str, str] | None = None,
         context: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder, self.tokenizer = Path(folder), load_tokenizer(folder)
         self.max_tokens, self.max_condition, self.vocab_size = max_tokens, max_condition, vocab_size
-        self.names = None if names is None else frozenset(names)
+        self.names = None if names is None else dict(names) if isinstance(names, Mapping) else {n: n for n in names}
         self.context, self.variables = context, dict(chat_template_kwargs or {})
         self.named = dict(TokenizerConfig.read(folder).named)
         end = self.named.get("eos_token")
@@ -114,7 +116,7 @@ class TextReader:
             "chat_template_kwargs": self.variables,
             "max_tokens": self.max_tokens,
             "max_condition": self.max_condition,
-            "names": None if self.names is None else hashlib.sha256("\0".join(sorted(self.names)).encode()).hexdigest(),
+            "names": None if self.names is None else sha256_of(sorted(self.names.items())),
             "context": self.context,
         }
 
@@ -157,13 +159,15 @@ class TextReader:
         if self.names is not None and condition not in self.names:
             raise ValueError(f"its condition is {shortened(condition)}, expected a name among the prompts")
         if kind == "messages":
-            return _Line(condition, messages=_messages(entry["messages"]))
+            said = condition if self.names is None else self.names[condition]
+            return _Line(condition, said, messages=_messages(entry["messages"]))
         prompt, completion = (entry["prompt"], entry["completion"]) if kind == "prompt" else ("", entry["text"])
         check_text(completion, "completion" if kind == "prompt" else "text")
         if prompt != "":
             check_text(prompt, "prompt")
-        contexts = [] if self.context is None else [_filled(self.context, condition, prompt)]
-        return _Line(condition, [(prompt, completion)], contexts)
+        said = condition if self.names is None else self.names[condition]
+        contexts = [] if self.context is None else [_filled(self.context, said, prompt)]
+        return _Line(condition, said, [(prompt, completion)], contexts)
 
     def _render(self, found: list[Any]) -> None:
         """Put what the chat template makes of them into the lines of messages, or an error in their place."""
@@ -243,6 +247,7 @@ class _Line:
     """A line between JSON and ids."""
 
     condition: str
+    said: str  # of it to a teacher
     pairs: Sequence[tuple[str, str]] = ()
     contexts: Sequence[str] = ()
     messages: Sequence[dict[str, Any]] = ()
@@ -265,8 +270,8 @@ class _Line:
     def _with_condition(self) -> list[dict[str, Any]]:
         first, *rest = self.messages
         if first["role"] == "system":
-            return [{**first, "content": f"{self.condition}\n\n{first['content']}"}, *rest]
-        return [{"role": "system", "content": self.condition}, first, *rest]
+            return [{**first, "content": f"{self.said}\n\n{first['content']}"}, *rest]
+        return [{"role": "system", "content": self.said}, first, *rest]
 
     def take(self, texts: Sequence[str], with_context: bool) -> None:
         pairs = []

@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -194,14 +194,37 @@ def plot_loss_curves(
     return Path(path)
 
 
+def plot_verdict(figures: Mapping[str, Mapping[str, Mapping[str, Any]]], path: str | Path) -> Path:
+    """The accuracy of each way with its interval, group by group, from :func:`lora_delta.generate.judge.figures`.
+
+    Raises:
+        ValueError, ImportError: as :func:`plot_bars`.
+    """
+    ways = list(dict.fromkeys(way for group in figures.values() for way in group))
+    missing = {"accuracy": math.nan, "accuracy_interval": (math.nan, math.nan)}
+    found = {group: {way: own.get(way, missing) for way in ways} for group, own in figures.items()}
+    bars = {group: {way: 100 * one["accuracy"] for way, one in own.items()} for group, own in found.items()}
+    intervals = {
+        group: {way: tuple(100 * edge for edge in one["accuracy_interval"]) for way, one in own.items()}
+        for group, own in found.items()
+    }
+    return plot_bars(bars, path, title="Completions that are right, greedily decoded", ylabel="%", intervals=intervals)
+
+
 def plot_bars(
-    groups: Mapping[str, Mapping[str, float]], path: str | Path, *, title: str = "", ylabel: str = ""
+    groups: Mapping[str, Mapping[str, float]],
+    path: str | Path,
+    *,
+    title: str = "",
+    ylabel: str = "",
+    intervals: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
 ) -> Path:
     """A table as grouped bars with their values, as a PNG of 1200 × 675 pixels.
 
     Args:
         groups: {group: {series: value}}, the same series in every group; NaN, a value that is not known, has no bar.
         path: where to write; its folder is made.
+        intervals: {group: {series: (low, high)}}, drawn as whiskers.
 
     Returns:
         The path.
@@ -235,6 +258,14 @@ def plot_bars(
                 linewidth=0,
                 label=plain_text(name),
             )
+            if intervals is not None:
+                edges = [intervals[group][name] for group in groups]
+                sides = [[max(0.0, h - low), max(0.0, high - h)] for h, (low, high) in zip(heights, edges, strict=True)]
+                places = [place + offset for place in range(len(groups))]
+                axes.errorbar(
+                    places, heights, yerr=torch.tensor(sides).nan_to_num().T.tolist(), fmt="none", ecolor="#333333",
+                    elinewidth=0.8, capsize=2,
+                )  # fmt: skip
             if bars <= 40:
                 numbers = ["" if math.isnan(h) else f"{h:{form}}".replace("-", "−") for h in heights]
                 size = 8.5 if bars <= 16 else 7 if bars <= 26 else 5.5

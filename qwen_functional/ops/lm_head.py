@@ -233,6 +233,25 @@ def lm_head_loss(
     return back, dh
 
 
+def lm_head_scores(h: Tensor, weight: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """``−log p`` of a token for each row, and whether no other is likelier; logits of a few rows are made at a time.
+
+    Args:
+        h: (R, H). weight: (V, H). tokens: (R,) int64.
+
+    Returns:
+        (R,) float32, or float64 for float64; and (R,) bool.
+    """
+    losses, right = [], []
+    for start in range(0, len(h), ROWS):
+        z = torch.mm(h[start : start + ROWS], weight.T)
+        asked = z.gather(1, tokens[start : start + ROWS, None])[:, 0]
+        most, log_sum = _log_sum(z)
+        losses.append(log_sum - (asked.to(most.dtype) - most))
+        right.append(asked.to(most.dtype) >= most)
+    return torch.cat(losses), torch.cat(right)
+
+
 def _softmax_(z: Tensor, part: Part | None = None) -> tuple[Tensor, Tensor]:
     """softmax in place of (n, V), and what :func:`_log_sum` gives; computed in the accumulation dtype."""
     if part is not None:

@@ -1,0 +1,227 @@
+"""What adapters do to the texts that they are there for, beside controls without which no such figure means anything.
+
+A *case* is a condition with texts; a *way* is an adapter for each case, or none: generated ones, those of another
+condition, of gibberish, a mean of all, the bare model. The prompted base, which reads the condition in its context, is
+what could be had. A way's figures are means over cases, with an interval over tasks, and over runs where there are
+several.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qwen_functional import Lora
+
+from ..lm_loss import DifferentiableLMLoss
+from ..own_texts import Examples, OwnTexts, in_context
+from .losses import cosine_distances
+
+SEEN, HELD_OUT = "seen conditions", "held-out conditions"
+GENERATED, OTHER, GIBBERISH = "generated", "another condition's", "of gibberish"
+MEAN, BARE, PROMPTED = "mean of generated", "bare model", "prompted base"
+RESAMPLES, LEVEL = 2000, 0.95
+_LAYER = -1
+
+Adapters = Callable[[Sequence[int]], Lora]  # of the cases of these numbers
+
+
+@dataclass(frozen=True)
+class Case:
+    """A condition that is judged.
+
+    Attributes:
+        group: ``"seen conditions"`` or another; figures are of one group each.
+        task: what intervals are over: cases of one task are not independent.
+        condition: its text, or its name.
+        states: (T, H), as a generator reads it; None where there is no generator.
+        examples: (prompt ids, completion ids) pairs.
+        contexts: what the prompted base reads in the place of each prompt.
+        name: of the condition where it has one, else the condition.
+    """
+
+    group: str
+    task: str
+    condition: str
+    states: Tensor | None
+    examples: Sequence[tuple[Tensor, Tensor]]
+    contexts: Sequence[Tensor]
+    name: str = ""
+
+
+class Verdict(NamedTuple):
+    """Of one way, on one case.
+
+    Attributes:
+        nats, n_tokens: the sum of −log p over all tokens of its completions.
+        n_right, n_texts: how many completions greedy decoding writes as a whole.
+        cosine, distance: of the deltas of the tokens that predict the completions, after the final norm, with those of
+            the prompted base: the mean of their cosines, and the root of Σ‖delta − target‖² / Σ‖target‖².
+    """
+
+    nats: float
+    n_tokens: int
+    n_right: int
+    n_texts: int
+    cosine: float | None
+    distance: float
+
+
+class Judge:
+    """Judges ways on cases, some at a time.
+
+    Args:
+        lm: of the base model; its spec says nothing here.
+        per_pass: cases at a time.
+    """
+
+    def __init__(self, lm: DifferentiableLMLoss, cases: Sequence[Case], *, per_pass: int = 16) -> None:
+        if not cases:
+            raise ValueError("there are no cases to judge, expected at least one")
+        self.lm, self.cases, self.per_pass = lm, list(cases), per_pass
+        self._base: list[Tensor] = []
+        self._wanted: list[Tensor] = []
+        for numbers in self.passes():
+            self._base += self._read(numbers, None, False)
+            self._wanted += self._read(numbers, None, True)
+
+    def passes(self, per_pass: int | None = None) -> Iterator[Sequence[int]]:
+        """The cases of each pass."""
+        n, step = len(self.cases), per_pass or self.per_pass
+        yield from (range(start, min(start + step, n)) for start in range(0, n, step))
+
+    def bare(self) -> list[Verdict]:
+        """Of the bare model."""
+        return [self._verdict(number, self._base[number]) for number in range(len(self.cases))]
+
+    def prompted(self) -> list[Verdict]:
+        """Of the bare model that reads each condition in its context."""
+        return [self._verdict(number, self._wanted[number]) for number in range(len(self.cases))]
+
+    def judged(self, adapters: Adapters, *, per_pass: int | None = None) -> list[Verdict]:
+        """Of an adapter for each case."""
+        found = []
+        for numbers in self.passes(per_pass):
+            states = self._read(numbers, adapters(numbers), False)
+            found += [self._verdict(number, one) for number, one in zip(numbers, states, strict=True)]
+        return found
+
+    def others(self) -> list[int]:
+        """For each case the number of another one of its group, of another task where there is one."""
+        found = []
+        for number, case in enumerate(self.cases):
+            order = [*range(number + 1, len(self.cases)), *range(number)]
+            same = [one for one in order if self.cases[one].group == case.group] or order or [number]
+            found.append(next((one for one in same if self.cases[one].task != case.task), same[0]))
+        return found
+
+    def _read(self, numbers: Sequence[int], lora: Lora | None, prompted: bool) -> list[Tensor]:
+        """(T, H) of each case's tokens that predict its completions, on the CPU."""
+        examples: Examples = [self.cases[number].examples for number in numbers]
+        if prompted:
+            examples = in_context(examples, [self.cases[number].contexts for number in numbers], "completion")
+        texts = OwnTexts(self.lm.config, examples)
+        (states,) = self.lm.read(texts, lora, [((_LAYER,), "completion")])
+        return [one[0].cpu() for one in states]
+
+    def _verdict(self, number: int, states: Tensor) -> Verdict:
+        case = self.cases[number]
+        completions = [c if len(p) else c[1:] for p, c in case.examples]
+        scores = self.lm.scored(states, completions)
+        deltas, target = (one - self._base[number] for one in (states, self._wanted[number]))
+        moves = bool(deltas.any()) and bool(target.any())
+        cosine = 1 - float(cosine_distances(deltas, target).mean()) if moves else None
+        scale = float(target.square().sum()) or 1.0
+        return Verdict(
+            sum(one.nats for one in scores), sum(one.n_tokens for one in scores),
+            sum(one.right for one in scores), len(scores),
+            cosine, (float((deltas - target).square().sum()) / scale) ** 0.5,
+        )  # fmt: skip
+
+
+def gibberish(condition: str, seed: int) -> str:
+    """Random letters and blanks, as many as the condition has characters."""
+    chance = random.Random(f"{seed} {condition}")
+    return "".join(chance.choice("abcdefghijklmnopqrstuvwxyz ") for _ in condition).strip() or "x"
+
+
+def mean_adapter(adapters: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of each tensor (…) over all adapters, of batches (B, …)."""
+    n = sum(len(next(iter(one.values()))) for one in adapters)
+    return {name: torch.stack([one[name].sum(0) for one in adapters]).sum(0) / n for name in adapters[0]}
+
+
+def figures(
+    cases: Sequence[Case], runs: Sequence[Mapping[str, Sequence[Verdict | None]]], *, seed: int = 0
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """{group: {way: figures}} of one or several runs over the same cases.
+
+    Each has ``loss``, nats per token; ``accuracy``, the share of completions that are right; ``cosine`` and
+    ``distance`` as in :class:`Verdict`, means over cases; ``accuracy_interval``, in which 95 % of 2,000 resamples of
+    tasks, and of runs, have their accuracy; and of how much all this is. A way that has no verdict on a case of a group
+    has no figures of that group.
+    """
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for group in dict.fromkeys(case.group for case in cases):
+        numbers = [number for number, case in enumerate(cases) if case.group == group]
+        tasks = [cases[number].task for number in numbers]
+        names = list(dict.fromkeys(tasks))
+        found[group] = {}
+        for way in dict.fromkeys(way for run in runs for way in run):
+            own = [{number: run[way][number] for number in numbers} for run in runs if way in run]
+            every = [one for run in own for one in run.values() if one is not None]
+            if len(every) < len(own) * len(numbers):
+                continue
+            cosines = [one.cosine for one in every if one.cosine is not None]
+            n_right = torch.zeros(len(own), len(names), dtype=torch.float64)
+            n_texts = torch.zeros_like(n_right)
+            for row, run in enumerate(own):
+                for verdict, task in zip(run.values(), tasks, strict=True):
+                    assert verdict is not None
+                    n_right[row, names.index(task)] += verdict.n_right
+                    n_texts[row, names.index(task)] += verdict.n_texts
+            found[group][way] = {
+                "loss": sum(one.nats for one in every) / sum(one.n_tokens for one in every),
+                "accuracy": float(n_right.sum() / n_texts.sum()),
+                "accuracy_interval": _interval(n_right, n_texts, seed),
+                "cosine": sum(cosines) / len(cosines) if cosines else None,
+                "distance": sum(one.distance for one in every) / len(every),
+                "conditions": len(numbers),
+                "tasks": len(names),
+                "runs": len(own),
+                "texts": int(n_texts[0].sum()),
+            }
+    return found
+
+
+def _interval(n_right: Tensor, n_texts: Tensor, seed: int) -> list[float]:
+    """Of the accuracy, over resampled runs and tasks (runs, tasks)."""
+    chance = torch.Generator().manual_seed(seed)
+    runs, tasks = n_right.shape
+    rows = torch.randint(runs, (RESAMPLES, runs), generator=chance)
+    columns = torch.randint(tasks, (RESAMPLES, tasks), generator=chance)
+    right, total = (one[rows[:, :, None], columns[:, None]].sum((1, 2)) for one in (n_right, n_texts))
+    edges = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
+    return (right / total).quantile(edges).tolist()
+
+
+def table(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """The figures as lines of text, group by group."""
+    lines = [f"{'':<34}{'accuracy':>9}{'95 %':>14}{'nats/token':>12}{'cosine':>8}{'distance':>10}"]
+    for group, ways in found.items():
+        first = next(iter(ways.values()))
+        runs = max(one["runs"] for one in ways.values())
+        of = f"{first['tasks']} tasks, " if first["tasks"] < first["conditions"] else ""
+        of += f"{first['conditions']} conditions, {first['texts']} texts" + (f", {runs} runs" if runs > 1 else "")
+        lines.append(f"{group} ({of})")
+        for way, one in ways.items():
+            cosine = "–" if one["cosine"] is None else f"{one['cosine']:.2f}"
+            low, high = (f"{value:.1%}" for value in one["accuracy_interval"])
+            figures = f"{one['accuracy']:>9.1%}{f'{low}–{high}':>14}{one['loss']:>12.3f}{cosine:>8}"
+            lines.append(f"  {way:<32}{figures}{one['distance']:>10.2f}")
+    return "\n".join(lines)
