@@ -59,10 +59,12 @@ def main() -> int:
         weights = init_weights(config, dtype=dtype)
         ids = torch.randint(config.vocab_size, (max(options.tokens),)).tolist()
     if "head" in options.parts:
+        E = weights.lm_head
+        assert isinstance(E, Tensor)
         print("\n| rows with a target | head, s | its two products, s | times | beyond h and dh, MB |")
         print("|---|---:|---:|---:|---:|")
         for rows in options.rows:
-            print(head_row(weights.lm_head.to(weights.compute_dtype), rows, options.rounds), flush=True)
+            print(head_row(E, rows, options.rounds), flush=True)
     if "long" in options.parts:
         lm = DifferentiableLMLoss(config, weights, LoraSpec(rank=options.rank), checkpoint="block", prepack=False)
         print("\n| tokens | s | of attention | ms per token, the rest | peak RSS, GB |\n|---|---:|---:|---:|---:|")

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from qwen_functional import Lora, LoraSpec, PackedTokens, Qwen2Config, Qwen2Weights, load_pretrained, pack, read_config
+from qwen_functional import Lora, LoraSpec, PackedTokens, Qwen2Config, Qwen2Weights, pack, read_config
 from qwen_functional.compiled import opaque
 from qwen_functional.hub import resolve_checkpoint
 from qwen_functional.plan import check_options, checked_layers
 
 from . import autograd
-from .distributed import default_device
-from .frozen import Frozen
+from .frozen import Frozen, load_frozen
 from .passes import Passes, check_pass_options, prepacked
 from .probes.chat import read_probes
 from .probes.texts import create_generic_probes
@@ -151,15 +150,14 @@ class DifferentiableDeltaCompute(Frozen):
         Raises:
             ValueError: as the constructor and ``load_pretrained`` do; no tokenizer, or no chat template.
         """
-        device = default_device() if device is None else device
         texts = create_generic_probes() if probes is None else probes
         check_probes(texts)
         folder = resolve_checkpoint(model, revision=revision, local_files_only=local_files_only)
         read = read_probes(folder, texts, max_length, chat=chat, chat_template_kwargs=chat_template_kwargs)
         config = read_config(folder)
         _checked_tokens(config, read.ids, **options)  # before the weights are read
-        config, weights = load_pretrained(folder, dtype=dtype, device=device, lm_head=False, mesh=mesh, stream=stream)
-        weights = weights if compute_dtype is None else weights.compute_in(compute_dtype)
+        given: dict[str, Any] = {"dtype": dtype, "lm_head": False, "mesh": mesh, "stream": stream}
+        config, weights = load_frozen(folder, device, compute_dtype, **given)
         return cls(config, weights, read, spec, mesh=mesh, **options)
 
     def on(self, weights: Qwen2Weights) -> DifferentiableDeltaCompute:

@@ -1,340 +1,192 @@
-"""The whole story on the embedded checkpoint, in three minutes: teachers, labels, generators, and a verdict.
+"""The whole story on the embedded checkpoint, in four minutes: adapters for tasks that no one trained on.
 
-Teacher adapters are trained for small text tasks, labelled with their deltas, and written as PEFT folders. Generators
-then learn to write such adapters from prompts: with a loss on the teachers' weights alone, on their deltas alone, on
-both; all of them start from the principal components of the teachers' tokens. The verdict is on prompts that no
-generator saw, and on tasks whose teachers none saw.
+A task is an operation on words and a decoration ("reverse then add ing"); 120 of them are seen in training and 24
+others are not, though their parts are. Two generators learn to write adapters from instructions, by files and runs as
+anyone's: one by the cross-entropy of the seen tasks' answers, one by deltas alone, whose targets are how the bare
+model's hidden states move when it reads the instruction. Then both are judged, beside controls.
 """
 
 from __future__ import annotations
 
+import json
 import random
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
-from torch.nn import functional as F
-from tqdm import tqdm
 
-from qwen_functional import LoraSpec, Qwen2Config, Qwen2Weights, load_pretrained
-from qwen_functional.forward import forward
-from qwen_functional.lora import Lora
+from .embedded.tasks import CONTEXT, SEEN, SEEN_WORDINGS, VALIDATION, Task, lines, word
+from .files import replaces, write_json
+from .generate.checkpoints import Metrics
+from .generate.conditions import Condition
+from .generate.controls import Limits, base_judge, judge_base, judge_run, read_cases, seen_conditions
+from .generate.judge import GENERATED, HELD_OUT, Verdict, figures, table
+from .generate.run_config import RunConfig
+from .generate.runs import Run, load_run, train_run
+from .text_delta import DifferentiableTextDelta
 
-from .delta import DifferentiableDeltaCompute
-from .distributed import default_device
-from .embedded import embedded_checkpoint
-from .embedded.tasks import TASKS, Task, example, padded, word
-from .files import write_json
-from .generate.conditions import Condition, PromptEncoder
-from .generate.generator import LoRAGenerator
-from .generate.options import TrainingOptions
-from .generate.schedules import Schedule
-from .generate.tokens import TokenFormat
-from .generate.training import train
-from .labelling.labels import compute_labels
-from .labelling.table import DeltaLabels
-from .peft.adapters import save_peft_adapter
-from .probes.tokenization import load_tokenizer, tokenize_probes
-
-RANK, CHUNK_WIDTH = 4, 64
-HELD_OUT_TASKS = ("right", "previous", "suffix er", "prefix pre", "wrap []", "join +")
-HELD_OUT_PROMPTS = 2  # of each task's six
-N_PROBES, TEST_WORDS, BATCH_WORDS = 16, 24, 8
-GENERATOR = {"width": 96, "depth": 1, "components": 32}
-CONDITION_LAYER = 1  # early, where a prompt's words are not yet mixed into a prediction
 LOSSES = {
-    "weights": {"weights": Schedule(1.0)},
-    "delta": {"delta": Schedule(1.0)},
-    "both": {"weights": Schedule(1.0), "delta": Schedule(1.0)},
+    "cross-entropy": "lm = 1.0",
+    "deltas": 'delta = {weight = 1.0, texts = "own", target = "context"}',
 }
-
-
-@dataclass(frozen=True)
-class Score:
-    """Of the adapters of one way, in one group of tasks and prompts; means over all of them.
-
-    Attributes:
-        cosine: of the delta with the teacher's; None where the delta is zero.
-        distance: of the delta from the teacher's, over the teacher's norm.
-        loss: nats per answer token of the task, on words that no adapter was trained on.
-        accuracy: share of words whose whole answer is right, greedily decoded.
-    """
-
-    group: str
-    way: str
-    cosine: float | None
-    distance: float
-    loss: float
-    accuracy: float
-
-
-@dataclass(frozen=True)
-class Questions:
-    """Rows of one task after another, ``per_task`` each: ids and mask (N, T), targets (N, T), −100 off the answers."""
-
-    ids: Tensor
-    mask: Tensor
-    targets: Tensor
-    per_task: int
-
-    @classmethod
-    def of(cls, tasks: Sequence[Task], tokenizer: Tokenizer, per_task: int, chance: random.Random) -> Questions:
-        examples = [example(task, chance) for task in tasks for _ in range(per_task)]
-        return cls(*padded(tokenizer, examples), per_task)
-
-    def to(self, device: torch.device | str) -> Questions:
-        return Questions(self.ids.to(device), self.mask.to(device), self.targets.to(device), self.per_task)
-
-
-def demo_probes(chance: random.Random) -> list[str]:
-    """Questions, half of them with an answer begun: an adapter shows in what comes first and in what follows."""
-    probes = []
-    for index in range(N_PROBES):
-        question = word(chance)
-        begun = chance.choice([question, question[::-1], question.upper(), question[1:]])
-        probes.append(f"{question}=" + (begun[: chance.choice([1, 2])] if index % 2 else ""))
-    return probes
-
-
-def task_losses(
-    config: Qwen2Config, weights: Qwen2Weights, lora: Lora | None, questions: Questions
-) -> tuple[Tensor, Tensor]:
-    """Loss (tasks,) per answer token, and accuracy (tasks,), of each task under its own adapter, or under none."""
-    questions = questions.to(weights.device)
-    n_tasks = len(questions.ids) // questions.per_task
-    index = None
-    if lora is not None:
-        index = torch.arange(n_tasks, device=weights.device).repeat_interleave(questions.per_task)
-    logits = forward(
-        config, weights, questions.ids, questions.mask, lora=lora, adapter_index=index
-    ).logits.float()
-    answer = questions.targets >= 0
-    losses = F.cross_entropy(logits.transpose(1, 2), questions.targets, reduction="none").view(n_tasks, -1)
-    # Each answer token is predicted from the right ones before it: all of them right is what greedy decoding needs.
-    right = ((logits.argmax(-1) == questions.targets) | ~answer).all(1).float().view(n_tasks, -1)
-    return losses.sum(1) / answer.view(n_tasks, -1).sum(1), right.mean(1)
-
-
-def train_teachers(
-    config: Qwen2Config,
-    weights: Qwen2Weights,
-    tokenizer: Tokenizer,
-    spec: LoraSpec,
-    tasks: Sequence[Task],
-    *,
-    steps: int,
-    seed: int,
-    progress: bool = True,
-) -> dict[str, Tensor]:
-    """Adapters {PEFT name: (tasks, …)}, each trained on its own task without an instruction, all in one batch."""
-    chance, noise = random.Random(seed), torch.Generator().manual_seed(seed)
-    tensors = {}
-    for name, (rows, columns) in spec.shapes(config).items():  # as PEFT starts them; the same start for all tasks
-        bound = columns**-0.5
-        start = (2 * torch.rand(rows, columns, generator=noise) - 1) * bound if ".lora_A." in name else None
-        start = (torch.zeros(rows, columns) if start is None else start).to(weights.device)
-        tensors[name] = start.expand(len(tasks), -1, -1).clone().requires_grad_()
-    optimizer = torch.optim.AdamW(tensors.values(), lr=1e-2, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps, pct_start=0.1)
-    bar = tqdm(range(steps), desc=f"train {len(tasks)} teachers", disable=not progress)
-    for _ in bar:
-        questions = Questions.of(tasks, tokenizer, BATCH_WORDS, chance)
-        losses, accuracy = task_losses(config, weights, spec.bind(config, tensors), questions)
-        optimizer.zero_grad()
-        losses.sum().backward()
-        optimizer.step()
-        schedule.step()
-        bar.set_postfix(loss=f"{losses.mean().item():.3f}", accuracy=f"{accuracy.mean().item():.2f}")
-    return {name: tensor.detach() for name, tensor in tensors.items()}
+RUN = """\
+base = "embedded"
+dtype = "float32"
+data = "train.jsonl"              # conditions, questions, answers of the tasks that are seen
+out = "runs/{name}"
+condition_layer = 0               # early: the words of an instruction are not mixed yet
+[adapter]
+rank = 8
+[generator]
+kind = "additive"
+[training]
+steps = {steps}
+batch_size = 16
+texts_per_condition = 6
+learning_rate = 3e-3
+warmup_steps = 30
+seed = {seed}
+[losses]
+{losses}
+[teacher]
+context = "{context}"
+[evaluation]
+data = "validation.jsonl"         # the tasks that are not
+every = {every}
+conditions = 48
+texts = 4
+"""
+TEXTS, EVALUATIONS = 6, 8
+LIMITS = Limits(conditions=144, texts=6)
+_PROBES = 16  # words
 
 
 def run_demo(
     out: str | Path,
     *,
-    teacher_steps: int = 100,
-    steps: int = 400,
+    steps: int = 300,
     seed: int = 0,
     device: torch.device | str | None = None,
     plots: bool = True,
     progress: bool = True,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Run the demo; writes adapters, labels, runs, pictures and ``verdict.json`` to ``out``.
+    """Run the demo; writes data, runs, pictures and ``verdict.json`` to ``out``.
 
     Args:
+        steps: of each training.
         device: by default a GPU where there is one, else the CPU.
         say: is given what there is to tell, line by line.
 
     Returns:
-        What ``verdict.json`` holds: the scores, the metrics of each training, and seconds by part.
+        What ``verdict.json`` holds: the figures, the metrics of each training, and seconds by part.
     """
     out, started = Path(out), time.perf_counter()
     seconds: dict[str, float] = {}
-    folder = embedded_checkpoint()
-    tokenizer = load_tokenizer(folder)
-    config, weights = load_pretrained(folder, dtype=torch.float32, device=device or default_device())
-    format = TokenFormat.for_config(config, RANK, CHUNK_WIDTH)
-    spec = LoraSpec(rank=RANK, alpha=2 * RANK)
-    seen = [task for task in TASKS if task.name not in HELD_OUT_TASKS]
-    tasks = seen + [task for task in TASKS if task.name in HELD_OUT_TASKS]
-    size = f"{weights.nbytes() / 4e6:.1f} million parameters"
-    say(f"{len(tasks)} tasks on a Qwen2 of {size}, {len(HELD_OUT_TASKS)} of them held out")
-
-    teachers = train_teachers(
-        config, weights, tokenizer, spec, tasks, steps=teacher_steps, seed=seed, progress=progress
-    )
-    sources = []
-    for index, task in enumerate(tasks):
-        sources.append(out / "teachers" / task.name.replace(" ", "_"))
-        save_peft_adapter(sources[-1], spec, {n: t[index] for n, t in teachers.items()}, base_model=str(folder))
-    seconds["teachers"] = time.perf_counter() - started
-
-    part = time.perf_counter()
-    chance = random.Random(seed + 1)
-    probes = demo_probes(chance)
-    # One delta per probe: their mean says little of what an adapter does after each of them.
-    delta = DifferentiableDeltaCompute(
-        config, weights, tokenize_probes(tokenizer, probes, 256).ids, spec, pooling="none"
-    )
-    compute_labels(delta, [str(source) for source in sources], out / "labels", progress=progress)
-    labels = DeltaLabels(out / "labels")
-    targets = torch.stack([labels[str(source)] for source in sources]).to(weights.device)
-    seconds["labels"] = time.perf_counter() - part
-
-    encoder = PromptEncoder(config, weights, tokenizer, layer=CONDITION_LAYER)
-    tokens = format.tokenize(teachers)
-    split = -HELD_OUT_PROMPTS
-    data = [(encoder(task.prompts[:split]), tokens[i], targets[i]) for i, task in enumerate(seen)]
-    generators, histories = {}, {}
+    chance = random.Random(seed)
+    write_lines(out / "train.jsonl", lines(SEEN, chance, per_condition=TEXTS))
+    write_lines(out / "validation.jsonl", lines(VALIDATION, chance, per_condition=TEXTS))
+    n_parts = [len({getattr(task, part).name for task in SEEN}) for part in ("operation", "decoration")]
+    say(f"{n_parts[0]} operations and {n_parts[1]} decorations: {len(SEEN)} tasks seen, {len(VALIDATION)} held out")
+    histories: dict[str, list[Metrics]] = {}
     for name, losses in LOSSES.items():
-        part = time.perf_counter()
-        torch.manual_seed(seed)
-        generators[name] = LoRAGenerator(format, config.hidden_size, **GENERATOR).to(weights.device)
-        generators[name].fit(tokens[: len(seen)])
-        options = TrainingOptions(steps=steps, losses=losses, batch_size=16, learning_rate=3e-3, seed=seed)
-        histories[name] = train(
-            generators[name], data, options, format=format, delta=delta, out=out / "runs" / name, progress=progress,
-            label=f"generator, {name}",
-        )  # fmt: skip
-        seconds[f"generator, {name}"] = time.perf_counter() - part
+        part, every = time.perf_counter(), max(1, steps // EVALUATIONS)
+        path = out / f"{name}.toml"
+        with replaces(path) as unfinished:
+            unfinished.write_text(
+                RUN.format(name=name, steps=steps, seed=seed, losses=losses, context=CONTEXT, every=every)
+            )
+        config = RunConfig.from_toml(path)
+        config = config if device is None else replace(config, device=str(device))
+        histories[name] = train_run(config, progress=progress)
+        seconds[f"generator by {name}"] = time.perf_counter() - part
 
     part = time.perf_counter()
-    groups = {
-        "seen prompts": [(i, p) for i, task in enumerate(seen) for p in task.prompts[:split]],
-        "held-out prompts": [(i, p) for i, task in enumerate(seen) for p in task.prompts[split:]],
-        "held-out tasks": [(i, p) for i in range(len(seen), len(tasks)) for p in tasks[i].prompts],
-    }
-    judge = _Judge(config, weights, tokenizer, spec, delta, tasks, teachers, targets, seed)
-    scores = []
-    for group, members in groups.items():
-        scores += judge.references(group, sorted({index for index, _ in members}))
-        condition = Condition.collate(encoder([prompt for _, prompt in members])).to(weights.device)
-        for name, generator in generators.items():
-            with torch.no_grad():
-                tensors = format.detokenize(generator(condition.states, condition.mask))
-            scores.append(judge.score(group, name, [index for index, _ in members], tensors))
+    where = None if device is None else str(device)
+    runs = {name: load_run(out / "runs" / name, where, lm_head=True) for name in LOSSES}
+    found = judged(runs, out, seed, progress=progress)
     seconds["verdict"] = time.perf_counter() - part
-
-    record = {
-        "tasks": [task.name for task in tasks],
-        "held_out_tasks": list(HELD_OUT_TASKS),
-        "scores": [asdict(score) for score in scores],
-        "seconds": seconds,
-    }
+    record = {"tasks": [task.name for task in VALIDATION], "figures": found, "seconds": seconds}
     write_json(out / "verdict.json", record)
-    say(verdict_table(scores))
+    say(table(found))
     if plots:
         part = time.perf_counter()
-        for path in draw(out, labels, tasks, sources, histories, scores):
+        for path in draw(out, runs, histories, found):
             say(f"drew {path}")
         seconds["pictures"] = time.perf_counter() - part
     say(f"{time.perf_counter() - started:.0f} s in all: " + ", ".join(f"{k} {v:.0f}" for k, v in seconds.items()))
     return {**record, "histories": histories}
 
 
-class _Judge:
-    """Scores adapters by their deltas and by what they do to their tasks."""
-
-    def __init__(
-        self,
-        config: Qwen2Config,
-        weights: Qwen2Weights,
-        tokenizer: Tokenizer,
-        spec: LoraSpec,
-        delta: DifferentiableDeltaCompute,
-        tasks: Sequence[Task],
-        teachers: dict[str, Tensor],
-        targets: Tensor,
-        seed: int,
-    ) -> None:
-        self.config, self.weights, self.tokenizer, self.spec, self.delta = config, weights, tokenizer, spec, delta
-        self.tasks, self.teachers, self.targets, self.seed = tasks, teachers, targets, seed
-
-    def references(self, group: str, indices: list[int]) -> list[Score]:
-        """The bare model, each task's teacher, and another task's teacher in its place."""
-        shuffled = indices[1:] + indices[:1]
-        return [
-            self.score(group, "bare model", indices, None),
-            self.score(group, "teacher", indices, {n: t[indices] for n, t in self.teachers.items()}),
-            self.score(group, "shuffled teacher", indices, {n: t[shuffled] for n, t in self.teachers.items()}),
-        ]
-
-    @torch.no_grad()
-    def score(self, group: str, way: str, indices: Sequence[int], tensors: dict[str, Tensor] | None) -> Score:
-        target = self.targets[list(indices)]
-        deltas = torch.zeros_like(target) if tensors is None else self.delta(tensors)
-        deltas, target = deltas.flatten(1), target.flatten(1)
-        chance = random.Random(self.seed + 2)  # words that differ from those of the teachers' training
-        questions = Questions.of([self.tasks[i] for i in indices], self.tokenizer, TEST_WORDS, chance)
-        lora = None if tensors is None else self.spec.bind(self.config, tensors)
-        losses, accuracy = task_losses(self.config, self.weights, lora, questions)
-        distance = (deltas - target).norm(dim=1) / target.norm(dim=1)
-        cosine = None if tensors is None else float(F.cosine_similarity(deltas, target).mean())
-        return Score(group, way, cosine, float(distance.mean()), float(losses.mean()), float(accuracy.mean()))
+def write_lines(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
+    """Write JSON lines, whole or not at all."""
+    with replaces(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
 
 
-def verdict_table(scores: Sequence[Score]) -> str:
-    """The scores as lines of text, group by group."""
-    lines = [f"{'':<34}{'cosine':>8}{'distance':>10}{'task loss':>11}{'accuracy':>10}"]
-    group = None
-    for score in scores:
-        if score.group != group:
-            group = score.group
-            lines.append(group)
-        cosine = "–" if score.cosine is None else f"{score.cosine:.2f}"
-        generated = score.way if score.way not in LOSSES else f"generated, {score.way} loss"
-        generated = generated.replace("both loss", "both losses")
-        lines.append(f"  {generated:<32}{cosine:>8}{score.distance:>10.2f}{score.loss:>11.2f}{score.accuracy:>10.0%}")
-    return "\n".join(lines)
+def judged(runs: Mapping[str, Run], out: Path, seed: int, *, progress: bool) -> dict[str, dict[str, dict[str, Any]]]:
+    """The figures of each run's adapters and their controls, as ``lora-delta evaluate`` has them."""
+    ways: dict[str, list[Verdict | None]] = {}
+    base: dict[str, list[Verdict | None]] = {}
+    cases = None
+    for name, run in runs.items():
+        seen = seen_conditions(out / "runs" / name, run.facts)
+        data = [out / "train.jsonl", out / "validation.jsonl"]
+        given: dict[str, Any] = {"encoder": run.encoder, "seen": seen, "context": CONTEXT, "limits": LIMITS}
+        cases = read_cases(data, run.folder, run.config, progress=progress, **given)
+        judge = base_judge(run.config, run.weights, cases)
+        own = judge_run(run, judge, seed=seed)
+        ways |= {(name if way == GENERATED else f"{way}, {name}"): verdicts for way, verdicts in own.items()}
+        base = base or judge_base(judge)
+    assert cases is not None
+    order = [*runs, *(way for way in ways if way not in runs)]
+    return figures(cases, [{way: ways[way] for way in order} | base], seed=seed)
+
+
+def task_deltas(run: Run, tasks: Iterable[Task], seed: int = 0) -> Tensor:
+    """The delta (tasks, H) of an adapter written for each task: where a word ends and its answer is to begin."""
+    chance, tokenizer = random.Random(seed), run.encoder.tokenizer
+    words = [word(chance) for _ in range(_PROBES)]
+    pairs = [(tokenizer.encode(one).ids, tokenizer.encode("=").ids) for one in words]
+    delta = DifferentiableTextDelta(run.config, run.weights, run.spec, positions="last", pooling="mean", prepack=False)
+    states = run.encoder([task.conditions(slice(SEEN_WORDINGS))[0] for task in tasks])
+    given = Condition.collate(states).to(run.weights.device)
+    with torch.no_grad():
+        return delta(run.write(given.states, given.mask), [pairs] * len(states))
 
 
 def draw(
     out: Path,
-    labels: DeltaLabels,
-    tasks: Sequence[Task],
-    sources: Sequence[Path],
-    histories: dict[str, list[dict[str, float]]],
-    scores: Sequence[Score],
+    runs: Mapping[str, Run],
+    histories: Mapping[str, list[Metrics]],
+    found: Mapping[str, Mapping[str, Mapping[str, Any]]],
 ) -> list[Path]:
-    """The pictures: deltas in two dimensions, loss curves, and the verdict as bars."""
-    from .plots.charts import plot_bars, plot_deltas, plot_loss_curves
+    """The pictures: deltas by the parts of their tasks, accuracy over seconds, and the verdict as bars."""
+    from .plots.charts import plot_deltas, plot_loss_curves, plot_verdict
 
-    points = torch.stack([labels[str(source)] for source in sources]).flatten(1)
-    curves = {
-        f"{name}: {term}": [(int(m["step"]), m[term]) for m in history if term in m]
-        for name, history in histories.items()
-        for term in ("weights", "delta")
-        if any(term in m for m in history)
-    }
-    groups = list(dict.fromkeys(score.group for score in scores))
-    accuracy = {group: {score.way: score.accuracy for score in scores if score.group == group} for group in groups}
+    tasks = [*VALIDATION]
+    kinds, operations = [task.decoration.name.split()[0] for task in tasks], [task.operation.name for task in tasks]
+    curves = {}
+    for name, history in histories.items():
+        seconds, curve = 0.0, list[tuple[float, float]]()
+        for metrics in history:
+            seconds += metrics["seconds"]
+            if "held_out_accuracy" in metrics:
+                curve.append((seconds, 100 * metrics["held_out_accuracy"]))
+        curves[name] = curve
+    run = runs["deltas"]
     return [
-        plot_deltas(points, [t.family for t in tasks], [t.name for t in tasks], path=out / "deltas.png"),
-        plot_loss_curves(curves, out / "losses.png"),
-        plot_bars(accuracy, out / "verdict.png", title="What the adapters do to their tasks", ylabel="accuracy"),
-    ]
+        plot_deltas(
+            task_deltas(run, tasks), kinds, marks=operations, path=out / "deltas.png",
+            title="Adapters written for tasks that were never seen, by what they do",
+        ),
+        plot_loss_curves(
+            curves, out / "accuracy.png", title="Answers of held-out tasks that are right",
+            ylabel="%", xlabel="seconds of training", log=False,
+        ),
+        plot_verdict({HELD_OUT: found[HELD_OUT]}, out / "verdict.png"),
+    ]  # fmt: skip

@@ -4,12 +4,34 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from qwen_functional import Qwen2Config, Qwen2Weights, load_pretrained
+
+from .distributed import default_device
+
 Self = TypeVar("Self", bound="Frozen")
+
+
+def load_frozen(
+    model: str | Path,
+    device: torch.device | str | None,
+    compute_dtype: torch.dtype | None,
+    **options: Any,
+) -> tuple[Qwen2Config, Qwen2Weights]:
+    """A base model as the ``from_pretrained`` of such modules load it.
+
+    Args:
+        device: by default a GPU where there is one, else the CPU.
+        compute_dtype: see :meth:`qwen_functional.Qwen2Weights.compute_in`; None for that of the weights.
+        options: of :func:`qwen_functional.load_pretrained`.
+    """
+    config, weights = load_pretrained(model, device=default_device() if device is None else device, **options)
+    return config, weights if compute_dtype is None else weights.compute_in(compute_dtype)
 
 
 class Frozen(nn.Module, ABC):

@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from qwen_functional import Lora, LoraSpec, Qwen2Config, Qwen2Weights, load_pretrained
+from qwen_functional import Lora, LoraSpec, Qwen2Config, Qwen2Weights
 from qwen_functional.compiled import opaque
 from qwen_functional.heads import TokenLoss
 from qwen_functional.ops.lm_head import StateTargets, Targets, lm_head_scores
 from qwen_functional.plan import check_options
 
 from . import autograd
-from .distributed import default_device
-from .frozen import Frozen
+from .frozen import Frozen, load_frozen
 from .own_texts import Ask, Column, Examples, OwnTexts, TextPasses, read_states, require_examples
 from .passes import check_pass_options, prepacked
 from .teachers import States, TopK
@@ -127,11 +126,9 @@ class DifferentiableLMLoss(Frozen):
         Raises:
             ValueError: as the constructor and ``load_pretrained`` do.
         """
-        device = default_device() if device is None else device
         where: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
-        config, weights = load_pretrained(model, dtype=dtype, device=device, mesh=mesh, stream=stream, **where)
-        weights = weights if compute_dtype is None else weights.compute_in(compute_dtype)
-        return cls(config, weights, spec, mesh=mesh, **options)
+        base = load_frozen(model, device, compute_dtype, dtype=dtype, mesh=mesh, stream=stream, **where)
+        return cls(*base, spec, mesh=mesh, **options)
 
     @property
     def device(self) -> torch.device:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from qwen_functional import Lora, LoraSpec, Qwen2Config, Qwen2Weights, load_pretrained
+from qwen_functional import Lora, LoraSpec, Qwen2Config, Qwen2Weights
 from qwen_functional.backends import choose
 from qwen_functional.compiled import opaque
 from qwen_functional.dtypes import accumulation_dtype
@@ -21,8 +21,7 @@ from qwen_functional.plan import check_options, checked_layers
 
 from . import autograd
 from .delta import POOLINGS
-from .distributed import default_device
-from .frozen import Frozen
+from .frozen import Frozen, load_frozen
 from .generate.losses import adapters_delta_loss
 from .own_texts import (
     POSITIONS,
@@ -131,11 +130,9 @@ class DifferentiableTextDelta(Frozen):
         Raises:
             ValueError: as the constructor and ``load_pretrained`` do.
         """
-        device = default_device() if device is None else device
         where: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only, "lm_head": False}
-        config, weights = load_pretrained(model, dtype=dtype, device=device, mesh=mesh, stream=stream, **where)
-        weights = weights if compute_dtype is None else weights.compute_in(compute_dtype)
-        return cls(config, weights, spec, mesh=mesh, **options)
+        base = load_frozen(model, device, compute_dtype, dtype=dtype, mesh=mesh, stream=stream, **where)
+        return cls(*base, spec, mesh=mesh, **options)
 
     @property
     def device(self) -> torch.device:

@@ -14,7 +14,7 @@ from reference import hidden_states_at_end, peft_model, random_lora, relative_er
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import lora_delta.delta
+import lora_delta.frozen
 from lora_delta import DifferentiableDeltaCompute, create_generic_probes, create_mixed_probes
 from qwen_functional import LoraSpec
 
@@ -135,7 +135,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: Any, **__: Any) -> None:
         pytest.fail("the weights were read")
 
-    monkeypatch.setattr(lora_delta.delta, "load_pretrained", load)
+    monkeypatch.setattr(lora_delta.frozen, "load_pretrained", load)
 
 
 @pytest.mark.usefixtures("no_weights")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lora_delta.generate.options import TrainingOptions
+from lora_delta.generate.options import DeltaOptions, TrainingOptions
 from lora_delta.generate.prompts import FolderNames, read_prompts
 from lora_delta.generate.run_config import RunConfig
 from lora_delta.generate.schedules import Schedule
@@ -23,6 +23,8 @@ out = "run"
 rank = 4
 chunk_width = 64
 """
+OWN = 'base = "embedded"\ndata = "data"\nout = "run"\n[losses]\n'
+CONTEXT = 'delta = {weight = 1, texts = "own", target = "context"}\n'
 
 
 def read(folder: Path, text: str | bytes) -> RunConfig:
@@ -123,7 +125,38 @@ OFF = [
     (with_line("weights = {weight = 1, warm = 3}", "[losses]"), r"losses\.weights has 'warm'"),
     (with_line("weights = true", "[losses]"), r"losses\.weights: weight is True, expected a finite number"),
     (with_line("weights = 0", "[losses]"), "losses are all of weight 0"),
+    (with_line('kind = "sum"', "[generator]"), r"generator\.kind is 'sum', expected one of"),
+    (with_line('kind = "additive"', "[generator]"), "generator is additive beside a format"),
+    (with_line('writes = "B"', "[generator]"), "generator has 'writes', expected some of"),
+    (OWN.replace("out =", "delta = 1\nout ="), "the file has 'delta'"),
+    (OWN + 'delta = {weight = 1, texts = "mine"}', r"losses\.delta: texts is 'mine', expected one of"),
+    (OWN + 'delta = {weight = 1, texts = "own", target = "base"}', r"losses\.delta: target is 'base', expected one of"),
+    (OWN + 'delta = {weight = 1, texts = "own", layers = []}', r"losses\.delta: layers is \[\], expected some"),
+    (OWN + 'delta = {weight = 1, texts = "own", layers = [1, 1]}', r"losses\.delta: layers is \[1, 1\], expected"),
+    (OWN + 'delta = {weight = 1, texts = "own", layers = [-2]}', r"losses\.delta: layers is -2, expected an integer"),
+    (OWN + 'delta = {weight = 1, texts = "own", layers = "all"}', r"losses\.delta: layers is 'all'"),
+    (OWN + 'delta = {weight = 1, positions = "all"}', r"losses\.delta: .*expected texts = 'own' as well"),
+    (OWN + 'delta = {weight = 1, texts = "own", place = 1}', r"losses\.delta has 'place', expected some of"),
+    (OWN + 'delta = {texts = "own"}', r"losses\.delta has no 'weight'"),
+    (OWN + 'delta = {weight = 1, texts = "own"}', "labels is not there, which the loss 'delta' needs"),
+    (OWN.replace('data = "data"', "") + CONTEXT, "data is not there, which the loss 'delta' needs"),
+    (OWN + CONTEXT + '[generator]\nkind = "additive"\ndepth = 2', "generator has 'depth', expected some of"),
+    (OWN + CONTEXT + '[generator]\nkind = "additive"\nwrites = "A"', r"generator\.writes is 'A', expected one of"),
+    (OWN + CONTEXT + '[generator]\nkind = "additive"\nfeatures = 0', r"generator\.features is 0, expected an integer"),
+    (OWN + CONTEXT + '[generator]\nkind = "additive"\nfrom_teachers = 1', r"generator\.from_teachers is 1, expected"),
+    (OWN + CONTEXT + '[generator]\nkind = "additive"\nfrom_teachers = true', "from_teachers without labels"),
 ]
+
+
+def test_deltas_of_own_texts_are_a_loss_with_options(tmp_path: Path) -> None:
+    text = 'delta = {weight = 0.5, kind = "linear", warmup_steps = 9, texts = "own", target = "context", layers = [0, -1]}'
+    asked = read(tmp_path, f"{OWN}{text}").training
+    assert asked.losses == {"delta": Schedule(0.5, "linear", 9)}
+    assert asked.delta == DeltaOptions("own", "context", "completion", [0, -1])
+    assert (asked.text_terms, asked.teacher_terms, asked.delta_from_context) == (("delta",), (), True)
+    asked = read(tmp_path, SMALL).training
+    assert (asked.text_terms, asked.teacher_terms) == ((), ("weights", "delta"))
+    assert not asked.delta_from_context
 
 
 @pytest.mark.parametrize(("text", "message"), OFF, ids=[message for _, message in OFF])

@@ -124,6 +124,48 @@ def test_a_generated_folder_is_what_the_generator_wrote_and_what_peft_reads(
     assert (ours - logits).norm() < 1e-4 * (logits - bare).norm()
 
 
+def test_teachers_and_texts_train_one_generator_of_sums(folder: Path, copied: Path, device: str, config: str) -> None:
+    lines = [
+        {"condition": f"teachers/t{i}", "prompt": f"{word}=", "completion": f"{word}{i}"}
+        for i in range(3) for word in ("cat", "dog")
+    ]  # fmt: skip
+    (copied / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    first, _ = re.split(r"\[format\]", config)
+    text = first.replace('"run"', '"sums"') + """data = "texts.jsonl"
+[generator]
+kind = "additive"
+writes = "AB"
+features = 4
+width = 8
+from_teachers = true
+[training]
+steps = 3
+batch_size = 2
+[losses]
+weights = 1.0
+lm = 0.5
+delta = {weight = 0.25, texts = "own", target = "teacher", layers = [1, -1], positions = "all"}
+"""
+    (copied / "sums.toml").write_text(text)
+    assert main(["train", "--quiet", str(copied / "sums.toml")]) == 0
+    metrics = [json.loads(line) for line in (copied / "sums" / METRICS).read_text().splitlines()]
+    for one in metrics:
+        assert one["loss"] == pytest.approx(one["weights"] + 0.5 * one["lm"] + 0.25 * one["delta"], rel=1e-5)
+    run = load_run(copied / "sums", device)
+    found = state_of(copied / "sums")
+    teachers = [load_peft_adapter(copied / "teachers" / f"t{i}")[1] for i in range(3)]
+    kinds = list(run.generator._kinds.values())
+    for index, names in enumerate(kinds):  # three small steps from the teachers' mean
+        mean = torch.stack([torch.stack([one[name] for one in teachers]).mean(0) for name in names])
+        assert float((found[f"start.{index}"].cpu() - mean).abs().max()) < 0.02
+    assert generate(copied / "sums", copied / "out", copied / "prompts.jsonl", device) == 2  # whose names are adapters'
+    (copied / "plain.txt").write_text("task 1\n")
+    assert generate(copied / "sums", copied / "out", copied / "plain.txt", device) == 0
+    spec, tensors = load_peft_adapter(copied / "out" / "prompt-0000")
+    assert {name: tuple(one.shape) for name, one in tensors.items()} == dict(SPEC.shapes(run.config))
+    assert spec.alpha == SPEC.alpha
+
+
 @pytest.mark.parametrize("extra", ["", "tensor_parallel = 2", "stream = true"])
 def test_a_run_of_two_processes_is_that_of_one(
     extra: str, folder: Path, device: str, config: str, tmp_path: Path

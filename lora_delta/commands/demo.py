@@ -15,13 +15,12 @@ def add(subcommands: argparse._SubParsersAction) -> None:
     """Register the subcommand."""
     demo = subcommands.add_parser(
         "demo",
-        help="teachers, labels, generators and a verdict on the embedded checkpoint, in three minutes",
-        description="Trains teacher adapters for small text tasks, labels them with their deltas, trains generators by "
-        "weights, by deltas and by both, and judges them on held-out prompts and tasks. No network is needed.",
+        help="generators that write adapters for tasks that they never saw, in four minutes",
+        description="Trains two generators of adapters for small text tasks, by cross-entropy and by deltas, and judges "
+        "them on tasks that neither has seen, beside controls. No network is needed.",
     )
     demo.add_argument("--out", type=Path, default=Path("lora-delta-demo"), help="folder (default: ./%(default)s)")
-    demo.add_argument("--teacher-steps", type=int, default=100, help="training of the teachers (default: %(default)s)")
-    demo.add_argument("--steps", type=int, default=400, help="training of each generator (default: %(default)s)")
+    demo.add_argument("--steps", type=int, default=300, help="training of each generator (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default: %(default)s)")
     demo.add_argument("--device", help="default: a GPU where there is one, else the CPU")
     demo.add_argument("--json", action="store_true", help="print the record as JSON instead of the table")
@@ -33,9 +32,8 @@ def _demo(options: argparse.Namespace) -> int:
     from ..demo import run_demo
     from ..distributed import usable_device
 
-    for name in ("teacher_steps", "steps"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected at least 1")
+    if options.steps < 1:
+        raise ValueError(f"--steps is {options.steps}, expected at least 1")
     if options.out.exists() and not options.out.is_dir():
         raise ValueError(f"--out names {options.out}, which is a file: expected a new folder")
     if options.out.exists() and any(options.out.iterdir()):
@@ -45,7 +43,6 @@ def _demo(options: argparse.Namespace) -> int:
     plots = all(find_spec(package) for package in ("matplotlib", "sklearn"))
     record = run_demo(
         options.out,
-        teacher_steps=options.teacher_steps,
         steps=options.steps,
         seed=options.seed,
         device=device,

@@ -11,7 +11,7 @@ from ..shares import Shares
 from .checkpoints import Metrics
 from .conditions import Condition
 from .tasks import Batch, Task, TrainingSet, name_of
-from .terms import Terms, Written, n_targets
+from .terms import Terms, Written, n_targets, pairs_of
 
 PREFIX = "held_out_"
 
@@ -38,8 +38,9 @@ class Evaluation:
             raise ValueError("the tasks of an evaluation are empty, expected at least one")
 
     def measured(self, generator: nn.Module, terms: Terms, shares: Shares, device: torch.device) -> Metrics:
-        """``held_out_lm``, and with a KL loss ``held_out_kl``: nats per token of all completions; with a delta of
-        texts to the prompted base ``held_out_delta``, a mean over conditions.
+        """``held_out_lm``, nats per token of all completions, and ``held_out_accuracy``, the share of completions that
+        greedy decoding writes as a whole; with a KL loss ``held_out_kl``, nats per token; with a delta of texts to the
+        prompted base ``held_out_delta``, a mean over conditions.
 
         What a teacher has said of the training's texts alone is no KL of these, and its adapters are none of theirs.
 
@@ -49,6 +50,7 @@ class Evaluation:
             raise ValueError("an evaluation needs a loss of texts, expected 'lm', 'kl' or a delta of texts")
         options, lm_texts = terms.options, terms.texts
         names = self._names(terms)
+        counted = [name for name in names if name not in ("lm", "accuracy")]
         n = len(self.tasks) if self.conditions is None else min(self.conditions, len(self.tasks))
         own = range(n)[shares.own(n)]
         sums = torch.zeros(2, len(names), dtype=torch.float64, device=device)  # values, and of how many each is
@@ -59,18 +61,23 @@ class Evaluation:
                 indices = range(start, min(start + options.batch_size, own.stop))
                 batch = self._batch(indices, options.prompts_per_condition)
                 condition = Condition.collate(batch.states).to(device)
-                count = n_targets(batch.texts)
-                sizes = sums.new_tensor([len(indices) if name == "delta" else count for name in names])
+                examples, count = pairs_of(batch.texts), n_targets(batch.texts)
+                of = {"delta": len(indices), "accuracy": sum(map(len, examples))}
+                sizes = sums.new_tensor([of.get(name, count) for name in names])
                 with torch.no_grad():
                     with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
                         written = Written(generator(condition.states, condition.mask), terms.format)
-                    ones = dict.fromkeys(names, 1.0)
-                    _, means = lm_texts.mean(written.tensors, batch.texts, ones, n_tokens=count)
-                sums += torch.stack((sizes * torch.stack([means[name].double() for name in names]), sizes))
+                    scores = [one for own in lm_texts.lm.scores(examples, written.tensors) for one in own]
+                    totals = {"lm": sum(one.nats for one in scores), "accuracy": sum(one.right for one in scores)}
+                    if counted:
+                        ones = dict.fromkeys(counted, 1.0)
+                        _, means = lm_texts.mean(written.tensors, batch.texts, ones, n_tokens=count)
+                        totals |= {name: float(means[name]) * of.get(name, count) for name in counted}
+                sums += torch.stack((sums.new_tensor([totals[name] for name in names]), sizes))
         finally:
             generator.train(was_training)
-        totals, sizes = shares.sum_(sums)
-        return {f"{PREFIX}{name}": value for name, value in zip(names, (totals / sizes).tolist(), strict=True)}
+        values, sizes = shares.sum_(sums)
+        return {f"{PREFIX}{name}": value for name, value in zip(names, (values / sizes).tolist(), strict=True)}
 
     def _batch(self, indices: range, n_prompts: int) -> Batch:
         tasks = [Task(*self.tasks[index]) for index in indices]
@@ -86,7 +93,7 @@ class Evaluation:
 
     @staticmethod
     def _names(terms: Terms) -> list[str]:
-        names, texts = ["lm"], terms.texts
+        names, texts = ["lm", "accuracy"], terms.texts
         if texts is not None and texts.stored is None and terms.options.needs("kl"):
             names.append("kl")
         if texts is not None and texts.from_context and "delta" in terms.options.text_terms:

@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 METRICS = ("euclidean", "cosine")
 
-_MARKERS = {"o": 1.0, "s": 0.9, "^": 1.1, "D": 0.75, "v": 1.1, "P": 1.2, "X": 1.2, "*": 1.9}  # areas that look alike
+_MARKERS = {  # areas that look alike
+    "o": 1.0, "s": 0.9, "^": 1.1, "D": 0.75, "v": 1.1, "P": 1.2, "X": 1.2, "*": 1.9, "<": 1.1, ">": 1.1, "p": 1.2,
+    "h": 1.1,
+}  # fmt: skip
 _INKS = ("#005A8E", "#9A6A00", "#00694C", "#A44800", "#9C4F78", "#22719F", "#333333")  # the colours, darker, for text
 _LINES = ("-", "--", "-.", ":")
 
@@ -81,6 +84,7 @@ def plot_deltas(
     classes: Sequence[Hashable] | Tensor | None = None,
     names: Sequence[str] | None = None,
     *,
+    marks: Sequence[Hashable] | None = None,
     path: str | Path,
     title: str = "Deltas",
     metric: str = "euclidean",
@@ -94,6 +98,7 @@ def plot_deltas(
         classes: the class of each delta: its colour and marker, explained in a legend; made for up to 40. The title
             says the silhouette score, of the deltas themselves, not of the points drawn.
         names: the name of each delta: numbers stand at the points, and in the legend with the names; up to 60.
+        marks: a second class of each delta, instead of names: markers then are of these, and colours of the first.
         path: where to write; its folder is made.
         metric: of the silhouette score.
 
@@ -114,14 +119,25 @@ def plot_deltas(
         subtitle += f" in {len(class_names)} class{'es' if len(class_names) > 1 else ''}"
         if 2 <= len(class_names) < len(points):
             subtitle += f", silhouette {silhouette_score(deltas, classes, metric):.2f} ({metric})"
+    marked = None if marks is None else _indexed(marks, len(points))
+    if marked is not None and names is not None:
+        raise ValueError("names stand beside marks, expected one of them")
     area = 42 if len(points) <= 150 else 26 if len(points) <= 600 else 12
     markers = list(_MARKERS.items())
-    entries = len(class_names) + len(names or ())
+    entries = len(class_names) + len(names or ()) + (0 if marked is None else len(marked[1]))
     with _drawing(path, *((10, 6.8) if entries > 20 else (8, 5.2))) as (figure, axes):
         number = 0
         for place, class_name in enumerate(class_names):
             members = (index == place).nonzero()[:, 0].tolist()
             colour, (marker, scale) = COLOURS[place % len(COLOURS)], markers[place % len(markers)]
+            if marked is not None:
+                for member in members:
+                    shape, size = markers[int(marked[0][member]) % len(markers)]
+                    x, y = points[member].tolist()
+                    dot = axes.scatter([x], [y], size * area, colour, marker=shape, alpha=0.85)
+                    dot.set(edgecolor="white", linewidth=0.5)
+                axes.plot([], [], "o", color=colour, markersize=6, label=plain_text(class_name))
+                continue
             x, y = points[members].T.tolist()
             label = plain_text(class_name) if classes is not None else None
             drawn = axes.scatter(x, y, scale * area, colour, marker=marker, label=label, alpha=0.85)
@@ -133,6 +149,8 @@ def plot_deltas(
                 axes.plot([], [], " ", label=plain_text(f"{number} {names[member]}"))  # a line of the legend
                 at, ink = (float(points[member, 0]), float(points[member, 1])), _INKS[place % len(_INKS)]
                 axes.annotate(str(number), at, (3, 3), textcoords="offset points", fontsize=6, color=ink)
+        for place, mark in enumerate(marked[1] if marked is not None else ()):
+            axes.plot([], [], markers[place % len(markers)][0], color="#777777", markersize=6, label=plain_text(mark))
         axes.set_aspect("equal", "datalim")
         axes.margins(0.08)
         first, second = (f"{share:.0%}" for share in explained.tolist())
@@ -144,14 +162,15 @@ def plot_deltas(
 
 
 def plot_loss_curves(
-    curves: Mapping[str, Sequence[tuple[int, float]]],
+    curves: Mapping[str, Sequence[tuple[float, float]]],
     path: str | Path,
     *,
     title: str = "",
     ylabel: str = "loss",
+    xlabel: str = "step",
     log: bool | None = None,
 ) -> Path:
-    """Losses by step, as a PNG of 1200 × 675 pixels.
+    """Losses by step, or other values by what ``xlabel`` says, as a PNG of 1200 × 675 pixels.
 
     Args:
         curves: {label: [(step, value), …]}. A value that is not finite is a gap.
@@ -188,7 +207,7 @@ def plot_loss_curves(
         if log or (log is None and lowest > 0 and 20 * lowest <= highest):
             axes.set_yscale("log")
         axes.locator_params(axis="x", integer=True)
-        axes.set(xlabel="step", ylabel=plain_text(ylabel), title=plain_text(title, 90))
+        axes.set(xlabel=plain_text(xlabel), ylabel=plain_text(ylabel), title=plain_text(title, 90))
         if len(curves) > 1:
             _legend(figure, axes)
     return Path(path)

@@ -1,0 +1,351 @@
+"""``lora-delta evaluate``: losses, right answers and deltas against transformers and PEFT, controls, and bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from reference import call, hf_model, one_by_one, peft_model, random_lora, tiny_config
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoTokenizer
+
+from lora_delta import DifferentiableLMLoss, save_peft_adapter
+from lora_delta.cli import main
+from lora_delta.embedded import embedded_checkpoint
+from lora_delta.generate.conditions import Condition
+from lora_delta.generate.judge import HELD_OUT, SEEN, Case, Judge, Verdict, figures, gibberish, mean_adapter, table
+from lora_delta.generate.runs import load_run
+from lora_delta.lm_loss import Score
+from lora_delta.peft.adapters import load_peft_adapter
+from qwen_functional import LoraSpec, init_weights, load_pretrained
+
+F64 = torch.float64
+SPEC = LoraSpec(rank=2, alpha=4)
+CONFIG = tiny_config()
+WEIGHTS = init_weights(CONFIG, dtype=F64)
+EXAMPLES = [
+    [([3, 1, 4], [1, 5, 9]), ([3, 1, 4], [2, 6]), ([7, 7], [8])],
+    [([], [2, 3, 4, 5])],
+    [([5, 5, 5], [5, 5]), ([6, 5], [1])],
+]
+CONTEXTS = [[[20, 21, *prompt] for prompt, _ in own] for own in EXAMPLES]
+
+
+def cases(groups: Sequence[str] = (SEEN, HELD_OUT, HELD_OUT), tasks: Sequence[str] = "abc") -> list[Case]:
+    found = []
+    for group, task, own, contexts in zip(groups, tasks, EXAMPLES, CONTEXTS, strict=True):
+        pairs = [(torch.tensor(p, dtype=torch.int64), torch.tensor(c)) for p, c in own]
+        found.append(Case(group, task, f"condition {task}", None, pairs, [torch.tensor(one) for one in contexts], task))
+    return found
+
+
+def states(model: Any, adapter: dict[str, Tensor] | None, before: list[int], text: list[int], n: int) -> Any:
+    """The last hidden states of the tokens that predict the last n of a text, and their logits."""
+    found = call(model, adapter, input_ids=torch.tensor([before + text]), output_hidden_states=True)
+    return found.hidden_states[-1][0, -1 - n : -1], found.logits[0, -1 - n : -1]
+
+
+def test_scores_are_those_of_transformers_and_right_is_what_greedy_decoding_writes() -> None:
+    tensors = random_lora(CONFIG, SPEC, 3)
+    model, lm = peft_model(hf_model(CONFIG, WEIGHTS), SPEC), DifferentiableLMLoss(CONFIG, WEIGHTS, SPEC)
+    adapters = one_by_one(tensors)
+    examples, greedy = [], []
+    for adapter, own in zip(adapters, EXAMPLES, strict=True):
+        made, written = list(own), []
+        for prompt, completion in own:
+            text = prompt or completion[:1]
+            for _ in completion:  # what greedy decoding writes, token by token
+                logits = call(model, adapter, input_ids=torch.tensor([text])).logits[0, -1]
+                text = [*text, int(logits.argmax())]
+            start = len(prompt) or 1
+            written.append(text[start:])
+            made.append((text[:start], text[start:]))
+        examples.append(made)
+        greedy.append(written)
+    found = lm.scores(examples, tensors)
+    for adapter, own, written, scores in zip(adapters, examples, greedy, found, strict=True):
+        for index, ((prompt, completion), score) in enumerate(zip(own, scores, strict=True)):
+            targets = completion if prompt else completion[1:]
+            _, logits = states(model, adapter, [], prompt + completion, len(targets))
+            nats = F.cross_entropy(logits, torch.tensor(targets), reduction="sum")
+            assert score.nats == pytest.approx(float(nats), rel=1e-10)
+            assert score.n_tokens == len(targets)
+            if index < len(written):
+                assert score.right == (written[index][: len(targets)] == targets)
+            else:
+                assert score.right
+    assert any(not score.right for own in found for score in own)
+    bare = lm.scores(examples)
+    _, logits = states(hf_model(CONFIG, WEIGHTS), None, [], [3, 1, 4, 1, 5, 9], 3)
+    nats = F.cross_entropy(logits, torch.tensor([1, 5, 9]), reduction="sum")
+    assert bare[0][0] == Score(pytest.approx(float(nats), rel=1e-10), 3, bool((logits.argmax(-1) == torch.tensor([1, 5, 9])).all()))
+
+
+@pytest.mark.parametrize("per_pass", [1, 2, 16])
+def test_verdicts_are_those_of_peft(per_pass: int) -> None:
+    tensors = random_lora(CONFIG, SPEC, 3)
+    bare, model = hf_model(CONFIG, WEIGHTS), peft_model(hf_model(CONFIG, WEIGHTS), SPEC)
+    lm = DifferentiableLMLoss(CONFIG, WEIGHTS)
+    judge = Judge(lm, cases(), per_pass=per_pass)
+    found = judge.judged(lambda numbers: SPEC.bind(CONFIG, {n: t[list(numbers)] for n, t in tensors.items()}))
+    for adapter, own, contexts, verdict, base, prompted in zip(
+        one_by_one(tensors), EXAMPLES, CONTEXTS, found, judge.bare(), judge.prompted(), strict=True
+    ):
+        moved, wanted, nats = [], [], {"adapter": 0.0, "bare": 0.0, "prompted": 0.0}
+        for (prompt, completion), context in zip(own, contexts, strict=True):
+            targets = torch.tensor(completion if prompt else completion[1:])
+            read = {
+                "adapter": states(model, adapter, [], prompt + completion, len(targets)),
+                "bare": states(bare, None, [], prompt + completion, len(targets)),
+                "prompted": states(bare, None, context, completion, len(targets)),
+            }
+            for name, (_, logits) in read.items():
+                nats[name] += float(F.cross_entropy(logits, targets, reduction="sum"))
+            moved.append(read["adapter"][0] - read["bare"][0])
+            wanted.append(read["prompted"][0] - read["bare"][0])
+        d, w = torch.cat(moved), torch.cat(wanted)
+        assert verdict.nats == pytest.approx(nats["adapter"], rel=1e-10)
+        assert base.nats == pytest.approx(nats["bare"], rel=1e-10)
+        assert prompted.nats == pytest.approx(nats["prompted"], rel=1e-10)
+        assert verdict.cosine == pytest.approx(float(F.cosine_similarity(d, w).mean()), rel=1e-9)
+        assert verdict.distance == pytest.approx(float((d - w).norm() / w.norm()), rel=1e-9)
+        assert (base.cosine, base.distance) == (None, 1.0)
+        assert prompted.cosine == pytest.approx(1.0)
+        assert prompted.distance == 0.0
+        assert verdict.n_texts == len(own)
+
+
+def test_another_conditions_adapter_is_of_the_group_and_of_another_task() -> None:
+    lm = DifferentiableLMLoss(CONFIG, WEIGHTS)
+    assert Judge(lm, cases((SEEN, SEEN, SEEN), "aab")).others() == [2, 2, 0]
+    assert Judge(lm, cases((SEEN, HELD_OUT, SEEN), "abc")).others() == [2, 2, 0]  # one alone takes any other
+    assert Judge(lm, cases((SEEN, HELD_OUT, HELD_OUT), "abc")).others()[1:] == [2, 1]
+
+
+def test_figures_are_means_with_an_interval_over_tasks_and_runs() -> None:
+    chance = torch.Generator().manual_seed(0)
+    given = [Case(SEEN, f"task {index // 4}", f"{index}", None, [], []) for index in range(48)]
+    rates = torch.rand(12, generator=chance)
+
+    def verdicts() -> list[Verdict]:
+        found = []
+        for index in range(48):
+            n_right = int((torch.rand(10, generator=chance) < rates[index // 4]).sum())
+            found.append(Verdict(2.0 * index, 1 + index, n_right, 10, None if index else 0.5, 0.25))
+        return found
+
+    runs = [{"generated": verdicts()}, {"generated": verdicts()}]
+    one = figures(given, runs)[SEEN]["generated"]
+    every = [verdict for run in runs for verdict in run["generated"]]
+    assert one["accuracy"] == pytest.approx(sum(verdict.n_right for verdict in every) / 960)
+    assert one["loss"] == pytest.approx(sum(v.nats for v in every) / sum(v.n_tokens for v in every))
+    assert (one["cosine"], one["distance"]) == (0.5, 0.25)
+    assert (one["conditions"], one["tasks"], one["runs"], one["texts"]) == (48, 12, 2, 480)
+    low, high = one["accuracy_interval"]
+    by_task = torch.tensor([[v.n_right / 10 for v in run["generated"]] for run in runs]).view(2, 12, 4).mean((0, 2))
+    spread = float(by_task.std() / 12**0.5)
+    assert low < one["accuracy"] < high
+    assert high - low == pytest.approx(2 * 1.96 * spread, rel=0.35)
+    assert figures(given, runs) == figures(given, runs)
+    assert "12 tasks, 48 conditions, 480 texts, 2 runs" in table(figures(given, runs))
+
+
+def test_a_way_without_a_verdict_on_a_case_has_no_figures_of_its_group() -> None:
+    verdict = Verdict(1.0, 2, 1, 1, None, 1.0)
+    found = figures(cases(), [{"all": [verdict] * 3, "seen alone": [verdict, None, verdict]}])
+    assert list(found[SEEN]) == ["all", "seen alone"]
+    assert list(found[HELD_OUT]) == ["all"]
+
+
+def test_gibberish_is_as_long_and_the_same_again() -> None:
+    made = gibberish("reverse then add ing", 0)
+    assert made == gibberish("reverse then add ing", 0) != gibberish("reverse then add ing", 1)
+    assert abs(len(made) - 20) <= 4
+    assert set(made) <= set("abcdefghijklmnopqrstuvwxyz ")
+    assert gibberish("a", 0)
+
+
+def test_the_mean_adapter_is_over_all_batches() -> None:
+    parts = [{"x": torch.randn(n, 2, 3)} for n in (2, 5)]
+    assert torch.allclose(mean_adapter(parts)["x"], torch.cat([one["x"] for one in parts]).mean(0), atol=1e-6)
+
+
+# The command
+
+LINES = [
+    {"condition": f"do {task} {way}", "task": task, "prompt": f"{word}=", "completion": f"{word}{task}"}
+    for task in ("x", "y", "z")
+    for way in ("now", "here")
+    for word in ("cat", "dog")
+]
+RUN = """
+base = "embedded"
+dtype = "float32"
+device = "cpu"
+data = "train.jsonl"
+out = "run"
+condition_layer = 0
+[adapter]
+rank = 2
+[generator]
+kind = "additive"
+width = 16
+features = 4
+[training]
+steps = 20
+batch_size = 2
+warmup_steps = 1
+learning_rate = 0.02
+[losses]
+lm = 1.0
+"""
+
+
+def write(path: Path, lines: Sequence[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on two of three tasks, and a file of all."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    write(folder / "train.jsonl", [line for line in LINES if line["task"] != "z"])
+    write(folder / "all.jsonl", LINES)
+    (folder / "run.toml").write_text(RUN)
+    assert main(["train", "--quiet", str(folder / "run.toml")]) == 0
+    return folder
+
+
+def evaluate(capsys: pytest.CaptureFixture[str], *arguments: Any) -> Any:
+    capsys.readouterr()
+    assert main(["evaluate", "--quiet", "--device", "cpu", "--json", *map(str, arguments)]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_run_is_judged_on_what_it_has_seen_and_on_what_it_has_not(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = evaluate(capsys, "--run", folder / "run", "--data", folder / "all.jsonl", "--out", tmp_path / "out")
+    assert {group: ways["generated"]["conditions"] for group, ways in found.items()} == {SEEN: 4, HELD_OUT: 2}
+    assert {group: ways["generated"]["tasks"] for group, ways in found.items()} == {SEEN: 2, HELD_OUT: 1}
+    ways = ["generated", "another condition's", "of gibberish", "mean of generated", "bare model", "prompted base"]
+    assert list(found[SEEN]) == ways
+    assert json.loads((tmp_path / "out" / "verdict.json").read_text()) == found
+    assert (tmp_path / "out" / "verdict.png").read_bytes().startswith(b"\x89PNG")
+    # By hand, in PEFT: what the generator writes for a held-out condition, on its two texts.
+    run = load_run(folder / "run", "cpu")
+    tokenizer = AutoTokenizer.from_pretrained(embedded_checkpoint())
+    config, weights = load_pretrained(embedded_checkpoint(), dtype=torch.float32)
+    model, total, n = peft_model(hf_model(config, weights), run.spec), 0.0, 0
+    for condition in ("do z now", "do z here"):
+        given = Condition.collate(run.encoder([condition]))
+        adapter = {name: one[0] for name, one in run.write(given.states, given.mask).items()}
+        for word in ("cat", "dog"):
+            completion = [*tokenizer(f"{word}z").input_ids, tokenizer.eos_token_id]
+            text = [*tokenizer(f"{word}=").input_ids, *completion]
+            with torch.no_grad():
+                _, logits = states(model, adapter, [], text, len(completion))
+            total += float(F.cross_entropy(logits, torch.tensor(completion), reduction="sum"))
+            n += len(completion)
+    assert found[HELD_OUT]["generated"]["loss"] == pytest.approx(total / n, rel=1e-4)
+
+
+def test_limits_take_conditions_and_texts_evenly(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ["--run", folder / "run", "--data", folder / "all.jsonl"]
+    found = evaluate(capsys, *data, "--conditions", 1, "--texts", 1)
+    assert {group: (ways["generated"]["conditions"], ways["generated"]["texts"]) for group, ways in found.items()} == {
+        SEEN: (1, 1), HELD_OUT: (1, 1),
+    }  # fmt: skip
+    assert evaluate(capsys, *data, "--conditions", 0, "--texts", 0) == evaluate(capsys, *data)
+
+
+def test_adapters_from_elsewhere_have_the_figures_of_the_generator_that_wrote_them(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = load_run(folder / "run", "cpu")
+    names = dict.fromkeys(line["condition"] for line in LINES)
+    for name in names:
+        given = Condition.collate(run.encoder([name]))
+        tensors = {key: one[0].contiguous() for key, one in run.write(given.states, given.mask).items()}
+        save_peft_adapter(tmp_path / "adapters" / name, run.spec, tensors, base_model="embedded")
+    data = ["--data", folder / "all.jsonl"]
+    judged = evaluate(capsys, *data, "--adapters", tmp_path / "adapters", "--model", embedded_checkpoint())
+    found = evaluate(capsys, "--run", folder / "run", *data)
+    assert list(judged) == [HELD_OUT]  # nobody says what they were trained on
+    ways = [own["generated"] for own in found.values()]
+    nats = sum(one["loss"] * one["conditions"] for one in ways) / 6  # all have as many tokens
+    assert judged[HELD_OUT]["adapters"]["loss"] == pytest.approx(nats, rel=1e-5)
+    assert list(judged[HELD_OUT]) == [
+        "adapters", "another condition's", "mean of adapters", "bare model", "prompted base",
+    ]  # fmt: skip
+
+
+def test_teachers_are_controls(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec, config = LoraSpec(rank=2), load_pretrained(embedded_checkpoint())[0]
+    for seed, name in enumerate(("near", "far")):
+        tensors = random_lora(config, spec, seed=seed, dtype=torch.float32)
+        save_peft_adapter(tmp_path / name, spec, tensors, base_model="embedded")
+    label = ["label", "--model", str(embedded_checkpoint()), "--dtype", "float32", "--device", "cpu", "--quiet"]
+    assert main([*label, "--out", str(tmp_path / "labels"), str(tmp_path / "near"), str(tmp_path / "far")]) == 0
+    prompts = [{"adapter": "near", "prompts": ["do z now"]}, {"adapter": "far", "prompts": ["QQQQ 9999"]}]
+    write(tmp_path / "prompts.jsonl", prompts)
+    write(tmp_path / "z.jsonl", [line for line in LINES if line["task"] == "z"])
+    teachers = ["--teachers", tmp_path / "labels", "--teacher-prompts", tmp_path / "prompts.jsonl"]
+    found = evaluate(capsys, "--run", folder / "run", "--data", tmp_path / "z.jsonl", *teachers)[HELD_OUT]
+    named = [{**line, "condition": "near"} for line in LINES if line["task"] == "z"]
+    write(tmp_path / "named.jsonl", named)
+    shutil.copytree(tmp_path / "near", tmp_path / "only" / "near")
+    data = ["--data", tmp_path / "named.jsonl", "--adapters", tmp_path / "only", "--model", embedded_checkpoint()]
+    near = evaluate(capsys, *data)[HELD_OUT]["adapters"]
+    assert found["nearest teacher"]["loss"] == pytest.approx(near["loss"], rel=1e-5)
+    each = [load_peft_adapter(tmp_path / name)[1] for name in ("near", "far")]
+    mean = {name: (tensor + each[1][name]) / 2 for name, tensor in each[0].items()}
+    save_peft_adapter(tmp_path / "means" / "near", spec, mean, base_model="embedded")
+    data[3] = tmp_path / "means"
+    assert found["mean teacher"]["loss"] == pytest.approx(evaluate(capsys, *data)[HELD_OUT]["adapters"]["loss"], rel=1e-5)
+
+
+def test_conditions_may_be_names_of_prompts(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    named = [{**line, "condition": "the name"} for line in LINES if line["condition"] == "do z now"]
+    data = write(tmp_path / "named.jsonl", named)
+    prompts = write(tmp_path / "prompts.jsonl", [{"adapter": "the name", "prompts": ["do z now"]}])
+    found = evaluate(capsys, "--run", folder / "run", "--data", data, "--prompts", prompts)[HELD_OUT]
+    plain = write(tmp_path / "plain.jsonl", [line for line in LINES if line["condition"] == "do z now"])
+    expected = evaluate(capsys, "--run", folder / "run", "--data", plain)[HELD_OUT]
+    for way in ("generated", "prompted base"):  # whose context is the prompt, not the name
+        assert found[way]["loss"] == pytest.approx(expected[way]["loss"], rel=1e-5)
+
+
+BAD = [
+    ([], "neither --run nor --adapters is there"),
+    (["--run", "r", "--adapters", "a"], "--adapters stand beside --run"),
+    (["--adapters", "a"], "--adapters and --model are not both there"),
+    (["--run", "r", "--teachers", "t"], "--teachers go with --teacher-prompts and --run"),
+    (["--run", "r", "--texts", "-1"], "--texts is -1, expected 0 or more"),
+    (["--run", "nowhere"], "nowhere"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD)
+def test_arguments_that_do_not_fit_are_named(
+    arguments: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", "--data", str(folder / "all.jsonl"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_adapter_that_is_not_there_is_named(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec, config = LoraSpec(rank=2), load_pretrained(embedded_checkpoint())[0]
+    save_peft_adapter(tmp_path / "a" / "other", spec, random_lora(config, spec, dtype=torch.float32), base_model="x")
+    given = ["--data", str(folder / "all.jsonl"), "--adapters", str(tmp_path / "a"), "--model", str(embedded_checkpoint())]
+    assert main(["evaluate", *given]) == 2
+    assert "there is no adapter for 'do x now', expected a folder of this name" in capsys.readouterr().err
