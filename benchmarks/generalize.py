@@ -31,8 +31,9 @@ from lora_delta.embedded import embedded_checkpoint
 from lora_delta.embedded.build import END
 from lora_delta.embedded.tasks import CONTEXT, SEEN, SEEN_WORDINGS, TEST, VALIDATION, Task, lines, word
 from lora_delta.files import write_json
-from lora_delta.generate.controls import Limits, base_judge, judge_base, judge_run, read_cases, seen_conditions
-from lora_delta.generate.judge import HELD_OUT, SEEN as SEEN_GROUP, figures
+from lora_delta.generate.controls import Limits, base_judge, judge_base, judge_run, read_cases
+from lora_delta.generate.judge import HELD_OUT, figures
+from lora_delta.generate.judge import SEEN as SEEN_GROUP
 from lora_delta.generate.run_config import RunConfig
 from lora_delta.generate.runs import load_run, train_run
 from lora_delta.labelling.labels import compute_labels
@@ -140,7 +141,7 @@ def train(name: str, seed: int, path: Path, options: argparse.Namespace) -> Path
         parts.append(f'data = "{(data / f"{way.data}-{seed}.jsonl").resolve()}"')
     if way.probes is not None:
         labels, spent = teachers(options.out / "teachers", seed, way.probes)
-        parts += [f'labels = "{labels.resolve()}"', f'prompts = "{(labels.parent / "prompts.jsonl").resolve()}"']
+        parts += [f'labels = "{labels.resolve()}"', f'prompts = "{(labels.parent / f"prompts-{seed}.jsonl").resolve()}"']
     else:
         parts.append(f"[adapter]\nrank = {SPEC.rank}\nalpha = {SPEC.alpha}")
     text = RUN.format(
@@ -208,14 +209,16 @@ def write_data(folder: Path, seed: int) -> None:
     for n in (10, 40):
         few = {task.name for task in random.Random(seed + 1).sample(list(SEEN), n)}
         write_lines(folder / f"train{n}-{seed}.jsonl", [line for line in every if line["task"] in few])
-    write_lines(folder / f"named-{seed}.jsonl", [{**line, "condition": f"teachers-{seed}/{line['task']}"} for line in every])
+    named = ({**line, "condition": f"teachers-{seed}/{line['task']}"} for line in every)
+    write_lines(folder / f"named-{seed}.jsonl", named)
     write_lines(folder / f"few-{seed}.jsonl", lines(SEEN, random.Random(seed), per_condition=2))
     shuffled = [line["completion"] for line in every]
     chance.shuffle(shuffled)
     pairs = zip(every, shuffled, strict=True)
     write_lines(folder / f"foreign-{seed}.jsonl", [{**line, "completion": other} for line, other in pairs])
     write_lines(folder / f"answered-{seed}.jsonl", answered(every))
-    write_lines(folder / f"questions-{seed}.jsonl", [{**line, "prompt": line["prompt"][:-1], "completion": "="} for line in every])
+    questions = ({**line, "prompt": line["prompt"][:-1], "completion": "="} for line in every)
+    write_lines(folder / f"questions-{seed}.jsonl", questions)
 
 
 def answered(every: Sequence[dict[str, str]], most: int = 48, at_once: int = 64) -> list[dict[str, str]]:
@@ -256,10 +259,9 @@ def teachers(folder: Path, seed: int, probes: int) -> tuple[Path, float]:
         for index, task in enumerate(SEEN):
             own = {name: tensor[index] for name, tensor in trained.items()}
             save_peft_adapter(adapters / task.name, SPEC, own, base_model=str(base))
-        entries = [
-            {"adapter": f"teachers-{seed}/{task.name}", "prompts": task.conditions(slice(SEEN_WORDINGS))} for task in SEEN
-        ]
-        write_lines(folder / "prompts.jsonl", entries)
+        prompts = {task.name: task.conditions(slice(SEEN_WORDINGS)) for task in SEEN}
+        entries = ({"adapter": f"teachers-{seed}/{name}", "prompts": own} for name, own in prompts.items())
+        write_lines(folder / f"prompts-{seed}.jsonl", entries)
         write_json(facts, time.perf_counter() - started)
     started = time.perf_counter()
     chance = random.Random(9)

@@ -149,7 +149,8 @@ OFF = [
 
 
 def test_deltas_of_own_texts_are_a_loss_with_options(tmp_path: Path) -> None:
-    text = 'delta = {weight = 0.5, kind = "linear", warmup_steps = 9, texts = "own", target = "context", layers = [0, -1]}'
+    text = 'delta = {weight = 0.5, kind = "linear", warmup_steps = 9, texts = "own", target = "context", '
+    text += "layers = [0, -1]}"
     asked = read(tmp_path, f"{OWN}{text}").training
     assert asked.losses == {"delta": Schedule(0.5, "linear", 9)}
     assert asked.delta == DeltaOptions("own", "context", "completion", [0, -1])

@@ -24,6 +24,7 @@ from lora_delta.embedded import embedded_checkpoint
 from lora_delta.files import folder_lock
 from lora_delta.generate.checkpoints import CHECKPOINT, METRICS, RUN, newest_checkpoint
 from lora_delta.generate.conditions import Condition
+from lora_delta.generate.generator import AdditiveGenerator
 from lora_delta.generate.runs import load_run
 from lora_delta.peft.adapters import load_peft_adapter, save_peft_adapter
 from qwen_functional import LoraSpec, load_pretrained
@@ -154,6 +155,7 @@ delta = {weight = 0.25, texts = "own", target = "teacher", layers = [1, -1], pos
     run = load_run(copied / "sums", device)
     found = state_of(copied / "sums")
     teachers = [load_peft_adapter(copied / "teachers" / f"t{i}")[1] for i in range(3)]
+    assert isinstance(run.generator, AdditiveGenerator)
     kinds = list(run.generator._kinds.values())
     for index, names in enumerate(kinds):  # three small steps from the teachers' mean
         mean = torch.stack([torch.stack([one[name] for one in teachers]).mean(0) for name in names])

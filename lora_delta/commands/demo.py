@@ -16,8 +16,8 @@ def add(subcommands: argparse._SubParsersAction) -> None:
     demo = subcommands.add_parser(
         "demo",
         help="generators that write adapters for tasks that they never saw, in four minutes",
-        description="Trains two generators of adapters for small text tasks, by cross-entropy and by deltas, and judges "
-        "them on tasks that neither has seen, beside controls. No network is needed.",
+        description="Trains two generators of adapters for small text tasks, by cross-entropy and by deltas, and "
+        "judges them on tasks that neither has seen, beside controls. No network is needed.",
     )
     demo.add_argument("--out", type=Path, default=Path("lora-delta-demo"), help="folder (default: ./%(default)s)")
     demo.add_argument("--steps", type=int, default=300, help="training of each generator (default: %(default)s)")

@@ -28,7 +28,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-STEPS, CONDITIONS, WORDS = 4000, 32, 6  # of a step: WORDS answers behind each condition
+STEPS, CONDITIONS, WORDS = 3000, 32, 6  # of a step: WORDS answers behind each condition
 BARE = 0.15  # share of rows without an instruction: their tasks cannot be known
 LEARNING_RATE, MATRIX_RATE = 4e-3, 2e-2
 WEIGHT_DECAY = 0.02  # of matrices
