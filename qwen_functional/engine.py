@@ -206,7 +206,7 @@ class Run:
             layer,
             weights.compute_dtype,
             plan.parallel,
-            q_apart=self.backend.q_apart and layer == plan.top and not plan.all_rows,
+            q_apart=self.backend.q_apart and layer == plan.top and plan.apart,
         )
 
     def forward(self) -> tuple[Tensor, ...]:
@@ -214,7 +214,8 @@ class Run:
         plan, weights, backend = self.plan, self.plan.weights, self.backend
         dtype, shared = accumulation_dtype(weights.compute_dtype), not plan.own_texts
         streams: list[tuple[Tensor, Product | None]] = [
-            (weights.embed_tokens[tables.ids].to(dtype)[None], None) for tables in plan.tables
+            (weights.embed_tokens[tables.ids].to(dtype).view(-1, *tables.ids.shape[-1:], plan.config.hidden_size), None)
+            for tables in plan.tables
         ]
         read: dict[int, Tensor] = {}
         turn = plan.top - 1 if plan.lowest < plan.top else 0  # the way back, or the next pass
@@ -228,13 +229,15 @@ class Run:
                 overwrite = 0 < layer <= plan.lowest and not first  # the block below has saved nothing
                 row = group.tables.row_at[layer]
                 x, streams[index] = self._block(block[group.adapters], *streams[index], row, overwrite=overwrite)
-                inputs.append(x[:, group.tables.rows] if layer - 1 in plan.layers else x)
+                inputs.append(group.tables.of(x) if layer - 1 in plan.layers else x)
             if layer - 1 in plan.layers:
                 read[layer - 1] = self._joined(inputs)
             if not weights.streamed and (layer > plan.top - plan.n_keep or backend.captures):
                 self.bound[layer] = block
             del block, inputs  # streamed weights make room for the next ones
         sums = [backend.add(x, y) for x, y in streams]
+        if plan.joint:
+            sums = [group.tables.of(x) for group, x in zip(plan.groups, sums, strict=True)]
         read[plan.top] = self._joined(sums)
         values, self.kept = zip(*(head(read, bool(plan.wanted)) for head in plan.bound), strict=True)
         return values
@@ -272,7 +275,7 @@ class Run:
         dx = below.pop(plan.top)
         streams: list[tuple[Tensor, Cotangent] | None] = []
         for group in plan.groups:
-            own = dx[group.at]
+            own = group.tables.spread(dx[group.at]) if plan.joint else dx[group.at]
             streams.append((own, backend.cotangent(own, compute)))
         del dx, own
         for layer in range(plan.top, plan.lowest - 1, -1):
@@ -282,7 +285,7 @@ class Run:
             for index, group in enumerate(plan.groups):
                 stream, streams[index] = streams[index], None
                 if layer in below and stream is not None:
-                    dx = stream[0].index_add_(1, group.tables.rows, below[layer][group.at])
+                    dx = group.tables.add_(stream[0], below[layer][group.at])
                     stream = dx, backend.cotangent(dx, compute)
                 gradients, row = self.gradients.of(group.adapters), group.tables.row_at[layer]
                 under = None if lower is None else lower[group.adapters].down

@@ -29,7 +29,8 @@ class AttentionTile:
 
     ``keys`` is a slice where the keys are consecutive (nothing is copied then), else an index tensor (n_keys,).
     The first ``free`` keys are seen by all queries. ``blocked`` (n_queries, n_keys − free) bool is true where a query
-    must not see one of the others; None where all see all.
+    must not see one of the others; None where all see all. Of several rows at once it is (rows, n_queries, n_keys −
+    free).
     """
 
     queries: slice
@@ -103,6 +104,13 @@ class PackedTokens:
         """
         return self._last_nodes if read == "last" else self._all_nodes
 
+    def padded(self, size: int) -> PackedTokens:
+        """The same row with so many nodes: those behind it are texts of one token, which nobody reads."""
+        more = torch.arange(len(self), size)
+        none = torch.zeros_like(more)
+        parts = (self.input_ids, none), (self.positions, none), (self.end, more + 1)
+        return PackedTokens(*(torch.cat(pair) for pair in parts), self.paths)
+
     def tiles(self, window: int | None = None, size: int = TILE) -> list[AttentionTile]:
         """Attention of the whole row, ``size`` queries to a tile.
 
@@ -140,6 +148,30 @@ class PackedTokens:
     def _roots(self) -> Tensor:
         """(S,), the first token of each node's sequence."""
         return torch.where(self.positions == 0, torch.arange(len(self)), 0).cummax(0).values
+
+
+def joint_tiles(
+    trees: Sequence[PackedTokens], window: int | None = None, size: int = TILE
+) -> list[AttentionTile]:
+    """Attention of several rows of one length, each over its own texts: tiles of the same places in all of them."""
+    n, tiles = len(trees[0]), list[AttentionTile]()
+    ends, positions = (torch.stack([getattr(tree, name) for tree in trees]) for name in ("end", "positions"))
+    roots = torch.stack([tree._roots for tree in trees])
+    for start in range(0, n, size):
+        stop = min(start + size, n)
+        first = int(roots[:, start].min())  # no query has an ancestor before its row's first one's root
+        query, key = torch.arange(start, stop)[:, None], torch.arange(first, stop)
+        seen = (key <= query) & (query < ends[:, None, first:stop])
+        if window is not None:
+            seen &= positions[:, start:stop, None] - positions[:, None, first:stop] < window
+        there = seen.any(0).any(0).nonzero().flatten()
+        low, high = int(there[0]), int(there[-1]) + 1
+        blocked = ~seen[:, :, low:high]
+        anywhere = blocked.any(0).any(0).nonzero()
+        free = int(anywhere[0]) if len(anywhere) else high - low
+        mask = blocked[:, :, free:].clone() if free < high - low else None
+        tiles.append(AttentionTile(slice(start, stop), slice(first + low, first + high), free, mask))
+    return tiles
 
 
 def pack(sequences: Sequence[Sequence[int] | Tensor]) -> PackedTokens:

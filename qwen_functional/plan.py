@@ -36,7 +36,7 @@ READS = ("last", "all")
 
 @dataclass(frozen=True)
 class Group:
-    """Adapters that go through a block together, and the row of tokens that they read.
+    """Adapters that go through a block together, and the row of tokens that they read, or those of each.
 
     ``at``: where what is read out of theirs lies in that of all, (G, R, H); or in (1, ΣR, H) where each adapter has a
     row of its own.
@@ -114,8 +114,10 @@ class Plan:
         self.n_rows = sum(len(tables.rows) for tables in self.tables)
         ranks = {key: rank for key, rank, *_ in self.structure}
         casts_B = any(B is not compute for _, _, _, _, B, *_ in self.structure)
+        n_tokens = sum(tables.ids.numel() for tables in self.tables)  # with padding
         self.cost = Cost(
-            config, self.n_adapters, sum(self._sizes) / len(trees), self.n_rows / len(trees), compute.itemsize, ranks,
+            config, self.n_adapters, n_tokens / len(trees), (n_tokens if self.joint else self.n_rows) / len(trees),
+            compute.itemsize, ranks,
             top=self.top, lowest=self.lowest, kept_numbers=self._kept_numbers(),
             keeps_mid=self.backend.keeps_mid, copies_adapters=self.backend.captures,
             bound="" if weights.streamed else "AB" if casts_B else "A",
@@ -128,11 +130,12 @@ class Plan:
     def _kept_numbers(self) -> tuple[float, float]:
         """:meth:`Plain.kept_numbers` of the block that keeps most, of an adapter on average."""
         sums = [0, 0]
-        for tables, n_tokens in zip(self.tables, self._sizes, strict=True):
+        for tables in self.tables:
+            n_rows, n_tokens = (len(tables.ids), tables.ids.shape[1]) if tables.joint else (1, len(tables.ids))
             rows = {id(row): row for row in tables.row_at[min(self.lowest, self.top) :]}.values()  # by window
             numbers = max(self.backend.kept_numbers(self.config, row.tiles, n_tokens) for row in rows)
-            sums = [total + number for total, number in zip(sums, numbers, strict=True)]
-        return sums[0] / len(self.tables), sums[1] / len(self.tables)
+            sums = [total + n_rows * number for total, number in zip(sums, numbers, strict=True)]
+        return sums[0] / len(self._sizes), sums[1] / len(self._sizes)
 
     def _n_blocks_to_keep(self, checkpoint: str, memory_budget: int | None) -> int:
         if checkpoint != "auto":
@@ -150,22 +153,38 @@ class Plan:
         nodes, places = _places([[head.reads(tree, index) for head in self.heads] for index, tree in enumerate(trees)])
         # Where all tokens are read the highest block needs no rows of its own.
         self.all_rows = all(len(read) == len(tree) for read, tree in zip(nodes, trees, strict=True))
-        tables = [self._tables(tree, read) for tree, read in zip(trees, nodes, strict=True)]
+        self._together = [slice(index, index + 1) for index in range(len(trees))]
+        if self.own_texts and self.parallel is None:
+            self._together = self.backend.together(self._sizes)
+        # Rows that are computed together are read out at the end.
+        self.joint = any(own.stop - own.start > 1 for own in self._together)
+        tables = []
+        for own in self._together:
+            if own.stop - own.start == 1:
+                tables.append(self._tables(trees[own.start], nodes[own.start]))
+            else:
+                size = max(self._sizes[own])
+                tables.append(self._tables([tree.padded(size) for tree in trees[own]], nodes[own]))
         return tables, [own.to(self.weights.device) for own in places]
 
-    def _tables(self, tokens: PackedTokens, read: Tensor) -> Tables:
+    def _tables(self, tokens: PackedTokens | Sequence[PackedTokens], read: Tensor | Sequence[Tensor]) -> Tables:
         dtype = accumulation_dtype(self.weights.compute_dtype)
         return Tables(
-            self.config, tokens, read, self.top, apart=not self.all_rows, dtype=dtype, device=self.weights.device,
+            self.config, tokens, read, self.top, apart=self.apart, dtype=dtype, device=self.weights.device,
             by_tile=not self.backend.captures,
         )  # fmt: skip
+
+    @property
+    def apart(self) -> bool:
+        """Whether the top block goes on with the rows that are read out alone."""
+        return not self.all_rows and not self.joint
 
     def _grouped(self, compute: torch.dtype) -> list[Group]:
         if self.own_texts:
             groups, first = [], 0
-            for index, tables in enumerate(self.tables):
+            for own, tables in zip(self._together, self.tables, strict=True):
                 last = first + len(tables.rows)
-                groups.append(Group(slice(index, index + 1), tables, (slice(None), slice(first, last))))
+                groups.append(Group(own, tables, (slice(None), slice(first, last))))
                 first = last
             return groups
         chunks = [slice(0, self.n_adapters)]

@@ -1,4 +1,4 @@
-"""What a block needs to know of a packed row: tables on the device."""
+"""What a block needs to know of a packed row, or of several that it computes together: tables on the device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .config import Qwen2Config
 from .ops.rope import rope_tables
-from .packing import AttentionTile, PackedTokens
+from .packing import AttentionTile, PackedTokens, joint_tiles
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Row:
     ``tiles`` are of those queries, and empty on a backend that attends by ``end``.
     """
 
-    q_rope: tuple[Tensor, Tensor]  # cos, sin (S or R, 1, head_dim/2), times 1/sqrt(head_dim)
+    q_rope: tuple[Tensor, Tensor]  # cos, sin (S or R, 1, head_dim/2), times 1/sqrt(head_dim); (G, 1, S, …) of several
     k_rope: tuple[Tensor, Tensor]  # cos, sin (S, head_dim/2)
     tiles: Sequence[AttentionTile]
     rows: Tensor | None
@@ -32,26 +32,27 @@ class Row:
 
 
 class Tables:
-    """A packed row on the device.
+    """A packed row on the device, or several rows of one length.
 
     Args:
-        tokens: the row.
-        read: (R,) the nodes that are read out, ascending.
-        top: the highest block that is computed; with ``apart`` it goes on with the nodes that are read out alone.
+        tokens: the row, or the rows.
+        read: (R,) the nodes that are read out, ascending; of several rows for each of them.
+        top: the highest block that is computed; with ``apart`` it goes on with the nodes that are read out alone, which
+            several rows do not.
         dtype: of the rope tables.
         by_tile: whether attention is cut into tiles, else it goes by ``end``.
 
     Attributes:
-        ids: (S,) int64.
-        rows: ``read`` on the device.
+        ids: (S,) int64, or (G, S).
+        rows: ``read`` on the device; of several rows numbered through, row·S + node.
         row_at: by layer.
     """
 
     def __init__(
         self,
         config: Qwen2Config,
-        tokens: PackedTokens,
-        read: Tensor,
+        tokens: PackedTokens | Sequence[PackedTokens],
+        read: Tensor | Sequence[Tensor],
         top: int,
         *,
         apart: bool,
@@ -59,6 +60,11 @@ class Tables:
         device: torch.device,
         by_tile: bool,
     ) -> None:
+        self.joint = not isinstance(tokens, PackedTokens)
+        if not isinstance(tokens, PackedTokens):
+            self._init_joint(config, tokens, list(read), top, dtype, device)
+            return
+        assert isinstance(read, Tensor)
         self._config, self._top, self._apart, self._by_tile = config, top, apart, by_tile
         self.rows, self.ids = read.to(device), tokens.input_ids.to(device)
         self.end = tokens.end.to(torch.int32).to(device)
@@ -68,6 +74,48 @@ class Tables:
         cos, sin = (table * config.head_dim**-0.5 for table in self.rope)
         self.q_rope = cos[:, None], sin[:, None]
         self._see(tokens, read)
+
+    def _init_joint(
+        self,
+        config: Qwen2Config,
+        trees: Sequence[PackedTokens],
+        read: Sequence[Tensor],
+        top: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        n = len(trees[0])
+        self.ids = torch.stack([tree.input_ids for tree in trees]).to(device)
+        self.rows = torch.cat([index * n + nodes for index, nodes in enumerate(read)]).to(device)
+        positions = torch.stack([tree.positions for tree in trees])
+        cos, sin = rope_tables(config, positions[:, None], dtype, device)  # (G, 1, S, head_dim/2)
+        q_rope = tuple((table * config.head_dim**-0.5)[:, :, :, None] for table in (cos, sin))
+        empty = torch.empty(0, dtype=torch.int32, device=device)  # of backends that attend by these
+        windows = {config.window(layer) for layer in range(top + 1)}
+        rows = {
+            window: Row(
+                (q_rope[0], q_rope[1]), (cos, sin), [tile.to(device) for tile in joint_tiles(trees, window)], None,
+                empty, empty, empty, window,
+            )
+            for window in windows
+        }  # fmt: skip
+        self.row_at = [rows[config.window(layer)] for layer in range(top + 1)]
+
+    def of(self, x: Tensor) -> Tensor:
+        """What is read out of a residual stream (1, S, H), or (G, S, H) of several rows: (1, R, H)."""
+        return x.flatten(0, 1)[self.rows][None] if self.joint else x[:, self.rows]
+
+    def add_(self, x: Tensor, d: Tensor) -> Tensor:
+        """Add cotangents (1, R, H) of what was read out to those of the stream, in place."""
+        if self.joint:
+            x.view(-1, x.shape[-1]).index_add_(0, self.rows, d[0])
+            return x
+        return x.index_add_(1, self.rows, d)
+
+    def spread(self, d: Tensor) -> Tensor:
+        """Cotangents (1, R, H) of what was read out, as those of the stream (1, S, H), or (G, S, H) of several rows."""
+        shape = self.ids.shape if self.joint else (1, *self.ids.shape)
+        return self.add_(d.new_zeros(*shape, d.shape[-1]), d)
 
     def _see(self, tokens: PackedTokens, read: Tensor) -> None:
         """The row as each layer sees it: all of it by sliding window, and in the top block the read-out nodes alone."""

@@ -35,6 +35,22 @@ TEXTS = [
 ]
 
 
+# How adapters are computed: all at once, each alone, or some of either kind.
+TOGETHER = {
+    "together": None,
+    "each alone": [slice(0, 1), slice(1, 2), slice(2, 3)],
+    "two together": [slice(0, 2), slice(2, 3)],
+}
+
+
+@pytest.fixture(params=TOGETHER)
+def groups(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    own = TOGETHER[request.param]
+    if own is not None:
+        monkeypatch.setattr(Cpu, "together", lambda self, sizes: own)
+    return own
+
+
 def expected_of(
     config: Qwen2Config, weights: Any, spec: LoraSpec, tensors: dict[str, Tensor], cotangent: Tensor, layer: Any
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -50,6 +66,7 @@ def expected_of(
     return torch.cat(values, -2), {name: torch.stack([one[name] for one in gradients]) for name in tensors}
 
 
+@pytest.mark.usefixtures("groups")
 @pytest.mark.parametrize("checkpoint", ["none", "block", "auto"])
 @pytest.mark.parametrize("layer", [-1, 1, (0, -1)], ids=str)
 def test_own_texts_equal_those_alone_in_peft(layer: Any, checkpoint: str) -> None:
@@ -63,6 +80,7 @@ def test_own_texts_equal_those_alone_in_peft(layer: Any, checkpoint: str) -> Non
     assert_gradients(vjp(cotangent), gradients)
 
 
+@pytest.mark.usefixtures("groups")
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
 def test_own_texts_equal_those_alone_in_peft_for_every_config(changes: dict[str, Any]) -> None:
     config = tiny_config(**changes)
@@ -74,6 +92,7 @@ def test_own_texts_equal_those_alone_in_peft_for_every_config(changes: dict[str,
     assert_gradients(vjp(cotangent), gradients)
 
 
+@pytest.mark.usefixtures("groups")
 @pytest.mark.parametrize("spec", SPECS)
 def test_own_texts_equal_those_alone_in_peft_for_every_spec(spec: str) -> None:
     config = tiny_config()
@@ -85,6 +104,7 @@ def test_own_texts_equal_those_alone_in_peft_for_every_spec(spec: str) -> None:
     assert_gradients(vjp(cotangent), gradients)
 
 
+@pytest.mark.usefixtures("groups")
 @pytest.mark.parametrize("read", ["last", "all"])
 def test_the_same_texts_for_each_adapter_give_the_numbers_of_shared_ones(read: str, monkeypatch: Any) -> None:
     monkeypatch.setattr(Cpu, "chunks", lambda self, config, n_tokens, n, compute: [slice(0, 1), slice(1, n)])
@@ -106,6 +126,7 @@ def test_the_bare_model_reads_the_texts_of_each() -> None:
     assert relative_error(value, torch.cat(alone)) <= 1e-13
 
 
+@pytest.mark.usefixtures("groups")
 def test_several_heads_have_the_gradients_of_their_sum() -> None:
     config = tiny_config()
     weights, tensors = init_weights(config, dtype=F64), random_lora(config, SPEC, 3)
@@ -123,8 +144,9 @@ def test_several_heads_have_the_gradients_of_their_sum() -> None:
     assert_gradients(together, total, 1e-12)
 
 
-def test_what_is_counted_of_own_texts_is_what_all_of_them_take() -> None:
-    """As many bytes and FLOP as of adapters one by one, but for what they share."""
+def test_what_is_counted_of_own_texts_is_what_all_of_them_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many bytes and FLOP as of adapters one by one, but for what they share; of padding as well where there is."""
+    monkeypatch.setattr(Cpu, "together", lambda self, sizes: TOGETHER["each alone"])
     config = tiny_config()
     weights, tensors = init_weights(config, dtype=F64), random_lora(config, SPEC, 3)
     lora = SPEC.bind(config, tensors)
@@ -133,6 +155,21 @@ def test_what_is_counted_of_own_texts_is_what_all_of_them_take() -> None:
     assert whole.base_flop() == sum(cost.base_flop() for cost in each)
     assert whole.low_rank_flop() == sum(cost.low_rank_flop() for cost in each)
     assert whole.kept_bytes() == sum(cost.kept_bytes() for cost in each)
+    monkeypatch.undo()
+    joint = Plan(config, weights, pack_each(TEXTS), lora)
+    longest = max(map(len, pack_each(TEXTS)))
+    (tables,) = joint.tables
+    assert tuple(tables.ids.shape) == (3, longest)
+    rows = [[list(range(2, 2 + longest))]] * 3  # of one text each, read as a whole
+    whole = Plan(config, weights, pack_each(rows), lora, read="all").cost
+    assert joint.cost.base_flop() == whole.base_flop()
+
+
+def test_rows_of_few_tokens_go_together_up_to_many_and_long_ones_alone() -> None:
+    assert Cpu().together([100] * 5) == [slice(0, 5)]
+    assert Cpu().together([100] * 45) == [slice(0, 20), slice(20, 40), slice(40, 45)]
+    assert Cpu().together([10, 256, 300, 20, 30]) == [slice(0, 2), slice(2, 3), slice(3, 5)]
+    assert Cpu().together([9000]) == [slice(0, 1)]
 
 
 @pytest.mark.parametrize(

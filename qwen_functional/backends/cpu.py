@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ..config import Qwen2Config
@@ -11,6 +13,9 @@ from .plain import Plain
 # The gate and up of the adapters that go through a block together: enough rows for a GEMM, and so few bytes that the
 # C library hands their memory on, where larger pieces go back to the system and are faulted in again.
 CHUNK_BYTES = 48 << 20
+# Rows of so few tokens go through a block several at once, up to this many tokens: each alone they are calls of torch
+# more than work.
+FEW_TOKENS, MOST_TOKENS = 256, 2048
 
 
 class Cpu(Plain):
@@ -23,3 +28,16 @@ class Cpu(Plain):
         most = max(1, CHUNK_BYTES // gate_up)
         each = -(-n_adapters // -(-n_adapters // most))  # as even as can be: all of them are of few sizes
         return [slice(start, min(start + each, n_adapters)) for start in range(0, n_adapters, each)]
+
+    def together(self, sizes: Sequence[int]) -> list[slice]:
+        found, start = list[slice](), 0
+        while start < len(sizes):
+            stop, longest = start + 1, sizes[start]
+            while stop < len(sizes) and max(longest, sizes[stop]) <= FEW_TOKENS:
+                longest_ = max(longest, sizes[stop])
+                if longest_ * (stop + 1 - start) > MOST_TOKENS:
+                    break
+                stop, longest = stop + 1, longest_
+            found.append(slice(start, stop))
+            start = stop
+        return found

@@ -78,6 +78,10 @@ class Plain:
         """Which adapters go through a block together."""
         return [slice(0, n_adapters)]
 
+    def together(self, sizes: Sequence[int]) -> list[slice]:
+        """Which adapters that have rows of their own go through a block together, each row padded to the longest."""
+        return [slice(index, index + 1) for index in range(len(sizes))]
+
     def adapters(self, lora: Lora, compute: torch.dtype) -> Lora:
         """LoRA tensors as :meth:`stack` takes them; once a step."""
         return lora

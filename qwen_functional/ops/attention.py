@@ -106,7 +106,8 @@ def _probabilities(q: Tensor, k: Tensor, tile: AttentionTile) -> Tensor:
     scores = torch.bmm(q, k.mT)
     if tile.blocked is not None:
         bias = torch.zeros_like(tile.blocked, dtype=q.dtype).masked_fill_(tile.blocked, float("-inf"))
-        by_query = scores.view(scores.shape[0], len(bias), -1, scores.shape[-1])
+        bias = bias if bias.dim() == 3 else bias[None]
+        by_query = scores.view(len(bias), -1, bias.shape[1], scores.shape[1] // bias.shape[1], scores.shape[2])
         # Added, which takes half the time that filling in does: no finite score is changed.
-        by_query[..., tile.free :].add_(bias[:, None, :])
+        by_query[..., tile.free :].add_(bias[:, None, :, None])
     return scores.softmax(-1)
