@@ -88,8 +88,9 @@ def main() -> int:
             steps=options.steps + 1, warmup_steps=1, losses={name: Schedule(1.0) for name in losses.split("+")}
         )
         spent: list[float] = []
-        engine = _timed(lm if of_texts else delta, spent, device)
-        given: dict[str, Any] = {"texts": TextLosses(engine)} if of_texts else {"delta": engine}
+        given: dict[str, Any] = {"texts": TextLosses(lm)} if of_texts else {"delta": delta}
+        for part in given.values():
+            _time(part, "mean" if of_texts else "mean_loss", spent, device)
         history = train(generator, tasks, asked, format=format, progress=False, **given)
         seconds = statistics.median(metrics["seconds"] for metrics in history[1:])
         within = statistics.median(spent[1:]) if spent else 0.0
@@ -105,11 +106,11 @@ def ids(vocab_size: int, n: int, chance: torch.Generator) -> torch.Tensor:
     return torch.randint(vocab_size, (n,), generator=chance)
 
 
-def _timed(engine: Any, spent: list[float], device: torch.device) -> Any:
-    """The same object, whose ``mean_loss``, in which an engine's work is done, writes down its seconds."""
-    real: Callable[..., Any] = engine.mean_loss
+def _time(engine: Any, name: str, spent: list[float], device: torch.device) -> None:
+    """Let the method of this name, in which the engine's work is done, write down its seconds."""
+    real: Callable[..., Any] = getattr(engine, name)
 
-    def mean_loss(*arguments: Any, **named: Any) -> Any:
+    def timed(*arguments: Any, **named: Any) -> Any:
         wait(device)
         start = time.perf_counter()
         value = real(*arguments, **named)
@@ -117,8 +118,7 @@ def _timed(engine: Any, spent: list[float], device: torch.device) -> Any:
         spent.append(time.perf_counter() - start)
         return value
 
-    object.__setattr__(engine, "mean_loss", mean_loss)
-    return engine
+    object.__setattr__(engine, name, timed)
 
 
 def wait(device: torch.device) -> None:

@@ -65,6 +65,7 @@ checkpoint_every = 3
 [losses]
 lm = 1.0
 kl = 0.5
+delta = {weight = 0.3, texts = "own", target = "context", positions = "all"}
 l1 = 0.1
 l2 = 0.1
 product_l2 = 0.1

@@ -61,6 +61,7 @@ def read_cases(
     seen: frozenset[str] = frozenset(),
     prompts: Mapping[str, Sequence[str]] | None = None,
     context: str = CONTEXT,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     limits: Limits = Limits(),
     progress: bool = True,
 ) -> list[Case]:
@@ -73,7 +74,7 @@ def read_cases(
         folder: of the base model's checkpoint.
         encoder: of a generator's conditions.
         seen: what a generator was trained on; other conditions are held out.
-        context: how the prompted base's context is made, see :class:`TextReader`.
+        context, chat_template_kwargs: how the prompted base's context is made, see :class:`TextReader`.
 
     Raises:
         ValueError: a file that is off, with the number of the line.
@@ -82,7 +83,7 @@ def read_cases(
     reader = TextReader(
         folder, max_tokens=config.max_position_embeddings, vocab_size=config.vocab_size,
         max_condition=encoder.max_length if encoder is not None and prompts is None else None, names=names,
-        context=context,
+        context=context, chat_template_kwargs=chat_template_kwargs,
     )  # fmt: skip
     cases: dict[str, list[Case]] = {SEEN: [], HELD_OUT: []}
     with tempfile.TemporaryDirectory() as scratch:
