@@ -114,7 +114,8 @@ def test_a_run_is_that_of_a_plain_loop(changes: dict[str, Any], case: Case) -> N
         for name, value in other.items():
             assert metrics[name] == pytest.approx(value, rel=1e-4), (metrics["step"], name)
     for (name, found), parameter in zip(made.named_parameters(), expected.parameters(), strict=True):
-        assert (found - parameter).norm() <= 1e-4 * parameter.norm(), name
+        # Where a gradient is rounding alone Adam still makes whole steps, which differ from processor to processor.
+        assert (found - parameter).norm() <= 5e-4 * parameter.norm(), name
 
 
 def plain_generator(case: Case) -> Generator:
