@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference import relative_error
+from reference import call, relative_error
 from text_case import ByPeft, Own, TextTasks, direct_generator, text_losses, text_tasks, weights
 
 from lora_delta.generate.checkpoints import BEST, METRICS, best_checkpoint, newest_checkpoint
@@ -110,26 +110,30 @@ def evaluation(**changes: Any) -> Evaluation:
 
 
 @pytest.mark.parametrize("losses", [LM, KL | LM], ids=lambda losses: " ".join(losses))
-@pytest.mark.parametrize("limits", [{}, {"conditions": 3, "texts": 2}, {"texts": None}], ids=str)
+@pytest.mark.parametrize("limits", [{}, {"conditions": 2, "texts": 2}, {"texts": None}], ids=str)
 def test_an_evaluation_is_the_loss_per_token_of_held_out_texts(losses: Any, limits: dict[str, Any]) -> None:
     held_out = evaluation(**limits)
     asked = options(steps=2, losses=losses, learning_rate=1e-12, batch_size=2)
     history = train(direct_generator(), text_tasks(), asked, texts=text_losses(), evaluation=held_out, progress=False)
     peft = ByPeft(text_tasks(), options(mean="tokens"))
     peft.bare, peft.model = _models()
-    generator, sums, count = direct_generator(), dict.fromkeys(losses, 0.0), 0
-    for task in text_tasks(4, seed=9)[: limits.get("conditions", 9)]:
+    generator, sums, count, right = direct_generator(), dict.fromkeys(losses, 0.0), 0, list[bool]()
+    for task in text_tasks(4, seed=9)[:: 4 // limits.get("conditions", 4)]:  # spread evenly
         states = task.states[0][None]
         with torch.no_grad():
             written = {name: one[0] for name, one in generator(states, torch.ones(states.shape[:2]).bool()).items()}
         for text in task.texts[: limits.get("texts", 8)]:
             for pair, context in zip(text.pairs, text.contexts, strict=True):
-                count += len(peft.targets(*pair))
+                targets = peft.targets(*pair)
+                count += len(targets)
+                logits = call(peft.model, written, input_ids=torch.cat(pair)[None]).logits[0]
+                right.append(logits[-1 - len(targets) : -1].argmax(-1).tolist() == targets.tolist())
                 for name in losses:
                     sums[name] += float(peft.losses(name, written, pair, context).sum())
     assert "held_out_lm" not in history[0]
     for name in losses:
         assert history[1][f"held_out_{name}"] == pytest.approx(sums[name] / count, rel=1e-5)
+    assert history[1]["held_out_accuracy"] == pytest.approx(sum(right) / len(right))
 
 
 def _models() -> Any:

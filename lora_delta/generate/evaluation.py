@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +24,8 @@ class Evaluation:
     Attributes:
         tasks: held-out conditions and their texts.
         every: steps between evaluations; there is one after the last step as well.
-        conditions, texts: so many conditions are looked at, the first ones, and so many texts of each; None for all.
+        conditions, texts: so many conditions are looked at, spread evenly over all of them, and so many texts of each,
+            the first ones; None for all.
         patience: so many evaluations in a row without a better one end the run; None for never.
     """
 
@@ -52,13 +54,13 @@ class Evaluation:
         names = self._names(terms)
         counted = [name for name in names if name not in ("lm", "accuracy")]
         n = len(self.tasks) if self.conditions is None else min(self.conditions, len(self.tasks))
-        own = range(n)[shares.own(n)]
+        own = [index * len(self.tasks) // n for index in range(n)][shares.own(n)]
         sums = torch.zeros(2, len(names), dtype=torch.float64, device=device)  # values, and of how many each is
         was_training = generator.training
         generator.eval()
         try:
-            for start in range(own.start, own.stop, options.batch_size):
-                indices = range(start, min(start + options.batch_size, own.stop))
+            for start in range(0, len(own), options.batch_size):
+                indices = own[start : start + options.batch_size]
                 batch = self._batch(indices, options.prompts_per_condition)
                 condition = Condition.collate(batch.states).to(device)
                 examples, count = pairs_of(batch.texts), n_targets(batch.texts)
@@ -79,7 +81,7 @@ class Evaluation:
         values, sizes = shares.sum_(sums)
         return {f"{PREFIX}{name}": value for name, value in zip(names, (values / sizes).tolist(), strict=True)}
 
-    def _batch(self, indices: range, n_prompts: int) -> Batch:
+    def _batch(self, indices: Sequence[int], n_prompts: int) -> Batch:
         tasks = [Task(*self.tasks[index]) for index in indices]
         states = [torch.cat([task.states[i] for i in range(min(n_prompts, len(task.states)))]) for task in tasks]
         texts = [[task.texts[i] for i in range(min(self.texts or len(task.texts), len(task.texts)))] for task in tasks]
