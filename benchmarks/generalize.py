@@ -141,7 +141,8 @@ def train(name: str, seed: int, path: Path, options: argparse.Namespace) -> Path
         parts.append(f'data = "{(data / f"{way.data}-{seed}.jsonl").resolve()}"')
     if way.probes is not None:
         labels, spent = teachers(options.out / "teachers", seed, way.probes)
-        parts += [f'labels = "{labels.resolve()}"', f'prompts = "{(labels.parent / f"prompts-{seed}.jsonl").resolve()}"']
+        prompts = labels.parent / f"prompts-{seed}.jsonl"
+        parts += [f'labels = "{labels.resolve()}"', f'prompts = "{prompts.resolve()}"']
     else:
         parts.append(f"[adapter]\nrank = {SPEC.rank}\nalpha = {SPEC.alpha}")
     text = RUN.format(

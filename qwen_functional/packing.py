@@ -108,8 +108,8 @@ class PackedTokens:
         """The same row with so many nodes: those behind it are texts of one token, which nobody reads."""
         more = torch.arange(len(self), size)
         none = torch.zeros_like(more)
-        parts = (self.input_ids, none), (self.positions, none), (self.end, more + 1)
-        return PackedTokens(*(torch.cat(pair) for pair in parts), self.paths)
+        ids, positions, end = torch.cat((self.input_ids, none)), torch.cat((self.positions, none)), self.end
+        return PackedTokens(ids, positions, torch.cat((end, more + 1)), self.paths)
 
     def tiles(self, window: int | None = None, size: int = TILE) -> list[AttentionTile]:
         """Attention of the whole row, ``size`` queries to a tile.

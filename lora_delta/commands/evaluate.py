@@ -105,12 +105,12 @@ def _runs(options: argparse.Namespace) -> tuple[list[Any], list[Any]]:
             seen = seen_conditions(folder, run.facts)
         elif run.facts["model_sha256"] != first.facts["model_sha256"]:
             raise ValueError(f"{folder} is of another base model than {options.folders[0]}, expected the same")
-        of_texts = run.facts.get("texts") or {}
-        given = {"context": options.context or of_texts.get("context")}
+        of_texts: dict[str, Any] = dict(run.facts.get("texts") or {})
+        given: dict[str, Any] = {"context": options.context or run.context, "limits": _limits(options)}
         given["chat_template_kwargs"] = of_texts.get("chat_template_kwargs")
         own = read_cases(
             options.data, run.folder, run.config, encoder=run.encoder, seen=seen, prompts=prompts,
-            limits=_limits(options), progress=not options.quiet, **{name: value for name, value in given.items() if value is not None},
+            progress=not options.quiet, **given,
         )  # fmt: skip
         judge = base_judge(run.config, run.weights, own)
         ways = judge_run(run, judge, seed=options.seed)

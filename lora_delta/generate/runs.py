@@ -39,6 +39,7 @@ from .prompts import read_prompts
 from .run_config import ADDITIVE, AdapterOptions, RunConfig
 from .tasks import Tasks
 from .terms import TextLosses, Written
+from .text_lines import CONTEXT as CONTEXT_OF_TEXTS
 from .text_lines import TextReader
 from .texts import TextSet
 from .tokens import TokenFormat
@@ -125,7 +126,7 @@ def train_run(config: RunConfig, ranks: Ranks | None = None, *, progress: bool =
         kept = {name: config.generator[name] for name in ("kind", "from_teachers") if name in config.generator}
         facts |= {"spec": spec_facts(spec), "generator": {**generator.sizes, **kept}}
         run = run or stack.enter_context(RunFolder.locked(config.out, ranks))
-        run.begin(Identity(facts, shown=shown), about={"base": config.base})
+        run.begin(Identity(facts, shown=shown), about={"base": config.base, "context": config.teacher.context})
         if not run.progress.steps:
             _fit(generator, tasks, config)
         return train(
@@ -353,10 +354,12 @@ class Run:
     Attributes:
         facts: what its checkpoint depends on.
         folder: of the base model.
+        context: how a teacher's context is made of ``{condition}`` and ``{prompt}``, as the run's file says it.
     """
 
     base: str
     folder: Path
+    context: str
     facts: Mapping[str, Any]
     config: Qwen2Config
     weights: Qwen2Weights
@@ -407,4 +410,7 @@ def load_run(
     generator.load_state_dict(state["generator"])
     layer, max_length = facts["condition_layer"], facts["max_length"]
     encoder = PromptEncoder(config, weights, load_tokenizer(where), layer=layer, max_length=max_length)
-    return Run(told["base"], where, facts, config, weights, encoder, format, spec, generator.eval())
+    context = told.get("context", CONTEXT_OF_TEXTS)
+    if not isinstance(context, str):
+        raise ValueError(f"{folder / RUN} has the context {context!r:.100}, expected a text")
+    return Run(told["base"], where, context, facts, config, weights, encoder, format, spec, generator.eval())
