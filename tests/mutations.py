@@ -59,13 +59,15 @@ AREAS: dict[str, tuple[int, dict[str, str]]] = {
     }),
     "lm loss": (4, {
         f"{MODEL}ops/lm_head.py": "token_loss lm_loss parallel",
-        f"{HOUSE}lm_loss.py {HOUSE}teachers.py": "lm_loss text_training",
+        f"{HOUSE}lm_loss.py {HOUSE}teachers.py": "lm_loss text_training evaluate",
+        f"{HOUSE}own_texts.py {HOUSE}text_delta.py": "lm_loss text_delta text_training",
     }),
     "texts": (4, {
         f"{STEPS}texts.py {STEPS}text_lines.py": "texts",
         f"{STEPS}terms.py {STEPS}tasks.py {STEPS}evaluation.py {STEPS}trackers.py": (
             "text_training training training_ranks trackers"),
     }),
+    "evaluate": (3, {f"{STEPS}judge.py {STEPS}controls.py": "evaluate demo"}),
     "ops": (4, {
         f"{MODEL}ops/*": "ops overflow drawn engine",
         f"{MODEL}finite.py {MODEL}dtypes.py": "lora ops losses delta_errors delta_module engine",
