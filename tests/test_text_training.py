@@ -109,12 +109,16 @@ def evaluation(**changes: Any) -> Evaluation:
     return Evaluation(text_tasks(4, seed=9), **{"every": 2, **changes})
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("losses", [LM, KL | LM], ids=lambda losses: " ".join(losses))
 @pytest.mark.parametrize("limits", [{}, {"conditions": 2, "texts": 2}, {"texts": None}], ids=str)
-def test_an_evaluation_is_the_loss_per_token_of_held_out_texts(losses: Any, limits: dict[str, Any]) -> None:
-    held_out = evaluation(**limits)
+def test_an_evaluation_is_the_loss_per_token_of_held_out_texts(
+    losses: Any, limits: dict[str, Any], smoothing: float
+) -> None:
+    """Without the label smoothing of the training."""
+    held_out, of_texts = evaluation(**limits), text_losses(label_smoothing=smoothing)
     asked = options(steps=2, losses=losses, learning_rate=1e-12, batch_size=2)
-    history = train(direct_generator(), text_tasks(), asked, texts=text_losses(), evaluation=held_out, progress=False)
+    history = train(direct_generator(), text_tasks(), asked, texts=of_texts, evaluation=held_out, progress=False)
     peft = ByPeft(text_tasks(), options(mean="tokens"))
     peft.bare, peft.model = _models()
     generator, sums, count, right = direct_generator(), dict.fromkeys(losses, 0.0), 0, list[bool]()

@@ -72,7 +72,8 @@ class Evaluation:
                     scores = [one for own in lm_texts.lm.scores(examples, written.tensors) for one in own]
                     totals = {"lm": sum(one.nats for one in scores), "accuracy": sum(one.right for one in scores)}
                     if counted:
-                        ones = dict.fromkeys(counted, 1.0)
+                        # Beside the cross-entropy a KL has no label smoothing.
+                        ones = dict.fromkeys([*counted, *(["lm"] if "kl" in counted else [])], 1.0)
                         _, means = lm_texts.mean(written.tensors, batch.texts, ones, n_tokens=count)
                         totals |= {name: float(means[name]) * of.get(name, count) for name in counted}
                 sums += torch.stack((sums.new_tensor([totals[name] for name in names]), sizes))
