@@ -185,16 +185,6 @@ class DifferentiableDeltaCompute(Frozen):
         return self.probes.truncated
 
     @property
-    def device(self) -> torch.device:
-        """Where the LoRA tensors are expected, and the deltas come out."""
-        return self.weights.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that the base model is stored in."""
-        return self.weights.dtype
-
-    @property
     def is_split(self) -> bool:
         """Whether several ranks have to make each call together: the model or the adapters are split over them."""
         return self.weights.parallel is not None or self._passes.shares.size > 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,22 +33,24 @@ def load_frozen(
     return config, weights if compute_dtype is None else weights.compute_in(compute_dtype)
 
 
-class Frozen(nn.Module, ABC):
+class Frozen(nn.Module):
     """A module with a base model that is not its parameters: torch would move nothing, and not say so.
 
     To another device it cannot be moved, nor within a module that is. To another dtype it cannot either; but within a
     module that is it stays as it is, as a frozen base should where a network beside it trains in another dtype.
     """
 
-    @property
-    @abstractmethod
-    def device(self) -> torch.device:
-        """Where its tensors are."""
+    weights: Qwen2Weights
 
     @property
-    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the LoRA tensors are expected, and what is made of them comes out."""
+        return self.weights.device
+
+    @property
     def dtype(self) -> torch.dtype:
-        """The dtype that they are stored in."""
+        """The dtype that the base model is stored in."""
+        return self.weights.dtype
 
     def to(self: Self, *args: Any, **kwargs: Any) -> Self:
         """Itself, where that is the device and dtype it has.

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from qwen_functional import Lora, LoraSpec, Qwen2Config, Qwen2Weights
+from qwen_functional import LoraSpec, Qwen2Config, Qwen2Weights
 from qwen_functional.compiled import opaque
 from qwen_functional.heads import TokenLoss
 from qwen_functional.ops.lm_head import StateTargets, Targets, lm_head_scores
-from qwen_functional.plan import check_options
 
 from . import autograd
-from .frozen import Frozen, load_frozen
-from .own_texts import Ask, Column, Examples, OwnTexts, TextPasses, read_states, require_examples
-from .passes import check_pass_options, prepacked
+from .own_texts import Column, Examples, OverTexts, OwnTexts
 from .teachers import States, TopK
 
 REDUCTIONS = ("token", "example")
@@ -45,7 +41,7 @@ def _mean(losses: Tensor, adapters: slice) -> Tensor:
     return losses.mean()
 
 
-class DifferentiableLMLoss(Frozen):
+class DifferentiableLMLoss(OverTexts):
     """Maps LoRA tensors to the loss of the adapted model on each adapter's own examples, with gradients.
 
     The loss is of the completions' tokens alone. All adapters run at once, nothing is padded, prompts that an adapter's
@@ -82,63 +78,16 @@ class DifferentiableLMLoss(Frozen):
         mesh: DeviceMesh | None = None,
         validate: bool = True,
     ) -> None:
-        super().__init__()
         if weights.lm_head is None:
             raise ValueError("weights have no lm_head, which a loss needs; expected load_pretrained with lm_head=True")
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction is {reduction!r}, expected one of {REDUCTIONS}")
         TokenLoss((), label_smoothing)
-        check_pass_options(adapters_per_pass, prepack)
-        check_options(checkpoint)
-        self.spec = LoraSpec() if spec is None else spec
-        self.lora_shapes = self.spec.shapes(config)
-        self.config, self.weights = config, prepacked(weights, prepack)
+        super().__init__(
+            config, weights, spec, adapters_per_pass=adapters_per_pass, checkpoint=checkpoint,
+            memory_budget=memory_budget, prepack=prepack, mesh=mesh, validate=validate,
+        )  # fmt: skip
         self.label_smoothing, self.reduction = label_smoothing, reduction
-        self._passes_options: dict[str, Any] = {"adapters_per_pass": adapters_per_pass, "mesh": mesh}
-        self._engine: dict[str, Any] = {"checkpoint": checkpoint, "memory_budget": memory_budget}
-        self._validate = validate
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        model: str | Path,
-        spec: LoraSpec | None = None,
-        dtype: torch.dtype = torch.bfloat16,
-        device: torch.device | str | None = None,
-        *,
-        revision: str | None = None,
-        local_files_only: bool = False,
-        compute_dtype: torch.dtype | None = None,
-        mesh: DeviceMesh | None = None,
-        stream: bool | str = False,
-        **options: Any,
-    ) -> DifferentiableLMLoss:
-        """Load a base model.
-
-        Args:
-            model: hub id or folder.
-            device: by default a GPU where there is one, else the CPU.
-            compute_dtype: of the matrix multiplications, see :meth:`qwen_functional.Qwen2Weights.compute_in`.
-            mesh: of several processes: ``"tp"`` splits the model, ``"dp"`` the adapters.
-            stream: leave the base on ``"disk"`` (True) or in the ``"host"``'s memory, see ``load_pretrained``.
-            options: the keyword arguments of the constructor.
-
-        Raises:
-            ValueError: as the constructor and ``load_pretrained`` do.
-        """
-        where: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
-        base = load_frozen(model, device, compute_dtype, dtype=dtype, mesh=mesh, stream=stream, **where)
-        return cls(*base, spec, mesh=mesh, **options)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the LoRA tensors are expected, and the losses come out."""
-        return self.weights.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that the base model is stored in."""
-        return self.weights.dtype
 
     @opaque
     def forward(
@@ -310,33 +259,6 @@ class DifferentiableLMLoss(Frozen):
         smoothing = 0.0 if cross_entropy else self.label_smoothing
         kl = _TokenColumn(teacher, self.reduction, total, smoothing, temperature)
         return [kl, plain] if cross_entropy else [kl]
-
-    def read(
-        self,
-        texts: OwnTexts,
-        lora: Lora | None,
-        asks: Sequence[Ask],
-        counts: Sequence[Sequence[int]] | None = None,
-    ) -> list[list[Tensor]]:
-        """Hidden states of texts, see :func:`lora_delta.own_texts.read_states`."""
-        passes = self._passes_options["adapters_per_pass"]
-        return read_states(
-            self.config, self.weights, texts, lora, asks, counts=counts, adapters_per_pass=passes, **self._engine
-        )
-
-    def passes(self, texts: OwnTexts, columns: Sequence[Column]) -> TextPasses:
-        """Texts through the engine, as this loss runs them."""
-        return TextPasses(self.config, self.weights, texts, columns, **self._passes_options, **self._engine)
-
-    def bound(self, tensors: Mapping[str, Tensor], examples: Examples) -> Lora:
-        """LoRA tensors as the engine takes them.
-
-        Raises:
-            ValueError: as :meth:`LoraSpec.bind`; examples of another number of adapters.
-        """
-        lora = autograd.bound(self.spec, self.config, tensors, self.device, validate=self._validate)
-        require_examples(examples, lora.n_adapters)
-        return lora
 
 
 @dataclass(frozen=True)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from qwen_functional import Lora, Qwen2Config, Qwen2Weights, pack_each
+from qwen_functional import Lora, LoraSpec, Qwen2Config, Qwen2Weights, pack_each
 from qwen_functional.dtypes import accumulation_dtype
 from qwen_functional.forward import forward_vjp
 from qwen_functional.heads import Head, Hidden
 from qwen_functional.packing import check_ids, token_row
+from qwen_functional.plan import check_options
 
-from .passes import AdapterPasses
+from . import autograd
+from .frozen import Frozen, load_frozen
+from .passes import AdapterPasses, check_pass_options, prepacked
 
 Ids = Sequence[int] | Tensor
 Example = tuple[Ids, Ids]  # the ids of a prompt, and of its completion
@@ -229,8 +233,100 @@ def in_context(examples: Examples, contexts: Contexts, positions: str) -> list[l
     return found
 
 
-def require_examples(examples: Examples, n_adapters: int) -> None:
-    """Raises ``ValueError`` where they are not those of so many adapters."""
-    if not isinstance(examples, Sequence) or isinstance(examples, str) or len(examples) != n_adapters:
-        found = f"of {len(examples)}" if isinstance(examples, Sequence) else f"a {type(examples).__name__}"
-        raise ValueError(f"examples are {found}, expected a list for each of {n_adapters} adapters")
+class OverTexts(Frozen):
+    """A differentiable function of LoRA tensors, over texts that each adapter has for itself.
+
+    Args:
+        config, weights: the base model.
+        spec: the LoRA; by default rank 16, alpha 32, all seven projections.
+        adapters_per_pass, prepack, mesh, validate: as for :class:`lora_delta.DifferentiableDeltaCompute`.
+        checkpoint, memory_budget: see :func:`qwen_functional.forward.forward_vjp`.
+    """
+
+    reads_lm_head = True
+
+    def __init__(
+        self,
+        config: Qwen2Config,
+        weights: Qwen2Weights,
+        spec: LoraSpec | None,
+        *,
+        adapters_per_pass: int | None,
+        checkpoint: str,
+        memory_budget: int | None,
+        prepack: bool | str,
+        mesh: DeviceMesh | None,
+        validate: bool,
+    ) -> None:
+        super().__init__()
+        check_pass_options(adapters_per_pass, prepack)
+        check_options(checkpoint)
+        self.spec = LoraSpec() if spec is None else spec
+        self.lora_shapes = self.spec.shapes(config)
+        self.config, self.weights = config, prepacked(weights, prepack)
+        self.adapters_per_pass, self.mesh = adapters_per_pass, mesh
+        self.engine: dict[str, Any] = {"checkpoint": checkpoint, "memory_budget": memory_budget}
+        self._validate = validate
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        spec: LoraSpec | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+        *,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        compute_dtype: torch.dtype | None = None,
+        mesh: DeviceMesh | None = None,
+        stream: bool | str = False,
+        **options: Any,
+    ) -> Self:
+        """Load a base model.
+
+        Args:
+            model: hub id or folder.
+            device: by default a GPU where there is one, else the CPU.
+            compute_dtype: of the matrix multiplications, see :meth:`qwen_functional.Qwen2Weights.compute_in`.
+            mesh: of several processes: ``"tp"`` splits the model, ``"dp"`` the adapters.
+            stream: leave the base on ``"disk"`` (True) or in the ``"host"``'s memory, see ``load_pretrained``.
+            options: the keyword arguments of the constructor.
+
+        Raises:
+            ValueError: as the constructor and ``load_pretrained`` do.
+        """
+        where: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
+        where["lm_head"] = cls.reads_lm_head
+        base = load_frozen(model, device, compute_dtype, dtype=dtype, mesh=mesh, stream=stream, **where)
+        return cls(*base, spec, mesh=mesh, **options)
+
+    def read(
+        self,
+        texts: OwnTexts,
+        lora: Lora | None,
+        asks: Sequence[Ask],
+        counts: Sequence[Sequence[int]] | None = None,
+    ) -> list[list[Tensor]]:
+        """Hidden states of texts, see :func:`read_states`."""
+        return read_states(
+            self.config, self.weights, texts, lora, asks, counts=counts, adapters_per_pass=self.adapters_per_pass,
+            **self.engine,
+        )  # fmt: skip
+
+    def passes(self, texts: OwnTexts, columns: Sequence[Column]) -> TextPasses:
+        """Texts through the engine, as this runs them."""
+        return TextPasses(self.config, self.weights, texts, columns, self.adapters_per_pass, self.mesh, **self.engine)
+
+    def bound(self, tensors: Mapping[str, Tensor], examples: Examples) -> Lora:
+        """LoRA tensors as the engine takes them.
+
+        Raises:
+            ValueError: as :meth:`LoraSpec.bind`; examples of another number of adapters.
+        """
+        lora = autograd.bound(self.spec, self.config, tensors, self.device, validate=self._validate)
+        n = lora.n_adapters
+        if not isinstance(examples, Sequence) or isinstance(examples, str) or len(examples) != n:
+            found = f"of {len(examples)}" if isinstance(examples, Sequence) else f"a {type(examples).__name__}"
+            raise ValueError(f"examples are {found}, expected a list for each of {n} adapters")
+        return lora

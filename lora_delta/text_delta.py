@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,24 +15,13 @@ from qwen_functional.compiled import opaque
 from qwen_functional.dtypes import accumulation_dtype
 from qwen_functional.forward import forward_vjp
 from qwen_functional.heads import Hidden
-from qwen_functional.plan import check_options, checked_layers
+from qwen_functional.plan import checked_layers
 
 from . import autograd
 from .delta import POOLINGS
-from .frozen import Frozen, load_frozen
 from .generate.losses import adapters_delta_loss
-from .own_texts import (
-    POSITIONS,
-    Column,
-    Contexts,
-    Examples,
-    OwnTexts,
-    TextPasses,
-    in_context,
-    read_states,
-    require_examples,
-)
-from .passes import AdapterPasses, check_pass_options, prepacked, zero_lora
+from .own_texts import POSITIONS, Column, Contexts, Examples, OverTexts, OwnTexts, in_context
+from .passes import AdapterPasses, zero_lora
 
 AdaptersLoss = Callable[[Tensor, Tensor, Tensor, int], Tensor]  # see adapters_delta_loss
 
@@ -56,7 +43,7 @@ class DeltaTarget:
         return [wanted - base for base, wanted in zip(self.base, self.wanted, strict=True)]
 
 
-class DifferentiableTextDelta(Frozen):
+class DifferentiableTextDelta(OverTexts):
     """Maps LoRA tensors to their deltas on texts, with gradients: ``h(base + θ) − h(base)`` of each position.
 
     Unlike :class:`DifferentiableDeltaCompute`, which reads a few probes that are the same for all adapters and all
@@ -79,6 +66,8 @@ class DifferentiableTextDelta(Frozen):
         ValueError: an argument that is off.
     """
 
+    reads_lm_head = False
+
     def __init__(
         self,
         config: Qwen2Config,
@@ -95,54 +84,16 @@ class DifferentiableTextDelta(Frozen):
         mesh: DeviceMesh | None = None,
         validate: bool = True,
     ) -> None:
-        super().__init__()
         for name, value, known in (("positions", positions, POSITIONS), ("pooling", pooling, POOLINGS)):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}, expected one of {known}")
-        check_pass_options(adapters_per_pass, prepack)
-        check_options(checkpoint)
-        self.layers, self.single_layer = checked_layers(config, layer), isinstance(layer, int)
+        layers = checked_layers(config, layer)
+        super().__init__(
+            config, weights, spec, adapters_per_pass=adapters_per_pass, checkpoint=checkpoint,
+            memory_budget=memory_budget, prepack=prepack, mesh=mesh, validate=validate,
+        )  # fmt: skip
+        self.layers, self.single_layer = layers, isinstance(layer, int)
         self.positions, self.pooling = positions, pooling
-        self.spec = LoraSpec() if spec is None else spec
-        self.lora_shapes = self.spec.shapes(config)
-        self.config, self.weights = config, prepacked(weights, prepack)
-        self.adapters_per_pass, self._mesh = adapters_per_pass, mesh
-        self.engine: dict[str, Any] = {"checkpoint": checkpoint, "memory_budget": memory_budget}
-        self._validate = validate
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        model: str | Path,
-        spec: LoraSpec | None = None,
-        dtype: torch.dtype = torch.bfloat16,
-        device: torch.device | str | None = None,
-        *,
-        revision: str | None = None,
-        local_files_only: bool = False,
-        compute_dtype: torch.dtype | None = None,
-        mesh: DeviceMesh | None = None,
-        stream: bool | str = False,
-        **options: Any,
-    ) -> DifferentiableTextDelta:
-        """Load a base model; arguments as of :meth:`DifferentiableLMLoss.from_pretrained`.
-
-        Raises:
-            ValueError: as the constructor and ``load_pretrained`` do.
-        """
-        where: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only, "lm_head": False}
-        base = load_frozen(model, device, compute_dtype, dtype=dtype, mesh=mesh, stream=stream, **where)
-        return cls(*base, spec, mesh=mesh, **options)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the LoRA tensors are expected, and the deltas come out."""
-        return self.weights.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that the base model is stored in."""
-        return self.weights.dtype
 
     @opaque
     def forward(self, tensors: Mapping[str, Tensor], examples: Examples) -> Tensor:
@@ -158,7 +109,7 @@ class DifferentiableTextDelta(Frozen):
         Raises:
             ValueError: as :meth:`DifferentiableLMLoss.forward`.
         """
-        lora, texts = self._bound(tensors, examples), self.texts(examples)
+        lora, texts = self.bound(tensors, examples), self.texts(examples)
         passes = _DeltaPasses(self, texts)
         value = autograd.values(passes, lora) - passes.base(lora)
         value = value[:, 0] if self.single_layer else value
@@ -182,11 +133,8 @@ class DifferentiableTextDelta(Frozen):
         Raises:
             ValueError: as :meth:`forward`; a target of other examples.
         """
-        lora, texts = self._bound(tensors, examples), self.texts(examples)
-        passes = TextPasses(
-            self.config, self.weights, texts, [self.column(texts, target, loss)], self.adapters_per_pass, self._mesh,
-            **self.engine,
-        )  # fmt: skip
+        lora, texts = self.bound(tensors, examples), self.texts(examples)
+        passes = self.passes(texts, [self.column(texts, target, loss)])
         return autograd.mean_loss(passes, lora, lambda losses, adapters: losses.mean())
 
     def target(
@@ -221,7 +169,7 @@ class DifferentiableTextDelta(Frozen):
         contexts: Contexts | None = None,
     ) -> list[Tensor]:
         """The teacher's states of :meth:`target`, of each adapter (layers, P, H)."""
-        lora, texts = None if tensors is None else self._bound(tensors, examples), self.texts(examples)
+        lora, texts = None if tensors is None else self.bound(tensors, examples), self.texts(examples)
         if contexts is None:
             return self._states(texts, lora)
         behind = self.texts(in_context(examples, contexts, self.positions))
@@ -243,6 +191,11 @@ class DifferentiableTextDelta(Frozen):
                     raise ValueError(f"target: {found}, expected {expected} as its examples")
         return _DeltaColumn(self, target, loss)
 
+    def head(self, texts: OwnTexts, adapters: slice) -> Hidden:
+        """What reads the texts of the adapters in a slice."""
+        own = range(len(texts))[adapters]
+        return Hidden(self.layers, [texts.rows(index, self.positions) for index in own])
+
     def texts(self, examples: Examples) -> OwnTexts:
         """Examples as this reads them; raises as :class:`OwnTexts` does."""
         return OwnTexts(self.config, examples, [self.positions])
@@ -250,16 +203,7 @@ class DifferentiableTextDelta(Frozen):
     def _states(
         self, texts: OwnTexts, lora: Lora | None, counts: Sequence[Sequence[int]] | None = None
     ) -> list[Tensor]:
-        (found,) = read_states(
-            self.config, self.weights, texts, lora, [(self.layers, self.positions)], counts=counts,
-            adapters_per_pass=self.adapters_per_pass, **self.engine,
-        )  # fmt: skip
-        return found
-
-    def _bound(self, tensors: Mapping[str, Tensor], examples: Examples) -> Lora:
-        lora = autograd.bound(self.spec, self.config, tensors, self.device, validate=self._validate)
-        require_examples(examples, lora.n_adapters)
-        return lora
+        return self.read(texts, lora, [(self.layers, self.positions)], counts)[0]
 
 
 class _DeltaColumn:
@@ -269,8 +213,7 @@ class _DeltaColumn:
         self.delta, self.target, self.loss = delta, target, loss
 
     def head(self, texts: OwnTexts, adapters: slice) -> Hidden:
-        own = range(len(texts))[adapters]
-        return Hidden(self.delta.layers, [texts.rows(index, self.delta.positions) for index in own])
+        return self.delta.head(texts, adapters)
 
     def losses(self, read: Tensor, texts: OwnTexts, adapters: slice) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         own = range(len(texts))[adapters]
@@ -291,7 +234,7 @@ class _DeltaPasses(AdapterPasses):
     """Hidden states (G, layers, P, H), or their means (G, layers, H), of adapters' own texts."""
 
     def __init__(self, delta: DifferentiableTextDelta, texts: OwnTexts) -> None:
-        super().__init__(delta.adapters_per_pass, delta._mesh)
+        super().__init__(delta.adapters_per_pass, delta.mesh)
         self.delta, self.texts = delta, texts
         self.counts = torch.tensor([sum(texts.counts(index, delta.positions)) for index in range(len(texts))])
 
@@ -312,8 +255,7 @@ class _DeltaPasses(AdapterPasses):
 
     def run(self, lora: Lora, adapters: slice, wanted: Sequence[str] | None) -> tuple[Tensor, Callable]:
         delta, texts = self.delta, self.texts
-        own = range(len(texts))[adapters]
-        head = Hidden(delta.layers, [texts.rows(index, delta.positions) for index in own])
+        own, head = range(len(texts))[adapters], delta.head(texts, adapters)
         (read,), vjp = forward_vjp(
             delta.config, delta.weights, texts.trees[adapters], lora[adapters], heads=[head], wrt=wanted,
             **delta.engine,

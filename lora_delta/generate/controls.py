@@ -259,6 +259,7 @@ def seen_conditions(folder: str | Path, facts: Mapping[str, Any]) -> frozenset[s
 def base_judge(
     config: Qwen2Config, weights: Qwen2Weights, cases: Sequence[Case], per_pass: int = 16
 ) -> Judge:
+    """A judge of what adapters do to a base model."""
     return Judge(DifferentiableLMLoss(config, weights), cases, per_pass=per_pass)
 
 
