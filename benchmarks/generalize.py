@@ -135,10 +135,10 @@ def train(name: str, seed: int, path: Path, options: argparse.Namespace) -> Path
     way, run = WAYS[name], path / "run"
     if (path / "done.json").exists():
         return run
-    data, spent, parts = options.out / "data", 0.0, []
-    write_data(data, seed)
+    spent, parts = 0.0, []
     if way.data is not None:
-        parts.append(f'data = "{(data / f"{way.data}-{seed}.jsonl").resolve()}"')
+        data = write_data(options.out / "data", way.data, seed)
+        parts.append(f'data = "{data.resolve()}"')
     if way.probes is not None:
         labels, spent = teachers(options.out / "teachers", seed, way.probes)
         prompts = labels.parent / f"prompts-{seed}.jsonl"
@@ -200,26 +200,30 @@ def table(folder: Path, ways: Sequence[str], split: str) -> str:
     return "\n".join(rows)
 
 
-def write_data(folder: Path, seed: int) -> None:
-    """The files of texts that ways are trained on; they are the same whenever they are written."""
-    if (folder / f"questions-{seed}.jsonl").exists():
-        return
+def write_data(folder: Path, name: str, seed: int) -> Path:
+    """A file of texts that ways are trained on; the same whenever it is written."""
+    path = folder / f"{name}-{seed}.jsonl"
+    if path.exists():
+        return path
     chance = random.Random(seed)
     every = list(lines(SEEN, chance, per_condition=6))
-    write_lines(folder / f"train-{seed}.jsonl", every)
-    for n in (10, 40):
-        few = {task.name for task in random.Random(seed + 1).sample(list(SEEN), n)}
-        write_lines(folder / f"train{n}-{seed}.jsonl", [line for line in every if line["task"] in few])
-    named = ({**line, "condition": f"teachers-{seed}/{line['task']}"} for line in every)
-    write_lines(folder / f"named-{seed}.jsonl", named)
-    write_lines(folder / f"few-{seed}.jsonl", lines(SEEN, random.Random(seed), per_condition=2))
-    shuffled = [line["completion"] for line in every]
-    chance.shuffle(shuffled)
-    pairs = zip(every, shuffled, strict=True)
-    write_lines(folder / f"foreign-{seed}.jsonl", [{**line, "completion": other} for line, other in pairs])
-    write_lines(folder / f"answered-{seed}.jsonl", answered(every))
-    questions = ({**line, "prompt": line["prompt"][:-1], "completion": "="} for line in every)
-    write_lines(folder / f"questions-{seed}.jsonl", questions)
+    if name == "few":
+        every = list(lines(SEEN, random.Random(seed), per_condition=2))
+    elif name == "named":
+        every = [{**line, "condition": f"teachers-{seed}/{line['task']}"} for line in every]
+    elif name == "foreign":
+        completions = [line["completion"] for line in every]
+        chance.shuffle(completions)
+        every = [{**line, "completion": other} for line, other in zip(every, completions, strict=True)]
+    elif name == "answered":
+        every = answered(every)
+    elif name == "questions":
+        every = [{**line, "prompt": line["prompt"][:-1], "completion": "="} for line in every]
+    elif name != "train":  # on fewer tasks
+        few = {task.name for task in random.Random(seed + 1).sample(list(SEEN), int(name.removeprefix("train")))}
+        every = [line for line in every if line["task"] in few]
+    write_lines(path, every)
+    return path
 
 
 def answered(every: Sequence[dict[str, str]], most: int = 48, at_once: int = 64) -> list[dict[str, str]]:
