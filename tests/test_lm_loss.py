@@ -414,6 +414,11 @@ def test_on_real_weights_loss_and_gradients_equal_peft(real_checkpoint: str) -> 
         ]
         expected = torch.cat(each).mean()
         expected.backward()
-        assert abs(float(value[g] - expected)) <= 1e-4 * float(expected)
-        for name, tensor in theirs.items():
-            assert relative_error(ours[name].grad[g], tensor.grad) <= 1e-4, name  # type: ignore[index, arg-type]
+        assert value[g].item() == pytest.approx(expected.item(), rel=1e-4)
+        of_peft = {name: tensor.grad for name, tensor in theirs.items() if tensor.grad is not None}
+        assert of_peft.keys() == theirs.keys()
+        of_ours = {name: ours[name].grad[g] for name in of_peft}  # type: ignore[index]
+        whole = (torch.cat([part.flatten() for part in parts.values()]) for parts in (of_ours, of_peft))
+        assert relative_error(*whole) <= 1e-4
+        for name, gradient in of_peft.items():  # rounding alone moves a small one by 1e-4, and differs by processor
+            assert relative_error(of_ours[name], gradient) <= 1e-3, name
