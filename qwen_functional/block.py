@@ -164,15 +164,14 @@ def attention_half_vjp(
 
 
 def mlp_half(
-    backend: Plain, block: Block, x: Tensor, o: Input | None, *, keep: bool, again: bool = False
+    backend: Plain, block: Block, x: Tensor, o: Input, *, keep: bool, again: bool = False
 ) -> KeptMlp:
-    """From ``x + o_proj(o)`` to what down_proj reads; without ``o`` from ``x_mid`` itself.
+    """From ``x + o_proj(o)`` to what down_proj reads.
 
     ``again``: down_proj has read it already, and what it reads is needed as far as the vjp does.
     """
-    y = None if o is None else backend.product(o, block.o)
     norm, eps = block.post_attention_layernorm, block.config.rms_norm_eps
-    x_mid, h, rstd = backend.add_norm(x, y, norm, eps, block.gate_up)
+    x_mid, h, rstd = backend.add_norm(x, backend.product(o, block.o), norm, eps, block.gate_up)
     a, gated = backend.gate(backend.product(h, block.gate_up), block.down, keep=keep, again=again)
     return KeptMlp(x_mid, h, rstd, gated, a)
 

@@ -25,7 +25,6 @@ class Cost:
         top, lowest: the highest block that is computed, and the lowest that the gradient passes through.
         kept_numbers: how many numbers a block that is kept whole holds for each adapter, in the accumulation and in the
             compute dtype; see :meth:`Plain.kept_numbers`.
-        keeps_mid: whether a block's second input is kept as well as its first.
         copies_adapters: whether A and B of all blocks are held once more in the compute dtype.
         bound: which halves of its adapters a kept block holds once more, where not all blocks do: A, which is scaled
             and stacked, and B, where its dtype is not the compute dtype; none where weights are streamed.
@@ -42,7 +41,6 @@ class Cost:
     top: int
     lowest: int
     kept_numbers: tuple[float, float]
-    keeps_mid: bool = True
     copies_adapters: bool = False
     bound: str = "AB"
     casts_weights: bool = False
@@ -86,12 +84,10 @@ class Cost:
         """Of what is kept in any case: the inputs of blocks that the gradient passes through, and what is read out."""
         if not self.n_blocks:
             return 0
-        top = self.tokens + self.rows * (2 if self.keeps_mid else 1)  # its second input has the read-out rows alone
-        others = (self.n_blocks - 1) * self.tokens * (2 if self.keeps_mid else 1)
-        return round(self.adapters * (others + top)) * self.config.hidden_size * self.accumulated
+        return round(self.adapters * (self.n_blocks * self.tokens + self.rows)) * self.config.hidden_size * self.accumulated
 
     def block_bytes(self) -> int:
-        """Of what a block that is kept whole holds beside its inputs; of the layer with most adapters.
+        """Of what a block that is kept whole holds beside its input; of the layer with most adapters.
 
         The adapters as it multiplies by them count where they are there for its sake.
         """
@@ -149,7 +145,7 @@ class Cost:
 
         All adapters share what is read by the first adapted stack and below it. The highest block multiplies by all but
         k and v for the read-out rows alone. On the way back nothing below the lowest adapted stack is needed; and
-        blocks that are not among the ``n_keep`` highest multiply again, but not by what gives an input that is kept.
+        blocks that are not among the ``n_keep`` highest multiply again, but not by down_proj, which the vjp does not read.
         """
         n_keep = self.n_blocks if n_keep is None else n_keep
         first = min((layer for layer, _ in self.ranks), default=self.top + 1)
@@ -164,15 +160,10 @@ class Cost:
                     total += there
                 if backwards and (layer > self.lowest or (layer == self.lowest and inner)):
                     total += work * self.adapters
-                if backwards and self.lowest <= layer <= self.top - n_keep and stack in self._again:
+                if backwards and self.lowest <= layer <= self.top - n_keep and stack != "down":
                     total += there
                 inner |= any((layer, name) in self.ranks for name in STACKS[stack])
         return round(2 * total)
-
-    @property
-    def _again(self) -> tuple[str, ...]:
-        """The stacks that a block multiplies by again."""
-        return ("qkv", "gate_up") if self.keeps_mid else ("qkv", "o", "gate_up")
 
     def _products(self, layer: int, stack: str) -> Iterator[tuple[float, int]]:
         """(rows of one adapter, elements of the weight) of a stack's products."""

@@ -170,7 +170,6 @@ class _Saved:
     """What a block's vjp needs, of one chunk of adapters."""
 
     x: Tensor
-    x_mid: Tensor | None  # None: to be computed again
     a: Input | None  # what down_proj read, where a backend keeps its u
     halves: tuple[KeptAttention, KeptMlp] | None  # None: to be computed again
 
@@ -256,9 +255,8 @@ class Run:
         second = mlp_half(backend, block, _rows(first.x, row.rows), first.o, keep=keep)
         y = backend.product(second.a, block.down)
         if layer >= plan.lowest:
-            mid = second.x_mid if backend.keeps_mid else None
             a = second.a if backend.captures else None
-            saved = _Saved(first.x, mid, a, (first, second) if keep else None)
+            saved = _Saved(first.x, a, (first, second) if keep else None)
             self.saved.setdefault(layer, []).append(saved)
         return first.x, (second.x_mid, y)
 
@@ -321,10 +319,7 @@ class Run:
     def _again(self, block: Block, saved: _Saved, row: Row) -> tuple[KeptAttention, KeptMlp]:
         """Both halves, computed from the block's input; without what only the way forwards needs."""
         first = attention_half(self.backend, block, saved.x, None, row, keep=True)
-        if saved.x_mid is not None:
-            second = mlp_half(self.backend, block, saved.x_mid, None, keep=True, again=True)
-        else:
-            second = mlp_half(self.backend, block, _rows(saved.x, row.rows), first.o, keep=True, again=True)
+        second = mlp_half(self.backend, block, _rows(first.x, row.rows), first.o, keep=True, again=True)
         if saved.a is not None:
             second.a = saved.a
         return first, second

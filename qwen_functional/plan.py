@@ -119,7 +119,7 @@ class Plan:
             config, self.n_adapters, n_tokens / len(trees), (n_tokens if self.joint else self.n_rows) / len(trees),
             compute.itemsize, ranks,
             top=self.top, lowest=self.lowest, kept_numbers=self._kept_numbers(),
-            keeps_mid=self.backend.keeps_mid, copies_adapters=self.backend.captures,
+            copies_adapters=self.backend.captures,
             bound="" if weights.streamed else "AB" if casts_B else "A",
             casts_weights=not weights.streamed and weights.packed is None and weights.dtype is not compute,
             own_texts=self.own_texts,

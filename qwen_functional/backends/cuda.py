@@ -68,7 +68,6 @@ class Cuda(Plain):
     """Fused kernels. Low-rank parts are as ``kernels`` says; ``Product`` leaves them to whoever reads it."""
 
     q_apart = False
-    keeps_mid = False
     captures = True
     ranks_decide = True
 

@@ -67,7 +67,6 @@ class Plain:
     """torch's own operations."""
 
     q_apart = True  # the block that is read out at a few rows multiplies by q's weight for those alone
-    keeps_mid = True  # a checkpointed block keeps what enters its MLP as well as what enters it
     captures = False  # steps can be captured in a CUDA graph
     ranks_decide = False  # the order in which base products and norms add depends on the adapters' ranks
     product_of_adapters: low_rank.Product = staticmethod(torch.bmm)
@@ -121,14 +120,14 @@ class Plain:
 
     def kept_numbers(self, config: Qwen2Config, tiles: Sequence[Any], n_tokens: int) -> tuple[int, int]:
         """How many numbers a kept block holds for each adapter, in the accumulation and in the compute dtype; its
-        inputs and the low-rank parts aside.
+        input and the low-rank parts aside.
         """
-        rotated = config.q_size + config.kv_size
+        wide = config.hidden_size + config.q_size + config.kv_size  # what enters the MLP; q and k, rotated
         others = 2 * config.hidden_size + config.q_size + config.kv_size + 3 * config.intermediate_size
         if config.family.head_norms:  # what they read, in one buffer with v, and rstd
             others += config.q_size + 2 * config.kv_size
-            rotated += config.num_attention_heads + config.num_key_value_heads
-        return n_tokens * rotated, n_tokens * others + kept_keys(tiles, n_tokens) * config.num_attention_heads
+            wide += config.num_attention_heads + config.num_key_value_heads
+        return n_tokens * wide, n_tokens * others + kept_keys(tiles, n_tokens) * config.num_attention_heads
 
     # The residual stream and its norms
 
