@@ -84,7 +84,8 @@ class Cost:
         """Of what is kept in any case: the inputs of blocks that the gradient passes through, and what is read out."""
         if not self.n_blocks:
             return 0
-        return round(self.adapters * (self.n_blocks * self.tokens + self.rows)) * self.config.hidden_size * self.accumulated
+        rows = round(self.adapters * (self.n_blocks * self.tokens + self.rows))
+        return rows * self.config.hidden_size * self.accumulated
 
     def block_bytes(self) -> int:
         """Of what a block that is kept whole holds beside its input; of the layer with most adapters.
@@ -145,7 +146,7 @@ class Cost:
 
         All adapters share what is read by the first adapted stack and below it. The highest block multiplies by all but
         k and v for the read-out rows alone. On the way back nothing below the lowest adapted stack is needed; and
-        blocks that are not among the ``n_keep`` highest multiply again, but not by down_proj, which the vjp does not read.
+        blocks that are not among the ``n_keep`` highest multiply again, but not by down_proj: no vjp reads what it gives.
         """
         n_keep = self.n_blocks if n_keep is None else n_keep
         first = min((layer for layer, _ in self.ranks), default=self.top + 1)
