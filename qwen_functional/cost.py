@@ -146,7 +146,7 @@ class Cost:
 
         All adapters share what is read by the first adapted stack and below it. The highest block multiplies by all but
         k and v for the read-out rows alone. On the way back nothing below the lowest adapted stack is needed; and
-        blocks that are not among the ``n_keep`` highest multiply again, but not by down_proj: no vjp reads what it gives.
+        blocks that are not among the ``n_keep`` highest multiply again, but for down_proj: no vjp reads what it gives.
         """
         n_keep = self.n_blocks if n_keep is None else n_keep
         first = min((layer for layer, _ in self.ranks), default=self.top + 1)
