@@ -1,21 +1,26 @@
-"""Which loss makes a generator write adapters for tasks that it never saw: each of the demo's losses, at equal seconds.
+"""Which loss makes a generator write adapters for tasks that it never saw: each of many, at equal seconds.
 
-Each way trains on the tasks that are seen, for ``--seconds`` of this machine, teachers' training counted, and is judged
-on the validation split; ``--test`` looks at the test split instead. What is done is kept in ``--out``: a run that was
-interrupted goes on, and the table is of all that is there.
+Each way trains on the tasks that are seen for the steps that fit into ``--seconds`` of this machine: one is timed with
+nothing beside it, and the seconds that teachers or the prompted base's answers took are taken off. The trainings
+themselves go ``--jobs`` at once. They are judged on the validation split; ``--test`` looks at the test split instead.
+What is done is kept in ``--out``: a run that was interrupted goes on, and the table is of all that is there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
+import shutil
 import statistics
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +30,35 @@ from torch import Tensor
 from tqdm import tqdm
 from workers import set_threads
 
-from lora_delta import DeltaLabels, DifferentiableDeltaCompute, DifferentiableLMLoss, save_peft_adapter
+from lora_delta import (
+    DeltaLabels,
+    DifferentiableDeltaCompute,
+    DifferentiableLMLoss,
+    DifferentiableTextDelta,
+    save_peft_adapter,
+)
 from lora_delta.demo import write_lines
 from lora_delta.embedded import embedded_checkpoint
 from lora_delta.embedded.build import END
 from lora_delta.embedded.tasks import CONTEXT, SEEN, SEEN_WORDINGS, TEST, VALIDATION, Task, lines, word
 from lora_delta.files import write_json
+from lora_delta.generate.conditions import Condition
 from lora_delta.generate.controls import Limits, base_judge, judge_base, judge_run, read_cases
 from lora_delta.generate.judge import HELD_OUT, figures
 from lora_delta.generate.judge import SEEN as SEEN_GROUP
 from lora_delta.generate.run_config import RunConfig
-from lora_delta.generate.runs import load_run, train_run
+from lora_delta.generate.runs import Run, load_run, train_run
 from lora_delta.labelling.labels import compute_labels
 from lora_delta.probes.tokenization import load_tokenizer, tokenize_probes
 from qwen_functional import LoraSpec, load_pretrained, pack_each
 from qwen_functional.forward import forward_vjp
+from qwen_functional.memory import keep_freed_memory
 
 TEACHER_STEPS, TEACHER_WORDS = 80, 8
 SPEC = LoraSpec(rank=8, alpha=16)
+TEXTS = 24  # of each condition
+FIXED = 16  # words, where all texts are of the same few
+TIMED_STEPS = 20
 RUN = """\
 base = "embedded"
 dtype = "float32"
@@ -59,14 +75,18 @@ delta_batch_size = 16
 texts_per_condition = 6
 learning_rate = 3e-3
 warmup_steps = 30
-checkpoint_every = 1000000
+checkpoint_every = 400
 seed = {seed}
 [losses]
 {losses}
 [teacher]
 context = "{context}"
 """
-OWN = 'delta = {{weight = {weight}, texts = "own", target = "{target}"}}'
+LM, CONTEXT_DELTA, TEACHER_DELTA = (
+    "lm = 1.0",
+    'delta = {weight = 1.0, texts = "own", target = "context"}',
+    'delta = {weight = 1.0, texts = "own", target = "teacher"}',
+)
 
 
 @dataclass(frozen=True)
@@ -74,38 +94,38 @@ class Way:
     """A loss, and what it is taken of.
 
     Attributes:
-        data: the file of texts, if there is one.
+        data: the file of texts, if there is one, see :func:`write_data`.
         probes: how many fixed ones the teachers are labelled with; None where it needs no teachers.
-        writes: what the generator writes.
+        writes: what the generator writes; sizes: of it, where they are not the defaults.
     """
 
     losses: str
     data: str | None = "train"
     probes: int | None = None
     writes: str = "B"
-    n_tasks: int = len(SEEN)
+    sizes: str = ""
 
 
 WAYS = {
-    "cross-entropy": Way("lm = 1.0"),
-    "deltas, own texts, to the prompted base": Way(OWN.format(weight=1.0, target="context")),
-    "the same, its own answers": Way(OWN.format(weight=1.0, target="context"), data="answered"),
-    "cross-entropy + 0.5 deltas": Way("lm = 1.0\n" + OWN.format(weight=0.5, target="context")),
+    "cross-entropy": Way(LM),
+    "deltas to the prompted base": Way(CONTEXT_DELTA),
+    "the same on its own answers": Way(CONTEXT_DELTA, "answered"),
+    "cross-entropy + 0.5 deltas": Way(LM + "\n" + CONTEXT_DELTA.replace("1.0", "0.5")),
+    "cross-entropy + 2 deltas": Way(LM + "\n" + CONTEXT_DELTA.replace("1.0", "2.0")),
     "KL to the prompted base": Way("kl = 1.0"),
-    "weights of teachers": Way("weights = 1.0", data=None, probes=16, writes="AB"),
-    "deltas of teachers, 16 fixed probes": Way("delta = 1.0", data=None, probes=16),
-    "deltas of teachers, 256 fixed probes": Way("delta = 1.0", data=None, probes=256),
-    "deltas of teachers, own texts": Way(OWN.format(weight=1.0, target="teacher"), data="named", probes=16),
-    # Which of text, freshness and position makes fixed probes fail: own texts but the same few, or read at one place.
-    "deltas to the prompted base, 2 fixed own texts": Way(OWN.format(weight=1.0, target="context"), data="few"),
-    "deltas to the prompted base, others' answers": Way(OWN.format(weight=1.0, target="context"), data="foreign"),
-    "deltas to the prompted base, no answers": Way(OWN.format(weight=1.0, target="context"), data="questions"),
-    **{f"cross-entropy, {n} tasks": Way("lm = 1.0", data=f"train{n}", n_tasks=n) for n in (10, 40)},
-    **{
-        f"deltas to the prompted base, {n} tasks": Way(OWN.format(weight=1.0, target="context"), f"train{n}", n_tasks=n)
-        for n in (10, 40)
-    },
-}  # fmt: skip
+    "cross-entropy + KL": Way(LM + "\nkl = 1.0"),
+    "weights of teachers": Way("weights = 1.0", None, 16, "AB"),
+    "deltas of teachers, 16 fixed probes": Way("delta = 1.0", None, 16),
+    "deltas of teachers, 256 fixed probes": Way("delta = 1.0", None, 256),
+    "deltas of teachers, own texts": Way(TEACHER_DELTA, "named", 16),
+    # Which of text, freshness and position makes fixed probes fail: deltas to the prompted base on other texts.
+    "deltas, own answers to 16 fixed words": Way(CONTEXT_DELTA, "fixed"),
+    "deltas, fresh words, others' answers": Way(CONTEXT_DELTA, "foreign"),
+    "deltas, fresh words, no answers": Way(CONTEXT_DELTA, "questions"),
+    "deltas, 16 fixed words, no answers": Way(CONTEXT_DELTA, "fixed questions"),
+    **{f"cross-entropy, {n} tasks": Way(LM, f"train {n}") for n in (10, 40)},
+    **{f"deltas to the prompted base, {n} tasks": Way(CONTEXT_DELTA, f"train {n}") for n in (10, 40)},
+}
 
 
 def main() -> int:
@@ -116,28 +136,34 @@ def main() -> int:
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY", help=f"of {', '.join(WAYS)}")
     add("--test", action="store_true", help="judge on the test split, which is looked at once")
-    add("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    add("--threads", type=int, default=min(2, os.cpu_count() or 1), help="of the timing (default: %(default)s)")
+    add("--jobs", type=int, help="trainings at once, of one thread each (default: as many as threads)")
     options = parser.parse_args()
+    keep_freed_memory()
     set_threads(options.threads)
     print(machine_line(machine_facts(options.threads)), flush=True)
     split = "test" if options.test else "validation"
-    for seed in options.seeds:
-        for name in options.ways:
-            path = options.out / f"{options.seconds:g} s" / f"{name}, seed {seed}"
-            if not (path / f"{split}.json").exists():
-                judge(train(name, seed, path, options), path, split, seed)
-    print(table(options.out / f"{options.seconds:g} s", options.ways, split))
+    folder = options.out / f"{options.seconds:g} s"
+    todo = [(name, seed) for seed in options.seeds for name in options.ways]
+    for name, seed in todo:
+        prepare(name, seed, folder / f"{name}, seed {seed}", options)
+    with ProcessPoolExecutor(
+        options.jobs or options.threads, multiprocessing.get_context("spawn"), _start
+    ) as pool:
+        for at, (name, seed) in enumerate(pool.map(partial(work, folder, split), todo), 1):
+            print(f"{at} of {len(todo)}: {name}, seed {seed}", file=sys.stderr, flush=True)
+    print(table(folder, options.ways, split))
     return 0
 
 
-def train(name: str, seed: int, path: Path, options: argparse.Namespace) -> Path:
-    """A run of a way, for its seconds; kept where it is there."""
-    way, run = WAYS[name], path / "run"
-    if (path / "done.json").exists():
-        return run
+def prepare(name: str, seed: int, path: Path, options: argparse.Namespace) -> None:
+    """Write the file of a run and how many steps it has, with the data and teachers that it needs."""
+    way = WAYS[name]
+    if (path / "steps.json").exists():
+        return
     spent, parts = 0.0, []
     if way.data is not None:
-        data = write_data(options.out / "data", way.data, seed)
+        data, spent = write_data(options.out / "data", way.data, seed)
         parts.append(f'data = "{data.resolve()}"')
     if way.probes is not None:
         labels, spent = teachers(options.out / "teachers", seed, way.probes)
@@ -146,26 +172,48 @@ def train(name: str, seed: int, path: Path, options: argparse.Namespace) -> Path
     else:
         parts.append(f"[adapter]\nrank = {SPEC.rank}\nalpha = {SPEC.alpha}")
     text = RUN.format(
-        out="OUT", data="\n".join(parts), generator=f'writes = "{way.writes}"', seed=seed, losses=way.losses,
-        context=CONTEXT,
+        out="OUT", data="\n".join(parts), generator=f'writes = "{way.writes}"\n{way.sizes}', seed=seed,
+        losses=way.losses, context=CONTEXT,
     )  # fmt: skip
     path.mkdir(parents=True, exist_ok=True)
     (path / "run.toml").write_text(text)
-    config = RunConfig.from_toml(path / "run.toml")
-    few = replace(config, out=path / "timed", training=replace(config.training, steps=12))
-    each = statistics.median(metrics["seconds"] for metrics in train_run(few, progress=False)[2:])
-    steps = max(1, int((options.seconds - spent) / each))
-    started = time.perf_counter()
-    train_run(replace(config, out=run, training=replace(config.training, steps=steps)))
-    write_json(path / "done.json", {"steps": steps, "seconds": time.perf_counter() - started, "teachers": spent})
-    return run
+    times = options.out / f"seconds of a step, {options.threads} threads.json"
+    known = json.loads(times.read_text()) if times.exists() else {}
+    if name not in known:
+        shutil.rmtree(path / "timed", ignore_errors=True)
+        config = RunConfig.from_toml(path / "run.toml")
+        few = replace(config, out=path / "timed", training=replace(config.training, steps=TIMED_STEPS))
+        known[name] = statistics.median(metrics["seconds"] for metrics in train_run(few, progress=False)[2:])
+        write_json(times, known)
+        shutil.rmtree(path / "timed")
+    steps = max(1, int((options.seconds - spent) / known[name]))
+    print(f"{name}, seed {seed}: {steps} steps of {known[name]:.3f} s, {spent:.0f} s before", flush=True)
+    write_json(path / "steps.json", {"steps": steps, "step_seconds": known[name], "seconds_before": spent})
+
+
+def _start() -> None:
+    keep_freed_memory()
+    set_threads(1)
+
+
+def work(folder: Path, split: str, which: tuple[str, int]) -> tuple[str, int]:
+    """Train and judge a way, as far as it is not done."""
+    name, seed = which
+    path = folder / f"{name}, seed {seed}"
+    if not (path / f"{split}.json").exists():
+        steps = json.loads((path / "steps.json").read_text())["steps"]
+        config = RunConfig.from_toml(path / "run.toml")
+        run = replace(config, out=path / "run", training=replace(config.training, steps=steps))
+        train_run(run, progress=False)  # goes on, or is done
+        judge(path / "run", path, split, seed)
+    return which
 
 
 def judge(run_folder: Path, path: Path, split: str, seed: int) -> None:
     """Figures of a run, in seen wordings and in others."""
     run = load_run(run_folder, lm_head=True)
     tasks = {"test": TEST, "validation": VALIDATION}[split]
-    found: dict[str, Any] = {"done": json.loads((path / "done.json").read_text())}
+    found: dict[str, Any] = {"steps": json.loads((path / "steps.json").read_text())["steps"]}
     chance = random.Random(1000 + seed)
     for wordings, which in (("seen", slice(SEEN_WORDINGS)), ("other", slice(SEEN_WORDINGS, None))):
         data = [path / "seen.jsonl", path / "held-out.jsonl"]
@@ -176,7 +224,35 @@ def judge(run_folder: Path, path: Path, split: str, seed: int) -> None:
         cases = read_cases(data, run.folder, run.config, progress=False, **given)
         own = base_judge(run.config, run.weights, cases)
         found[wordings] = figures(cases, [judge_run(run, own, seed=seed) | judge_base(own)])
+    if "lm" in run.facts["training"]["losses"] and "delta" in run.facts["training"]["losses"]:
+        found["delta_share"] = delta_share(run, seed)
     write_json(path / f"{split}.json", found)
+
+
+def delta_share(run: Run, seed: int, n_tasks: int = 48) -> float:
+    """How much of the gradient a sum's delta makes where the training has ended: its norm over that of both apart."""
+    chance, tokenizer = random.Random(seed), run.encoder.tokenizer
+    end = tokenizer.token_to_id(END) or 0
+    every = list(lines(SEEN, chance, per_condition=6))
+    starts = [6 * at for at in chance.sample(range(len(every) // 6), n_tasks)]
+    own = [every[start : start + 6] for start in starts]
+    examples = [
+        [(tokenizer.encode(o["prompt"]).ids, [*tokenizer.encode(o["completion"]).ids, end]) for o in one] for one in own
+    ]
+    contexts = [[tokenizer.encode(CONTEXT.format(**line)).ids for line in one] for one in own]
+    given = Condition.collate(run.encoder([one[0]["condition"] for one in own]))
+    lm = DifferentiableLMLoss(run.config, run.weights, run.spec)
+    delta = DifferentiableTextDelta(run.config, run.weights, run.spec)
+    target = delta.target(examples, contexts=contexts)
+    norms = []
+    for loss in (lambda tensors: lm.mean_loss(tensors, examples), lambda t: delta.mean_loss(t, examples, target)):
+        run.generator.zero_grad()
+        loss(run.generator(given.states, given.mask)).backward()
+        gradients = [parameter.grad for parameter in run.generator.parameters() if parameter.grad is not None]
+        norms.append(float(torch.cat([gradient.flatten() for gradient in gradients]).norm()))
+    weights = [run.facts["training"]["losses"][name]["weight"] for name in ("lm", "delta")]
+    of_lm, of_delta = (weight * norm for weight, norm in zip(weights, norms, strict=True))
+    return of_delta / (of_lm + of_delta)
 
 
 def table(folder: Path, ways: Sequence[str], split: str) -> str:
@@ -195,20 +271,29 @@ def table(folder: Path, ways: Sequence[str], split: str) -> str:
             if way not in ("generated", "prompted base")
         ]  # fmt: skip
         shown = " | ".join(f"{statistics.mean(own):.1%}" for own in values)
-        steps = statistics.mean(one["done"]["steps"] for one in each)
+        steps = statistics.mean(one["steps"] for one in each)
+        if all("delta_share" in one for one in each):
+            share = statistics.mean(one["delta_share"] for one in each)
+            name += f" (deltas make {share:.0%} of the gradient)"
         rows.append(f"| {name} | {len(each)} | {steps:,.0f} | {shown} | {max(controls):.1%} |")
     return "\n".join(rows)
 
 
-def write_data(folder: Path, name: str, seed: int) -> Path:
-    """A file of texts that ways are trained on; the same whenever it is written."""
-    path = folder / f"{name}-{seed}.jsonl"
+def write_data(folder: Path, name: str, seed: int) -> tuple[Path, float]:
+    """A file of texts that ways are trained on, the same whenever it is written, and the seconds of what it needs."""
+    path, seconds = folder / f"{name}-{seed}.jsonl", folder / f"{name}-{seed}.json"
     if path.exists():
-        return path
-    chance = random.Random(seed)
-    every = list(lines(SEEN, chance, per_condition=6))
-    if name == "few":
-        every = list(lines(SEEN, random.Random(seed), per_condition=2))
+        return path, json.loads(seconds.read_text()) if seconds.exists() else 0.0
+    chance, kind = random.Random(seed), name.split()
+    every = list(lines(SEEN, chance, per_condition=6 if name == "answered" else TEXTS))
+    if kind[0] == "fixed":
+        words = [word(chance) for _ in range(FIXED)]
+        tasks = {task.name: task for task in SEEN}
+        for line in every:
+            given = chance.choice(words)
+            line |= {"prompt": f"{given}=", "completion": tasks[line["task"]].answer(given)}
+    if kind[-1] == "questions":
+        every = [{**line, "prompt": line["prompt"][:-1], "completion": "="} for line in every]
     elif name == "named":
         every = [{**line, "condition": f"teachers-{seed}/{line['task']}"} for line in every]
     elif name == "foreign":
@@ -216,14 +301,14 @@ def write_data(folder: Path, name: str, seed: int) -> Path:
         chance.shuffle(completions)
         every = [{**line, "completion": other} for line, other in zip(every, completions, strict=True)]
     elif name == "answered":
+        started = time.perf_counter()
         every = answered(every)
-    elif name == "questions":
-        every = [{**line, "prompt": line["prompt"][:-1], "completion": "="} for line in every]
-    elif name != "train":  # on fewer tasks
-        few = {task.name for task in random.Random(seed + 1).sample(list(SEEN), int(name.removeprefix("train")))}
+        write_json(seconds, time.perf_counter() - started)
+    elif kind[0] == "train" and len(kind) == 2:  # on fewer tasks
+        few = {task.name for task in random.Random(seed + 1).sample(list(SEEN), int(kind[1]))}
         every = [line for line in every if line["task"] in few]
     write_lines(path, every)
-    return path
+    return path, json.loads(seconds.read_text()) if seconds.exists() else 0.0
 
 
 def answered(every: Sequence[dict[str, str]], most: int = 48, at_once: int = 64) -> list[dict[str, str]]:
