@@ -56,7 +56,7 @@ from qwen_functional.memory import keep_freed_memory
 
 TEACHER_STEPS, TEACHER_WORDS = 80, 8
 SPEC = LoraSpec(rank=8, alpha=16)
-TEXTS = 24  # of each condition
+TEXTS = 24  # of each condition; one where the prompted base writes the answers
 FIXED = 16  # words, where all texts are of the same few
 TIMED_STEPS = 40
 RUN = """\
@@ -286,7 +286,7 @@ def write_data(folder: Path, name: str, seed: int) -> tuple[Path, float]:
     if path.exists():
         return path, json.loads(seconds.read_text()) if seconds.exists() else 0.0
     chance, kind = random.Random(seed), name.split()
-    every = list(lines(SEEN, chance, per_condition=6 if name == "answered" else TEXTS))
+    every = list(lines(SEEN, chance, per_condition=1 if name == "answered" else TEXTS))
     if kind[0] == "fixed":
         words = [word(chance) for _ in range(FIXED)]
         tasks = {task.name: task for task in SEEN}
