@@ -20,10 +20,11 @@ UNFINISHED = ".unfinished"
 
 
 @contextmanager
-def replaces(path: str | Path) -> Iterator[Path]:
+def replaces(path: str | Path, *, sync: bool = True) -> Iterator[Path]:
     """A name beside ``path`` to write to: in the end what is there becomes ``path``, whole; after an error, nothing.
 
-    The folder is made if need be.
+    The folder is made if need be. Without ``sync``, for what can be made again and is checked when it is read, a power
+    cut may leave a file that is not whole.
 
     Raises:
         OSError: it cannot be written, such as on a full disk, also where torch and safetensors say so by other errors.
@@ -33,10 +34,12 @@ def replaces(path: str | Path) -> Iterator[Path]:
     unfinished = path.with_name(f"{path.name}.{os.getpid()}{UNFINISHED}")
     try:
         yield unfinished
-        with unfinished.open("rb") as handle:
-            os.fsync(handle.fileno())  # or a power cut could leave the new name with nothing in it
+        if sync:
+            with unfinished.open("rb") as handle:
+                os.fsync(handle.fileno())  # or a power cut could leave the new name with nothing in it
         unfinished.replace(path)
-        sync_folder(path.parent)
+        if sync:
+            sync_folder(path.parent)
     except BaseException as error:
         cause = error
         if isinstance(error, Exception) and not isinstance(error, (OSError, ValueError)):

@@ -155,12 +155,14 @@ class Command:
         arguments: given that folder.
         out: what it writes, in that folder.
         result: of what it wrote, all that must be the same again.
+        locks: whether a second one at the same time is refused; else both write all, whole.
         seconds, changes: that it takes, and that it makes, when nothing happens.
     """
 
     arguments: Callable[[Path], list[str]]
     out: str
     result: Callable[[Path], Any]
+    locks: bool = True
     seconds: float = 0.0
     changes: int = 0
     expected: Any = None
@@ -188,6 +190,9 @@ class Bench:
         label += ["--device", "cpu", "--dtype=float32", "--adapters-per-pass=2", str(root / "teachers")]
         generate = ["generate", "--quiet", "--run", str(self.reference / "run"), "--prompts", str(root / "prompts.txt")]
         generate += ["--device", "cpu"]
+        teach = ["teach", "--quiet", "--deltas"]
+        evaluate = ["evaluate", "--quiet", "--run", str(self.reference / "texts"), "--data", str(root / "texts.jsonl")]
+        evaluate += ["--device", "cpu", "--texts", "1"]
         self.commands = {
             "label": Command(
                 lambda folder: [*label, "--out", str(folder / "deltas")], "deltas", _labels
@@ -198,6 +203,13 @@ class Bench:
             ),
             "generate": Command(
                 lambda folder: [*generate, "--out", str(folder / "out")], "out", contents
+            ),
+            "teach": Command(
+                lambda folder: [*teach, "--out", str(folder / "said" / "deltas"), str(folder / "texts.toml")], "said",
+                contents, locks=False,
+            ),
+            "evaluate": Command(
+                lambda folder: [*evaluate, "--out", str(folder / "verdict")], "verdict", contents, locks=False
             ),
         }  # fmt: skip
         folder = self.folder("reference")

@@ -1,4 +1,4 @@
-"""``label``, ``train`` and ``generate`` under kill -9, signals, disks that fail and files that a power cut has left.
+"""Commands of ``lora-delta`` that write, under kill -9, signals, disks that fail and files that a power cut has left.
 
     python tests/faults.py --times 50 --seed 0     # prints what happened, how often, and what was wrong
 
@@ -31,7 +31,7 @@ if __name__ == "__main__":
 import torch
 from fault_bench import Bench, Command, Fault, Process, contents
 
-COMMANDS = ("label", "train", "train on texts", "generate")
+COMMANDS = ("label", "train", "train on texts", "generate", "teach", "evaluate")
 
 
 @dataclass
@@ -140,6 +140,8 @@ def _check_refusal(name: str, ended: int, said: str, words: str) -> None:
 def two_writers(bench: Bench, name: str, folder: Path, chance: Random) -> str:
     """A second one while the first is at work: it is refused in a line, and the first one is not disturbed."""
     command = bench.commands[name]
+    if not command.locks:
+        return "nothing: it refuses no second one"
     stop = Fault(
         folder / command.out, chance.randrange(2, command.changes - 2), lambda: os.kill(os.getpid(), signal.SIGSTOP)
     )

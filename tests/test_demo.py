@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -173,3 +176,47 @@ def test_the_demo_does_not_write_over_another_folder(tmp_path: Path, capsys: pyt
     (tmp_path / "precious").write_text("")
     assert main(["demo", "--out", str(tmp_path)]) == 2
     assert "is not empty" in capsys.readouterr().err
+
+
+DISTURBED = """
+import errno, os, signal, sys
+sys.path[:0] = sys.argv[1:2]
+from fault_bench import Fault
+from pathlib import Path
+from lora_delta.cli import main
+
+def happens():
+    if sys.argv[3] == "full":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    os.kill(os.getpid(), getattr(signal, sys.argv[3]))
+
+Fault(Path(sys.argv[2]), int(sys.argv[4]), happens, stays=sys.argv[3] == "full").arm()
+sys.exit(main(["demo", "--steps", "4", "--quiet", "--device", "cpu", "--out", sys.argv[2]]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "at", "status", "message"),
+    [
+        ("full", 0, 2, "No space left on device"),
+        ("full", 9, 2, "No space left on device"),
+        ("full", 60, 2, "No space left on device"),
+        ("SIGINT", 60, 130, ""),
+        ("SIGKILL", 60, -9, ""),
+    ],
+)
+def test_a_demo_that_is_disturbed_says_so_in_a_line_and_leaves_runs_that_go_on(
+    what: str, at: int, status: int, message: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-c", DISTURBED, str(Path(__file__).parent), str(out), what, str(at)],
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == status, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == (what != "SIGKILL")
+    if at == 60:  # in the first training
+        assert main(["train", "--quiet", str(out / "cross-entropy.toml")]) == 0
+        assert len((out / "runs" / "cross-entropy" / "metrics.jsonl").read_text().splitlines()) == 4

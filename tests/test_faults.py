@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-COMMANDS = ("label", "train", "train on texts", "generate")
+COMMANDS = ("label", "train", "train on texts", "generate", "teach", "evaluate")
 TIMES = 2
 
 

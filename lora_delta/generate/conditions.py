@@ -168,7 +168,7 @@ class ConditionCache:
         content = save(tensors, metadata={"sha256": _digest(states)})
         if len(content) > free:
             return
-        with replaces(path) as unfinished:
+        with replaces(path, sync=False) as unfinished:
             unfinished.write_bytes(content)
         self._bytes = self.most_bytes - free + len(content)
 

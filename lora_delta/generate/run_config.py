@@ -134,11 +134,13 @@ class TeacherOptions:
             messages, the condition is the system's instead.
         temperature: by which logits are divided.
         stored: a file of what it says of all completions of ``data``, in their order; ``lora-delta teach`` writes one.
+        stored_deltas: likewise of what deltas of these texts should be; ``lora-delta teach --deltas`` writes it.
     """
 
     context: str = CONTEXT
     temperature: float = option(1.0, above=0, most=1e6)
     stored: str | None = None
+    stored_deltas: str | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -214,7 +216,7 @@ class RunConfig:
             usable_device(self.device)
         of_texts = self.training.text_terms
         for name, terms, missing in (
-            ("labels", self.training.teacher_terms, self.labels is None),
+            ("labels", self.asks_teachers_for, self.labels is None),
             ("data", of_texts, self.data is None),
         ):
             if terms and missing:
@@ -231,6 +233,19 @@ class RunConfig:
             rank = None if self.format is None else self.format["rank"]
             if rank not in (None, self.adapter.rank):
                 raise ValueError(f"adapter.rank is {self.adapter.rank}, expected {rank} as the format's")
+
+    @property
+    def asks_teachers_for(self) -> tuple[str, ...]:
+        """Those of the losses that read teachers' adapters in each step."""
+        stored = self.teacher.stored_deltas is not None and "delta" in self.training.text_terms
+        return tuple(name for name in self.training.teacher_terms if name != "delta" or not stored)
+
+    @property
+    def asks_base_for(self) -> tuple[str, ...]:
+        """Those of the losses that run the bare model behind contexts in each step."""
+        kl = self.training.needs("kl") and self.teacher.stored is None
+        delta = self.training.delta_from_context and self.teacher.stored_deltas is None
+        return ("kl",) * kl + ("delta",) * delta
 
     def _check_generator(self) -> None:
         sizes = dict(self.generator)
@@ -310,7 +325,7 @@ def _arguments(cls: type[RunConfig], table: dict[str, Any], folder: Path) -> dic
         given = dict(check_value(name, table[name], dict))
         required = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
         _check_keys(name, given, [f.name for f in fields(kind)], required)
-        for key in ("data", "stored"):
+        for key in ("data", "stored", "stored_deltas"):
             if key in given:
                 given[key] = str(folder / _path(f"{name}.{key}", given[key]))
         try:

@@ -28,13 +28,14 @@ from ..lm_loss import DifferentiableLMLoss
 from ..probes.chat import read_probes
 from ..probes.tokenization import load_tokenizer
 from ..shares import DATA_PARALLEL
+from ..stored_deltas import StoredDeltas
 from ..teachers import StoredTopK
 from ..text_delta import DifferentiableTextDelta
 from .checkpoints import RUN, Metrics, RunFolder, best_checkpoint, newest_checkpoint
 from .conditions import ConditionCache, PromptEncoder
 from .evaluation import Evaluation
 from .generator import AdditiveGenerator, DirectGenerator, LoRAGenerator
-from .options import TEACHER
+from .options import CONTEXT
 from .prompts import read_prompts
 from .run_config import ADDITIVE, AdapterOptions, RunConfig
 from .tasks import Tasks
@@ -69,12 +70,8 @@ def train_run(config: RunConfig, ranks: Ranks | None = None, *, progress: bool =
         raise ValueError(f"{config.out} is a file, expected a folder, or none yet")
     prompts = None if config.prompts is None else read_prompts(config.prompts)
     labels = None if config.labels is None else DeltaLabels(config.labels)
-    for name in prompts or ():
-        try:
-            if labels is not None:
-                labels.entry(name)
-        except KeyError:
-            raise ValueError(f"{config.prompts} names {name!r}, which has no label in {config.labels}") from None
+    if labels is not None:
+        check_labelled(labels, prompts or (), f"{config.prompts}")
     reads_texts = bool(config.training.text_terms)
     device = ranks.device or config.device
     folder, base, weights = load_base(config.base, config.dtype, device, mesh, config.stream, lm_head=reads_texts)
@@ -157,8 +154,7 @@ def text_sets(
     if config.data is None:
         raise ValueError("data is not there, expected a file of texts")
     if with_context is None:
-        asks_teacher = config.training.needs("kl") and config.teacher.stored is None
-        with_context = asks_teacher or config.training.delta_from_context
+        with_context = bool(config.asks_base_for)
     reader = TextReader(
         folder,
         max_tokens=config.texts.max_tokens or base.max_position_embeddings,
@@ -167,6 +163,7 @@ def text_sets(
         names=None if prompts is None else {name: own[0] for name, own in prompts.items()},
         context=config.teacher.context if with_context else None,
         chat_template_kwargs=config.texts.chat_template_kwargs,
+        whole_prompts=with_context and config.training.delta_from_context and config.training.delta.positions == "all",
     )
 
     def compiled(path: str | Path, name: str) -> TextSet:
@@ -194,12 +191,25 @@ def _text_losses(
         read: dict[str, Any] = {name: getattr(asked.delta, name) for name in ("positions", "pooling")}
         delta = DifferentiableTextDelta(base, lm.weights, spec, layer=asked.delta.layers, prepack=False, **read)
         parts: dict[str, Any] = {name: getattr(asked, name) for name in ("mse_weight", "cosine_weight")}
-        made = replace(made, delta=delta, from_context=asked.delta_from_context, **parts)
+        made = replace(made, delta=delta, from_context="delta" in config.asks_base_for, **parts)
+        if config.teacher.stored_deltas is not None:
+            kept = StoredDeltas(config.teacher.stored_deltas)
+            facts = stored_deltas_facts(config, texts, model_fingerprint(base, weights))
+            kept.require(facts, texts.positions(delta.positions), f"those of {config.data}")
+            made = replace(made, stored_deltas=kept)
     if asked.needs("kl") and config.teacher.stored is not None:
         stored = StoredTopK(config.teacher.stored, base.vocab_size)
         stored.require_lengths(texts.completions, f"the completions of {config.data}")
         made = replace(made, temperature=stored.temperature, stored=stored)
     return made
+
+
+def stored_deltas_facts(config: RunConfig, texts: TextSet, model_sha256: str) -> dict[str, Any]:
+    """What the targets of a run's deltas of texts depend on."""
+    asked = config.training.delta
+    found = {"model_sha256": model_sha256, "texts_sha256": texts.facts["sha256"], "positions": asked.positions}
+    found |= {"layers": asked.layers, "target": asked.target}
+    return found | ({"context": config.teacher.context} if asked.target == CONTEXT else {})
 
 
 def _tasks(
@@ -216,7 +226,7 @@ def _tasks(
         if format is not None:
             dataset = labels.dataset(prompts, "tokens", format)
         else:
-            own_delta = "delta" in config.training.text_terms and config.training.delta.target == TEACHER
+            own_delta = "delta" in config.training.text_terms and "delta" in config.asks_teachers_for
             reads = own_delta or config.training.needs("weights") or config.generator.get("from_teachers")
             dataset = labels.dataset(prompts, "tensors" if reads else None)
     if texts is None:
@@ -326,6 +336,15 @@ def delta_of(
     advice = "Take the base model and the dtype of the labels, or labels of these."
     label_identity(ours).require_same(label_identity(settings).facts, labels.folder, advice)
     return delta, ours
+
+
+def check_labelled(labels: DeltaLabels, names: Iterable[str], where: str) -> None:
+    """Raises ``ValueError`` for an adapter, named in ``where``, that has no label."""
+    for name in names:
+        try:
+            labels.entry(name)
+        except KeyError:
+            raise ValueError(f"{where} names {name!r}, which has no label in {labels.folder}") from None
 
 
 def common_spec(

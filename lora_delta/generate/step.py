@@ -114,7 +114,7 @@ class Stepper:
         if of_texts:
             assert self.terms.texts is not None
             teachers = None
-            if "delta" in of_texts and not self.terms.texts.from_context:
+            if "delta" in of_texts and self.terms.asks_teachers_deltas:
                 teachers = self.terms.teachers(batch, "delta")
             part, found = self.terms.texts.mean(
                 written.tensors, batch.texts, of_texts, n_tokens=n_tokens, teachers=teachers

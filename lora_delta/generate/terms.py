@@ -17,6 +17,7 @@ from .. import autograd
 from ..delta import DifferentiableDeltaCompute
 from ..lm_loss import DifferentiableLMLoss, Teacher, as_teacher
 from ..own_texts import Ask, Column, Examples, OwnTexts, in_context
+from ..stored_deltas import StoredDeltas
 from ..teachers import StoredTopK
 from ..text_delta import DeltaTarget, DifferentiableTextDelta
 from .losses import adapters_delta_loss, delta_loss, product_l2, tensors_l1, tensors_l2, tensors_mse, tokens_mse
@@ -38,6 +39,7 @@ class TextLosses:
         delta: of the same config, weights and spec.
         from_context: whether the target of the delta is the bare model on the texts' contexts; else it is a teacher's
             adapter.
+        stored_deltas: the targets of the deltas of all pairs of the texts' file, in the place of both.
         mse_weight, cosine_weight: of the parts of the delta's loss, see
             :func:`lora_delta.generate.losses.adapters_delta_loss`.
     """
@@ -47,6 +49,7 @@ class TextLosses:
     stored: StoredTopK | None = None
     delta: DifferentiableTextDelta | None = None
     from_context: bool = False
+    stored_deltas: StoredDeltas | None = None
     mse_weight: float = 1.0
     cosine_weight: float = 1.0
 
@@ -105,7 +108,7 @@ class TextLosses:
         said: Teacher | None = None
         if "kl" in terms and self.stored is not None:
             stored = self.stored
-            said = [[stored[text.number + i] for text in of for i in range(len(text.pairs))] for of in texts]
+            said = [[stored[number] for number in of] for of in numbers_of(texts)]
         asks: dict[str, Ask] = {}
         if "kl" in terms and said is None:
             asks["kl"] = (-1,), "completion"
@@ -114,7 +117,7 @@ class TextLosses:
                 raise ValueError("there is no delta of texts, which the loss 'delta' needs")
             if self.from_context:
                 asks["delta"] = delta.layers, delta.positions
-            elif teachers is None:
+            elif teachers is None and self.stored_deltas is None:
                 raise ValueError("there are no teachers' adapters, which the loss 'delta' needs as its target")
         with torch.no_grad():
             found: dict[str, list[Tensor]] = {}
@@ -128,9 +131,16 @@ class TextLosses:
                     said = as_teacher(found["kl"], read, lm.weights.compute_dtype, self.temperature)
             if "delta" not in terms or delta is None:
                 return said, None
+            if self.stored_deltas is not None:
+                return said, self.stored_deltas.target(numbers_of(texts), lm.device)
             ask = [(delta.layers, delta.positions)]
             wanted = found.get("delta") or lm.read(own, lm.bound(teachers or {}, examples), ask)[0]
             return said, DeltaTarget(lm.read(own, None, ask)[0], wanted)
+
+
+def numbers_of(texts: Sequence[Sequence[Text]]) -> list[list[int]]:
+    """Of all pairs, in the file of the texts."""
+    return [[text.number + index for text in own for index in range(len(text.pairs))] for own in texts]
 
 
 def contexts_of(texts: Sequence[Sequence[Text]]) -> list[list[Tensor]]:
@@ -236,6 +246,12 @@ class Terms:
             "product_l2": lambda: product_l2(written.tensors, spec=self._spec),
         }
         return {name: made[name] for name in names if name in made}
+
+    @property
+    def asks_teachers_deltas(self) -> bool:
+        """Whether deltas of texts are compared with those of teachers' adapters, which a step has to read."""
+        texts = self.texts
+        return texts is not None and not texts.from_context and texts.stored_deltas is None
 
     @property
     def _spec(self) -> LoraSpec | None:

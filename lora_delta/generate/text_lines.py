@@ -66,6 +66,7 @@ class TextReader:
         context: how a teacher's prompt is made of ``{condition}`` and ``{prompt}``; None for no teacher. In messages
             the condition becomes the system's, before what that says already.
         chat_template_kwargs: further variables of the chat template.
+        whole_prompts: whether a context has to end with the prompt, token by token, as all of it is read behind both.
 
     Raises:
         ValueError: a tokenizer that names no end-of-text token, a context without ``{condition}``.
@@ -81,7 +82,9 @@ class TextReader:
         names: Sequence[str] | Mapping[str, str] | None = None,
         context: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        whole_prompts: bool = False,
     ) -> None:
+        self.whole_prompts = whole_prompts
         self.folder, self.tokenizer = Path(folder), load_tokenizer(folder)
         self.max_tokens, self.max_condition, self.vocab_size = max_tokens, max_condition, vocab_size
         self.names = None if names is None else dict(names) if isinstance(names, Mapping) else {n: n for n in names}
@@ -118,6 +121,7 @@ class TextReader:
             "max_condition": self.max_condition,
             "names": None if self.names is None else sha256_of(sorted(self.names.items())),
             "context": self.context,
+            **({"whole_prompts": True} if self.whole_prompts else {}),
         }
 
     def read(self, lines: Sequence[bytes]) -> list[tuple[str, Text] | ValueError]:
@@ -131,7 +135,7 @@ class TextReader:
         self._render(found)
         good = [one for one in found if isinstance(one, _Line)]
         ids = self._encode([string for one in good for string in one.strings()])
-        conditions: dict[str, Tensor] = {}
+        conditions: dict[str, list[int]] = {}
         if self.max_condition is not None:
             texts = list(dict.fromkeys(one.condition for one in good))  # neighbours often share a long one
             conditions = dict(zip(texts, self._encode([(text, True) for text in texts]), strict=True))
@@ -204,29 +208,28 @@ class TextReader:
                 found[index] = error
             at += n
 
-    def _encode(self, strings: Sequence[tuple[str, bool]]) -> list[Tensor]:
+    def _encode(self, strings: Sequence[tuple[str, bool]]) -> list[list[int]]:
         """The ids of texts, each with the tokenizer's own special tokens added or not."""
-        ids: list[Tensor] = [torch.empty(0)] * len(strings)
+        ids: list[list[int]] = [[]] * len(strings)
         for special in (False, True):
             places = [index for index, (_, flag) in enumerate(strings) if flag == special]
             texts = [strings[index][0] for index in places]
             encoded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=special)
             for index, one in zip(places, encoded, strict=True):
-                ids[index] = torch.tensor(one.ids, dtype=torch.int32)
+                ids[index] = one.ids
         return ids
 
-    def _text(self, line: _Line, ids: list[Tensor], condition: Tensor | None) -> Text:
-        most, end = self.max_condition, torch.tensor([self.end], dtype=torch.int32)
+    def _text(self, line: _Line, ids: list[list[int]], condition: list[int] | None) -> Text:
+        most = self.max_condition
         if most is not None and condition is not None and len(condition) > most:
             raise ValueError(f"its condition has {len(condition):,} tokens, expected at most {most:,}, max_length")
         n = len(line.pairs)
         prompts, completions, contexts = ids[:n], ids[n : 2 * n], ids[2 * n :]
         for index, one in enumerate(completions):
-            ends = (one == self.end).nonzero()
-            if line.messages and len(ends):  # a template may write a line's end behind it
-                completions[index] = one[: int(ends[-1]) + 1]
-            elif not line.messages:
-                completions[index] = torch.cat((one, end))
+            if not line.messages:
+                completions[index] = [*one, self.end]
+            elif self.end in one:  # a template may write a line's end behind it
+                completions[index] = one[: len(one) - one[::-1].index(self.end)]
         for before in (prompts, contexts):
             for prompt, completion in zip(before, completions, strict=before is prompts):
                 size = len(prompt) + len(completion)
@@ -235,11 +238,15 @@ class TextReader:
                     raise ValueError(f"{what} has {size:,} tokens, expected at most {self.max_tokens:,}")
                 if not len(prompt) and len(completion) < 2:
                     raise ValueError("it has no token after the first one")
+        for prompt, context in zip(prompts, contexts, strict=False):
+            if self.whole_prompts and context[len(context) - len(prompt) :] != prompt:
+                raise ValueError("its context does not end with its prompt's tokens, which positions = 'all' needs")
         read = [*prompts, *completions, *contexts, *(() if condition is None else (condition,))]
-        largest = max(int(one.max()) for one in read if len(one))
+        largest = max(max(one) for one in read if one)
         if largest >= self.vocab_size:
             raise ValueError(f"token {largest} is outside the vocabulary of {self.vocab_size}")
-        return Text(tuple(zip(prompts, completions, strict=True)), tuple(contexts))
+        tensors = [torch.tensor(one, dtype=torch.int32) for one in (*prompts, *completions, *contexts)]
+        return Text(tuple(zip(tensors[:n], tensors[n : 2 * n], strict=True)), tuple(tensors[2 * n :]))
 
 
 @dataclass

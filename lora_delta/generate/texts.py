@@ -155,6 +155,19 @@ class TextSet:
         """Tokens of the completion of each pair, in the file's order, that have one before them."""
         return self._pairs[:, 2] - self._pairs[:, 1] - (self._pairs[:, 1] == self._pairs[:, 0]).long()
 
+    def positions(self, kind: str) -> Tensor:
+        """How many positions of a kind in :data:`lora_delta.own_texts.POSITIONS` each pair has."""
+        if kind == "completion":
+            return self.completions
+        whole = self._pairs[:, 2] - self._pairs[:, 0]
+        return torch.ones_like(whole) if kind == "last" else whole
+
+    def conditions_of_lines(self) -> Tensor:
+        """(lines,) which condition each is of."""
+        of = torch.empty(len(self._lines), dtype=torch.int64)
+        of[self._lines] = torch.arange(len(self)).repeat_interleave(self._bounds.diff())
+        return of
+
     def text(self, line: int) -> Text:
         first, last = int(self._first_pairs[line]), int(self._first_pairs[line + 1])
         pairs, contexts = [], []

@@ -187,11 +187,13 @@ def _identity(generator: nn.Module, tasks: TrainingSet, terms: Terms) -> Identit
 
 def loss_facts(texts: TextLosses) -> dict[str, Any]:
     """What the losses of texts depend on besides model, spec and texts."""
+    kept = texts.stored_deltas
     return {
         "reduction": texts.lm.reduction,
         "label_smoothing": texts.lm.label_smoothing,
         "temperature": texts.temperature,
         "teacher_sha256": None if texts.stored is None else texts.stored.sha256,
+        **({} if kept is None else {"deltas_sha256": kept.sha256}),
     }
 
 
