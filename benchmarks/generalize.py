@@ -96,6 +96,7 @@ class Way:
         data: the file of texts, if there is one, see :func:`write_data`.
         probes: how many fixed ones the teachers are labelled with; None where it needs no teachers.
         writes: what the generator writes; sizes: of it, where they are not the defaults.
+        like: the way that is timed instead, where a step is the same work.
     """
 
     losses: str
@@ -103,12 +104,14 @@ class Way:
     probes: int | None = None
     writes: str = "B"
     sizes: str = ""
+    like: str | None = None
 
 
+OWN = "deltas to the prompted base"
 WAYS = {
     "cross-entropy": Way(LM),
-    "deltas to the prompted base": Way(CONTEXT_DELTA),
-    "the same on its own answers": Way(CONTEXT_DELTA, "answered"),
+    OWN: Way(CONTEXT_DELTA),
+    "the same on its own answers": Way(CONTEXT_DELTA, "answered", like=OWN),
     "cross-entropy + 0.5 deltas": Way(LM + "\n" + CONTEXT_DELTA.replace("1.0", "0.5")),
     "cross-entropy + 2 deltas": Way(LM + "\n" + CONTEXT_DELTA.replace("1.0", "2.0")),
     "KL to the prompted base": Way("kl = 1.0"),
@@ -118,12 +121,12 @@ WAYS = {
     "deltas of teachers, 256 fixed probes": Way("delta = 1.0", None, 256),
     "deltas of teachers, own texts": Way(TEACHER_DELTA, "named", 16),
     # Which of text, freshness and position makes fixed probes fail: deltas to the prompted base on other texts.
-    "deltas, own answers to 16 fixed words": Way(CONTEXT_DELTA, "fixed"),
-    "deltas, fresh words, others' answers": Way(CONTEXT_DELTA, "foreign"),
-    "deltas, fresh words, no answers": Way(CONTEXT_DELTA, "questions"),
-    "deltas, 16 fixed words, no answers": Way(CONTEXT_DELTA, "fixed questions"),
-    **{f"cross-entropy, {n} tasks": Way(LM, f"train {n}") for n in (10, 40)},
-    **{f"deltas to the prompted base, {n} tasks": Way(CONTEXT_DELTA, f"train {n}") for n in (10, 40)},
+    "deltas, own answers to 16 fixed words": Way(CONTEXT_DELTA, "fixed", like=OWN),
+    "deltas, fresh words, others' answers": Way(CONTEXT_DELTA, "foreign", like=OWN),
+    "deltas, fresh words, no answers": Way(CONTEXT_DELTA, "questions", like=OWN),
+    "deltas, 16 fixed words, no answers": Way(CONTEXT_DELTA, "fixed questions", like=OWN),
+    **{f"cross-entropy, {n} tasks": Way(LM, f"train {n}", like="cross-entropy") for n in (10, 40)},
+    **{f"{OWN}, {n} tasks": Way(CONTEXT_DELTA, f"train {n}", like=OWN) for n in (10, 40)},
 }
 
 
@@ -148,7 +151,10 @@ def main() -> int:
     before = {(name, seed): min(before[name, one] for one in options.seeds) for name, seed in todo}  # a calm machine's
     times = options.out / f"seconds of a step, {options.threads} threads.json"
     known = json.loads(times.read_text()) if times.exists() else {}
-    new = [name for name in options.ways if name not in known]
+    timed = {name: WAYS[name].like or name for name in options.ways}
+    new = [name for name in dict.fromkeys(timed.values()) if name not in known]
+    for name in new:
+        prepare(name, options.seeds[0], folder / f"{name}, seed {options.seeds[0]}", options.out)
     for _ in range(TIMED_ROUNDS):
         for name in new:
             each = step_seconds(folder / f"{name}, seed {options.seeds[0]}")
@@ -156,10 +162,11 @@ def main() -> int:
     write_json(times, known)
     for name, seed in todo:
         if not (folder / f"{name}, seed {seed}" / "steps.json").exists():
-            steps = max(1, int((options.seconds - before[name, seed]) / known[name]))
-            facts = {"steps": steps, "step_seconds": known[name], "seconds_before": before[name, seed]}
+            each, spent = known[timed[name]], before[name, seed]
+            steps = max(1, int((options.seconds - spent) / each))
+            facts = {"steps": steps, "step_seconds": each, "seconds_before": spent}
             write_json(folder / f"{name}, seed {seed}" / "steps.json", facts)
-            print(f"{name}, seed {seed}: {steps} steps of {known[name]:.3f} s, {before[name, seed]:.0f} s before")
+            print(f"{name}, seed {seed}: {steps} steps of {each:.3f} s, {spent:.0f} s before", flush=True)
     with ProcessPoolExecutor(
         options.jobs or options.threads, multiprocessing.get_context("spawn"), _start
     ) as pool:
