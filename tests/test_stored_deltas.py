@@ -53,7 +53,7 @@ KINDS = {
     "context": 'target = "context"',
     "context, last": 'target = "context", positions = "last", layers = [0, -1]',
     "context, all": 'target = "context", positions = "all"',
-    "teacher": 'target = "teacher", layers = [1, 3]',
+    "teacher": 'target = "teacher", layers = [1, 2]',
     "teacher, all": 'target = "teacher", positions = "all"',
 }
 WORDS = ("cat", "horse", "ox", "donkey", "goose", "hen", "pig")
@@ -61,7 +61,7 @@ WORDS = ("cat", "horse", "ox", "donkey", "goose", "hen", "pig")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, device: str) -> Path:
-    """Three teachers with labels and prompts, and texts of theirs in no order."""
+    """Three teachers with labels and prompts, and texts of theirs, in turn."""
     folder = tmp_path_factory.mktemp("deltas")
     base, _ = load_pretrained(embedded_checkpoint())
     chance = torch.Generator().manual_seed(0)
@@ -73,7 +73,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, device: str) -> Path:
     lines = [json.dumps({"adapter": f"teachers/t{i}", "prompts": [f"task {i}", f"do {i}"]}) for i in range(3)]
     (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
     texts = [
-        {"condition": f"teachers/t{(5 * i) % 3}", "prompt": f"{word}=" if i != 4 else "", "completion": word[::-1] * 2}
+        {"condition": f"teachers/t{i % 3}", "prompt": f"{word}=" if i != 4 else "", "completion": word[::-1] * 2}
         for i, word in enumerate(WORDS)
     ]
     for line in texts:
@@ -123,7 +123,7 @@ def test_the_file_holds_the_states_that_transformers_gives(folder: Path, device:
         for i in range(3)
     ]  # fmt: skip
     positions, layers = stored.facts["positions"], stored.facts["layers"]
-    end = tokenizer.token_to_id(END)
+    end = tokenizer.token_to_id(END) or 0
     for number, line in enumerate((folder / "texts.jsonl").read_text().splitlines()):
         entry = json.loads(line)
         who = int(entry["condition"][-1])
@@ -167,7 +167,7 @@ def test_a_run_on_stored_targets_reads_no_teachers(folder: Path, device: str, tm
     assert main(["train", "--quiet", str(config)]) == 0
     metrics = [json.loads(one) for one in (tmp_path / "run" / METRICS).read_text().splitlines()]
     live = [json.loads(one) for one in (folder / "live teacher" / METRICS).read_text().splitlines()]
-    assert metrics[0]["delta"] == pytest.approx(live[0]["delta"], rel=1e-3)  # B is zero at the start
+    assert metrics[0]["delta"] == pytest.approx(live[0]["delta"], rel=1e-3)  # of the same draw
 
 
 @pytest.mark.parametrize(
