@@ -117,13 +117,14 @@ def folder_lock(folder: str | Path) -> Iterator[None]:
         lock.release()
 
 
-def clear_unfinished(folder: Path) -> None:
-    """Remove what a killed process was writing by :func:`replaces` in ``folder``, files and folders.
+def clear_unfinished(folder: Path, name: str = "") -> None:
+    """Remove what a killed process was writing by :func:`replaces` in ``folder``, files and folders; of one name alone
+    where it is given.
 
-    The caller holds the folder: nothing that is being written now goes.
+    The caller holds the folder, or who may write that name: nothing that is being written now goes.
     """
     for path in folder.iterdir():
-        if path.name.endswith(UNFINISHED):
+        if path.name.endswith(UNFINISHED) and path.name.startswith(f"{name}." if name else ""):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             else:

@@ -155,14 +155,12 @@ class Command:
         arguments: given that folder.
         out: what it writes, in that folder.
         result: of what it wrote, all that must be the same again.
-        locks: whether a second one at the same time is refused; else both write all, whole.
         seconds, changes: that it takes, and that it makes, when nothing happens.
     """
 
     arguments: Callable[[Path], list[str]]
     out: str
     result: Callable[[Path], Any]
-    locks: bool = True
     seconds: float = 0.0
     changes: int = 0
     expected: Any = None
@@ -205,11 +203,11 @@ class Bench:
                 lambda folder: [*generate, "--out", str(folder / "out")], "out", contents
             ),
             "teach": Command(
-                lambda folder: [*teach, "--out", str(folder / "said" / "deltas"), str(folder / "texts.toml")], "said",
-                contents, locks=False,
+                lambda folder: [*teach, "--out", str(folder / "taught" / "deltas"), str(folder / "texts.toml")],
+                "taught", contents,
             ),
             "evaluate": Command(
-                lambda folder: [*evaluate, "--out", str(folder / "verdict")], "verdict", contents, locks=False
+                lambda folder: [*evaluate, "--out", str(folder / "verdict")], "verdict", contents
             ),
         }  # fmt: skip
         folder = self.folder("reference")

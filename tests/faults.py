@@ -140,11 +140,8 @@ def _check_refusal(name: str, ended: int, said: str, words: str) -> None:
 def two_writers(bench: Bench, name: str, folder: Path, chance: Random) -> str:
     """A second one while the first is at work: it is refused in a line, and the first one is not disturbed."""
     command = bench.commands[name]
-    if not command.locks:
-        return "nothing: it refuses no second one"
-    stop = Fault(
-        folder / command.out, chance.randrange(2, command.changes - 2), lambda: os.kill(os.getpid(), signal.SIGSTOP)
-    )
+    moment = chance.randrange(2, command.changes - 2) if command.changes > 4 else 0  # while it holds what it writes to
+    stop = Fault(folder / command.out, moment, lambda: os.kill(os.getpid(), signal.SIGSTOP))
     first = Process(command.arguments(folder), folder / "first", stop)
     os.waitid(os.P_PID, first.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
     ended, said = Process(command.arguments(folder), folder / "said").end()

@@ -160,6 +160,17 @@ def test_deltas_of_own_texts_are_a_loss_with_options(tmp_path: Path) -> None:
     assert not asked.delta_from_context
 
 
+def test_what_is_stored_is_not_asked_for_in_steps(tmp_path: Path) -> None:
+    losses = OWN + CONTEXT + "kl = 1\n"
+    assert read(tmp_path, losses).asks_base_for == ("kl", "delta")
+    assert read(tmp_path, losses + '[teacher]\nstored = "said"').asks_base_for == ("delta",)
+    found = read(tmp_path, losses + '[teacher]\nstored = "said"\nstored_deltas = "deltas"')
+    assert (found.asks_base_for, found.teacher.stored_deltas) == ((), str(tmp_path / "deltas"))
+    of_teacher = losses.replace('"context"', '"teacher"') + '[teacher]\nstored_deltas = "deltas"'
+    assert read(tmp_path, of_teacher).asks_teachers_for == ()
+    assert read(tmp_path, with_line('stored_deltas = "deltas"', "[teacher]")).asks_teachers_for == ("weights", "delta")
+
+
 @pytest.mark.parametrize(("text", "message"), OFF, ids=[message for _, message in OFF])
 def test_a_file_that_is_off_is_refused_in_a_line_that_names_it_and_the_key(
     text: str | bytes, message: str, tmp_path: Path

@@ -383,6 +383,14 @@ def test_a_token_that_the_model_lacks_is_refused(kind: str, tmp_path: Path) -> N
     assert len(TextSet.compiled(path, tmp_path / "out", reader_of(folder, vocab_size=largest + 1))) == 1
 
 
+def test_a_context_that_does_not_end_with_its_prompt_is_refused_where_all_of_it_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "lines", [GOOD, {"condition": "c", "text": "ab"}, {**GOOD, "prompt": "x: "}])
+    odd = small_reader(context="{prompt} {condition}", whole_prompts=True)
+    assert_refused(path, odd, "its context does not end with its prompt's tokens, which positions = 'all' needs", 1)
+    reader = small_reader(context="{condition} {prompt}", whole_prompts=True)
+    assert len(TextSet.compiled(path, tmp_path / "out", reader)) == 1
+
+
 def test_an_end_of_text_token_that_the_model_lacks_is_refused(tmp_path: Path) -> None:
     end = AutoTokenizer.from_pretrained(embedded_checkpoint()).eos_token_id
     path = write(tmp_path / "lines", [{"condition": "c", "text": "ab"}])
@@ -561,6 +569,7 @@ def test_what_is_there_already_is_taken(
         {"context": None},
         {"context": "{condition} {prompt}"},
         {"vocab_size": 260},
+        {"whole_prompts": True},
         {"chat_template_kwargs": {"style": "long"}},
         {"name": "held-out"},
         {"on_bad_line": "skip"},

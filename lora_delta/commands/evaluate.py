@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def add(subcommands: argparse._SubParsersAction) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from ..files import write_json
+    from ..files import folder_lock, write_json
     from ..generate.judge import figures, table
     from ..plots.charts import plot_verdict
 
@@ -60,12 +60,13 @@ def _evaluate(options: argparse.Namespace) -> int:
         if getattr(options, name) < 0:
             raise ValueError(f"--{name} is {getattr(options, name)}, expected 0 or more")
     keep_freed_memory()
-    cases, runs = _runs(options) if options.folders else _adapters(options)
-    found = figures(cases, runs, seed=options.seed)
-    if options.out is not None:
-        write_json(options.out / "verdict.json", found)
-        with suppress(ImportError):  # matplotlib is an extra
-            plot_verdict(found, options.out / "verdict.png")
+    with nullcontext() if options.out is None else folder_lock(options.out):
+        cases, runs = _runs(options) if options.folders else _adapters(options)
+        found = figures(cases, runs, seed=options.seed)
+        if options.out is not None:
+            write_json(options.out / "verdict.json", found)
+            with suppress(ImportError):  # matplotlib is an extra
+                plot_verdict(found, options.out / "verdict.png")
     print(json.dumps(found, indent=1) if options.json else table(found))
     return 0
 

@@ -44,7 +44,7 @@ def add(subcommands: argparse._SubParsersAction) -> None:
 
 def _teach(options: argparse.Namespace) -> int:
     from ..distributed import Ranks
-    from ..files import folder_lock
+    from ..files import clear_unfinished, folder_lock
     from ..generate.prompts import read_prompts
     from ..generate.run_config import RunConfig
     from ..generate.runs import load_base, text_sets
@@ -60,12 +60,14 @@ def _teach(options: argparse.Namespace) -> int:
     lm_head = not options.deltas
     folder, base, weights = load_base(config.base, config.dtype, device, stream=config.stream, lm_head=lm_head)
     with_context = not options.deltas or config.training.delta_from_context
+    write = _write_deltas if options.deltas else _write_top_k
     with folder_lock(config.out):
+        if options.out.parent.is_dir():
+            clear_unfinished(options.out.parent, options.out.name)
         texts, _ = text_sets(
             config, folder, base, prompts, Ranks(), with_context=with_context, progress=not options.quiet
         )
-    write = _write_deltas if options.deltas else _write_top_k
-    n_rows = write(options, config, base, weights, texts)
+        n_rows = write(options, config, base, weights, texts)
     what = "positions" if options.deltas else "tokens"
     print(f"wrote what is said of {n_rows:,} {what} in {texts.n_texts:,} texts to {options.out}")
     return 0
