@@ -13,7 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_delta.plots.charts import plot_bars, plot_deltas, plot_loss_curves, project_2d, silhouette_score
+from lora_delta.plots.charts import (
+    plot_bars,
+    plot_deltas,
+    plot_loss_curves,
+    plot_verdict,
+    project_2d,
+    silhouette_score,
+)
 
 CURVES = {"train": [(0, 1.0), (10, 0.1), (20, math.nan), (30, 0.01)], "held out $x_1$": [(0, 2.0), (30, 0.5)]}
 BARS = {"math": {"base": 0.2, "ours": 0.6}, "code": {"base": math.nan, "ours": -0.1}}
@@ -122,6 +129,11 @@ def drawn_deltas(path: Path, **options: Any) -> Path:
     return plot_deltas(points, path=path, **{"classes": classes, **options})
 
 
+VERDICT = {
+    "generated": {"accuracy": 0.5, "accuracy_interval": (0.4, 0.7)},
+    "another's": {"accuracy": 0.0, "accuracy_interval": (0.0, 0.0)},
+    "bare": {"accuracy": 1.0, "accuracy_interval": (1.0, 1.0)},
+}
 PLOTS: dict[str, tuple[Callable[[Path], Path], tuple[int, int]]] = {
     "deltas": (drawn_deltas, (1200, 780)),
     "deltas without classes": (lambda path: drawn_deltas(path, classes=None), (1200, 780)),
@@ -132,6 +144,11 @@ PLOTS: dict[str, tuple[Callable[[Path], Path], tuple[int, int]]] = {
     "curves": (lambda path: plot_loss_curves(CURVES, path, title="$ and _"), (1200, 675)),
     "one curve of one step": (lambda path: plot_loss_curves({"loss": [(0, -1.0)]}, path), (1200, 675)),
     "bars": (lambda path: plot_bars(BARS, path, ylabel="accuracy"), (1200, 675)),
+    "a verdict": (lambda path: plot_verdict({"held-out": VERDICT}, path), (1200, 315)),
+    "a verdict of two groups": (
+        lambda path: plot_verdict({"seen": {**VERDICT, "its $teacher_": VERDICT["bare"]}, "held-out": VERDICT}, path),
+        (1200, 468),
+    ),
     "many bars": (
         lambda path: plot_bars({f"a long name {i}": {str(j): i - j for j in range(9)} for i in range(9)}, path),
         (1200, 675),
@@ -235,6 +252,7 @@ def test_the_legend_names_every_class_once_and_every_numbered_point(
         (lambda path: plot_loss_curves({}, path), "curves is empty, expected at least one"),
         (lambda path: plot_loss_curves({"a": [(0, math.nan)]}, path), "curve 'a' has no finite value"),
         (lambda path: plot_bars({}, path), "groups is empty, expected"),
+        (lambda path: plot_verdict({}, path), "figures is empty, expected"),
         (lambda path: plot_bars({"a": {"x": 1}, "b": {}}, path), r"group 'b' has the series \[\], expected \['x'\]"),
         (lambda path: plot_bars({"a": {"x": -math.inf}}, path), "'x' of group 'a' is -inf, expected a finite number"),
     ],

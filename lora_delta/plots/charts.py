@@ -214,20 +214,50 @@ def plot_loss_curves(
 
 
 def plot_verdict(figures: Mapping[str, Mapping[str, Mapping[str, Any]]], path: str | Path) -> Path:
-    """The accuracy of each way with its interval, group by group, from :func:`lora_delta.generate.judge.figures`.
+    """The accuracy of each way with its interval, from :func:`lora_delta.generate.judge.figures`: a bar of each group
+    beside the way's name, as a PNG of 1200 pixels, the higher the more ways there are.
 
     Raises:
-        ValueError, ImportError: as :func:`plot_bars`.
+        ValueError: no groups, a path that does not end in ``.png``.
+        ImportError: matplotlib is not installed.
     """
     ways = list(dict.fromkeys(way for group in figures.values() for way in group))
-    missing = {"accuracy": math.nan, "accuracy_interval": (math.nan, math.nan)}
-    found = {group: {way: own.get(way, missing) for way in ways} for group, own in figures.items()}
-    bars = {group: {way: 100 * one["accuracy"] for way, one in own.items()} for group, own in found.items()}
-    intervals = {
-        group: {way: tuple(100 * edge for edge in one["accuracy_interval"]) for way, one in own.items()}
-        for group, own in found.items()
-    }
-    return plot_bars(bars, path, title="Completions that are right, greedily decoded", ylabel="%", intervals=intervals)
+    if not ways:
+        raise ValueError("figures is empty, expected {group: {way: figures}}")
+    thick = 0.8 / len(figures)
+    with _drawing(path, 8, 1.2 + 0.3 * len(ways) * (1 if len(figures) == 1 else 1.6)) as (figure, axes):
+        for number, (group, own) in enumerate(figures.items()):
+            offset = (number - (len(figures) - 1) / 2) * thick
+            places = [place + offset for place, way in enumerate(ways) if way in own]
+            each = [own[way] for way in ways if way in own]
+            values = [100 * one["accuracy"] for one in each]
+            highs = [100 * max(one["accuracy_interval"][1], one["accuracy"]) for one in each]
+            lows = [100 * min(one["accuracy_interval"][0], one["accuracy"]) for one in each]
+            axes.barh(places, values, thick * 0.9, color=COLOURS[number % len(COLOURS)], label=plain_text(group))
+            sides = [
+                [value - low for value, low in zip(values, lows, strict=True)],
+                [high - value for value, high in zip(values, highs, strict=True)],
+            ]
+            axes.errorbar(
+                values, places, xerr=sides, fmt="none", ecolor="#333333", elinewidth=0.8, capsize=2
+            )
+            for place, value, high in zip(places, values, highs, strict=True):
+                at = (high, place)
+                axes.annotate(
+                    f"{value:.1f}", at, (4, 0), textcoords="offset points", va="center", fontsize=8.5, color="#333333"
+                )
+        axes.set_yticks(range(len(ways)), [plain_text(way, 48) for way in ways])
+        axes.invert_yaxis()  # the first on top
+        axes.grid(False, axis="y")
+        axes.tick_params(axis="y", length=0)
+        axes.margins(x=0.08, y=0.02)
+        axes.set_xlim(left=0)
+        title = "Completions that are right, greedily decoded"
+        title += f": {plain_text(next(iter(figures)), 60)}" if len(figures) == 1 else ""
+        axes.set(xlabel="%", title=title)
+        if len(figures) > 1:
+            _legend(figure, axes)
+    return Path(path)
 
 
 def plot_bars(
@@ -236,14 +266,12 @@ def plot_bars(
     *,
     title: str = "",
     ylabel: str = "",
-    intervals: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
 ) -> Path:
     """A table as grouped bars with their values, as a PNG of 1200 × 675 pixels.
 
     Args:
         groups: {group: {series: value}}, the same series in every group; NaN, a value that is not known, has no bar.
         path: where to write; its folder is made.
-        intervals: {group: {series: (low, high)}}, drawn as whiskers.
 
     Returns:
         The path.
@@ -277,14 +305,6 @@ def plot_bars(
                 linewidth=0,
                 label=plain_text(name),
             )
-            if intervals is not None:
-                edges = [intervals[group][name] for group in groups]
-                sides = [[max(0.0, h - low), max(0.0, high - h)] for h, (low, high) in zip(heights, edges, strict=True)]
-                places = [place + offset for place in range(len(groups))]
-                axes.errorbar(
-                    places, heights, yerr=torch.tensor(sides).nan_to_num().T.tolist(), fmt="none", ecolor="#333333",
-                    elinewidth=0.8, capsize=2,
-                )  # fmt: skip
             if bars <= 40:
                 numbers = ["" if math.isnan(h) else f"{h:{form}}".replace("-", "−") for h in heights]
                 size = 8.5 if bars <= 16 else 7 if bars <= 26 else 5.5
