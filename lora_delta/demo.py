@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .embedded.build import END
 from .embedded.tasks import CONTEXT, SEEN, SEEN_WORDINGS, VALIDATION, Task, lines, word
 from .files import replaces, write_json
 from .generate.checkpoints import Metrics
@@ -147,16 +148,19 @@ def judged(runs: Mapping[str, Run], out: Path, seed: int, *, progress: bool) -> 
     return figures(cases, [{way: ways[way] for way in order} | base], seed=seed)
 
 
-def task_deltas(run: Run, tasks: Iterable[Task], seed: int = 0) -> Tensor:
-    """The delta (tasks, H) of an adapter written for each task: where a word ends and its answer is to begin."""
+def task_deltas(run: Run, tasks: Sequence[Task], seed: int = 0) -> Tensor:
+    """The delta (tasks, H) of an adapter written for each task: its mean over the tokens of answers to some words."""
     chance, tokenizer = random.Random(seed), run.encoder.tokenizer
     words = [word(chance) for _ in range(_PROBES)]
-    pairs = [(tokenizer.encode(one).ids, tokenizer.encode("=").ids) for one in words]
-    delta = DifferentiableTextDelta(run.config, run.weights, run.spec, positions="last", pooling="mean", prepack=False)
+    examples = [
+        [(tokenizer.encode(f"{one}=").ids, tokenizer.encode(task.answer(one) + END).ids) for one in words]
+        for task in tasks
+    ]
+    delta = DifferentiableTextDelta(run.config, run.weights, run.spec, pooling="mean", prepack=False)
     states = run.encoder([task.conditions(slice(SEEN_WORDINGS))[0] for task in tasks])
     given = Condition.collate(states).to(run.weights.device)
     with torch.no_grad():
-        return delta(run.write(given.states, given.mask), [pairs] * len(states))
+        return delta(run.write(given.states, given.mask), examples)
 
 
 def draw(
