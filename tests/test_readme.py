@@ -6,12 +6,15 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 from torchrun import torchrun
 
+import qwen_functional
+from lora_delta import distributed
 from lora_delta.cli import main
 from lora_delta.embedded import embedded_checkpoint
 from lora_delta.embedded.build import build
@@ -21,6 +24,11 @@ README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"
 TOML = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
 LINES = re.findall(r"```json\n(.*?)```", README, re.DOTALL)
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+EXAMPLES += [  # and of docstrings
+    textwrap.dedent(re.findall(r"::\n\n((?:    .*\n|\n)+)", module.__doc__ or "")[0]).strip()
+    for module in (qwen_functional, distributed)
+]
+RECIPES = [*TOML[:2], re.sub(r"\[teacher\].*\n", '[teacher]\nstored = "said.safetensors"\n', TOML[1])]
 
 
 def _run(code: str, folder: Path) -> str:
@@ -47,14 +55,14 @@ def test_an_example_in_the_readme_fails(code: str, tmp_path: Path) -> None:
     _run(code, tmp_path)
 
 
-@pytest.mark.parametrize("text", TOML[1:], ids=lambda text: text.split('out = "')[1].split('"')[0])
+@pytest.mark.parametrize("text", RECIPES, ids=["text-to-lora", "doc-to-lora", "doc-to-lora, stored"])
 def test_a_recipe_of_the_readme_trains_on_its_lines(text: str, tmp_path: Path) -> None:
     """With fewer steps, and with adapters that differ by condition in the end."""
     for name in ("train.jsonl", "held_out.jsonl"):
         (tmp_path / name).write_text(LINES[0], encoding="utf-8")
     text = text.replace("steps = 1000", "steps = 4").replace("every = 100", "every = 2")
     (tmp_path / "recipe.toml").write_text(text, encoding="utf-8")
-    if "stored" in text:
+    if "\nstored" in text:
         said = str(tmp_path / "said.safetensors")
         assert main(["teach", "--quiet", str(tmp_path / "recipe.toml"), "--k", "16", "--out", said]) == 0
     assert main(["train", "--quiet", str(tmp_path / "recipe.toml")]) == 0

@@ -34,7 +34,21 @@ On the language model's loss of texts it needs no teachers, see :mod:`lora_delta
     data = "held_out.jsonl"
     every = 200
     patience = 5
-"""
+
+A run goes on from its last checkpoint, to the bit as if it had not stopped, or is refused where anything that it
+depends on has changed, which is named. ``steps`` can be raised. A step whose loss or gradient is not finite is skipped
+and said, with its adapters; Ctrl-C and SIGTERM save the step that is under way. Texts are tokenized once, into the
+run's folder, and read as they are drawn; the states of conditions are kept there as well. Where ``prompts`` names a
+file, conditions of the data are names in it. ``mean = "tokens"`` in ``[training]`` counts each token of a step the
+same, over ranks and accumulation. ``[log]`` sends metrics to TensorBoard (``tensorboard = true``) or Weights & Biases
+(``wandb = "project"``) besides ``metrics.jsonl``.
+
+``delta`` compares deltas of the adapters' own texts with those of the prompted base, whose context ``[teacher]``
+describes, or with ``target = "teacher"`` with those of labelled adapters. ``lora-delta teach run.toml --out FILE``
+writes down what the teacher of ``kl`` says, for ``stored = FILE`` in ``[teacher]``, and with ``--deltas`` what
+``delta`` compares with, for ``stored_deltas = FILE``: a step then costs what one on ``lm`` does. With ``kind =
+"additive"`` in ``[generator]`` a condition's tokens add up, each for itself, so that a new combination of known parts
+is known: choose an early ``condition_layer``, such as 0, where a text's words are not mixed yet."""
 
 from __future__ import annotations
 
