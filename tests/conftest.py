@@ -21,11 +21,11 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def real_checkpoint() -> Iterator[str]:
-    """Folder or hub id of a real Qwen2 checkpoint, from the environment; its tests run on two threads."""
+    """Folder or hub id of a real Qwen2 checkpoint, from the environment; alone, its tests run on two threads."""
     model = os.environ.get("QWEN_FUNCTIONAL_CHECKPOINT")
     if not model:
         pytest.skip("QWEN_FUNCTIONAL_CHECKPOINT is not set: no test ran on real weights")
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
     yield model
     torch.set_num_threads(1)
 

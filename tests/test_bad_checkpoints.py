@@ -58,16 +58,16 @@ class TestBadCheckpoints:
                 load_pretrained(model)
 
     @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e5m2, "bfloat16"])
-    def test_an_unsupported_dtype(self, folder: Path, dtype: Any) -> None:
+    def test_an_unsupported_dtype_is_refused(self, folder: Path, dtype: Any) -> None:
         with pytest.raises(ValueError, match=r"dtype is .*, expected None or one of"):
             load_pretrained(folder, dtype)
 
     @pytest.mark.parametrize("device", ["gpu", "cuda:99"])
-    def test_a_device_that_is_not_there(self, folder: Path, device: str) -> None:
+    def test_a_device_that_is_not_there_is_refused(self, folder: Path, device: str) -> None:
         with pytest.raises(ValueError, match=f"device is '{device}', expected one"):
             load_pretrained(folder, device=device)
 
-    def test_no_config(self, folder: Path) -> None:
+    def test_a_folder_without_a_config_is_refused(self, folder: Path) -> None:
         (folder / "config.json").unlink()
         with pytest.raises(ValueError, match=r"config.json does not exist"):
             load_pretrained(folder)
@@ -80,12 +80,12 @@ class TestBadCheckpoints:
             {"hidden_act": "gelu"},
         ],
     )
-    def test_a_config_that_is_no_dense_qwen2(self, folder: Path, change: dict[str, Any]) -> None:
+    def test_a_config_that_is_no_dense_qwen2_is_refused(self, folder: Path, change: dict[str, Any]) -> None:
         edit_json(folder / "config.json", **change)
         with pytest.raises(ValueError, match=rf"config.json: config field {next(iter(change))} is .*"):
             load_pretrained(folder)
 
-    def test_no_safetensors(self, folder: Path) -> None:
+    def test_a_folder_without_model_safetensors_is_refused(self, folder: Path) -> None:
         (folder / ONE).rename(folder / "weights.safetensors")
         with pytest.raises(ValueError, match=r"has weights.safetensors, expected model.safetensors or"):
             load_pretrained(folder)
@@ -94,42 +94,42 @@ class TestBadCheckpoints:
         with pytest.raises(ValueError, match=r"has no .safetensors file, expected model.safetensors or"):
             load_pretrained(folder)
 
-    def test_only_pickles(self, folder: Path) -> None:
+    def test_a_folder_of_nothing_but_pickles_is_refused(self, folder: Path) -> None:
         (folder / ONE).unlink()
         torch.save({}, folder / "pytorch_model.bin")
         with pytest.raises(ValueError, match=r"only in pickles \(pytorch_model.bin\).*save_pretrained"):
             load_pretrained(folder)
 
     @pytest.mark.parametrize("size", [0, 4, 100, -1])
-    def test_a_truncated_file(self, folder: Path, size: int) -> None:
+    def test_a_truncated_file_is_refused(self, folder: Path, size: int) -> None:
         data = (folder / ONE).read_bytes()
         (folder / ONE).write_bytes(data[:size])
         with pytest.raises(ValueError, match=r"model.safetensors, of \d+ bytes, is truncated or corrupt"):
             load_pretrained(folder)
 
-    def test_a_file_that_is_no_safetensors(self, folder: Path) -> None:
+    def test_a_file_that_is_no_safetensors_is_refused(self, folder: Path) -> None:
         (folder / ONE).write_text("version https://git-lfs.github.com/spec/v1\n")
         with pytest.raises(ValueError, match=r"truncated or corrupt, expected a safetensors file"):
             load_pretrained(folder)
 
-    def test_a_missing_tensor(self, folder: Path) -> None:
+    def test_a_file_without_one_of_the_tensors_is_refused(self, folder: Path) -> None:
         edit_tensors(folder, lambda tensors: tensors.pop(K_PROJ))
         with pytest.raises(ValueError, match=rf"tensor {K_PROJ} is missing in .* with shape \(16, 24\)"):
             load_pretrained(folder)
 
-    def test_a_separate_lm_head_that_is_not_there(self, folder: Path) -> None:
+    def test_a_file_without_a_separate_lm_head_is_refused(self, folder: Path) -> None:
         edit_tensors(folder, lambda tensors: tensors.pop("lm_head.weight"))
         with pytest.raises(ValueError, match=r"tensor lm_head.weight is missing"):
             load_pretrained(folder)
 
-    def test_sizes_that_the_file_does_not_have(self, folder: Path) -> None:
+    def test_sizes_that_the_file_does_not_have_are_refused(self, folder: Path) -> None:
         sizes = {"vocab_size": 1 << 24, "hidden_size": 1 << 20, "intermediate_size": 1 << 22, "num_hidden_layers": 1024}
         edit_json(folder / "config.json", **sizes, head_dim=1 << 16, layer_types=None)  # 70 petabytes
         with pytest.raises(ValueError, match=r"tensor \S+ in .* has shape .*, expected \(\d+"):
             load_pretrained(folder)
 
     @pytest.mark.parametrize("size", [1 << 63, 1 << 200, -1, 1.5, "24", True, None])
-    def test_a_size_that_is_no_size(self, folder: Path, size: Any) -> None:
+    def test_a_size_that_is_no_size_is_refused(self, folder: Path, size: Any) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             value = json.loads((folder / "config.json").read_text())[name]
             edit_json(folder / "config.json", **{name: size})
@@ -138,7 +138,7 @@ class TestBadCheckpoints:
                 load_pretrained(folder)
             edit_json(folder / "config.json", **{name: value})
 
-    def test_a_header_of_gigabytes(self, folder: Path) -> None:
+    def test_a_header_of_gigabytes_is_refused(self, folder: Path) -> None:
         with (folder / ONE).open("r+b") as file:
             file.write((1 << 32).to_bytes(8, "little"))
             file.truncate(1 << 34)  # takes no room on the disk
@@ -146,19 +146,19 @@ class TestBadCheckpoints:
             load_pretrained(folder)
 
     @pytest.mark.parametrize("name", ["score.weight", "model.layers.2.input_layernorm.weight", "norm.weight"])
-    def test_an_unexpected_tensor(self, folder: Path, name: str) -> None:
+    def test_an_unexpected_tensor_is_refused(self, folder: Path, name: str) -> None:
         edit_tensors(folder, lambda tensors: tensors.update({name: torch.ones(24)}))
         with pytest.raises(ValueError, match=rf"tensor {name} in .* fits nothing, expected only"):
             load_pretrained(folder)
 
     @pytest.mark.parametrize("shape", [(24, 16), (16, 23), (16, 24, 1), (384,), ()])
-    def test_another_shape(self, folder: Path, shape: tuple[int, ...]) -> None:
+    def test_a_tensor_of_another_shape_is_refused(self, folder: Path, shape: tuple[int, ...]) -> None:
         edit_tensors(folder, lambda tensors: tensors.update({K_PROJ: torch.ones(shape)}))
         with pytest.raises(ValueError, match=rf"tensor {K_PROJ} in .* has shape .*, expected \(16, 24\)"):
             load_pretrained(folder)
 
     @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.complex64])
-    def test_a_dtype_that_is_no_floating_point(self, folder: Path, dtype: torch.dtype) -> None:
+    def test_a_tensor_of_no_floating_point_dtype_is_refused(self, folder: Path, dtype: torch.dtype) -> None:
         edit_tensors(folder, lambda tensors: tensors.update({K_PROJ: torch.ones(16, 24).to(dtype)}))
         with pytest.raises(ValueError, match=rf"tensor {K_PROJ} in .* has dtype \w+, expected one of"):
             load_pretrained(folder)
@@ -214,7 +214,7 @@ class TestBadIndex:
             None,
         ],
     )
-    def test_an_index_that_points_outside_its_folder_or_to_no_safetensors(
+    def test_an_index_that_points_outside_its_folder_or_to_no_safetensors_is_refused(
         self, sharded: Path, shard: Any
     ) -> None:
         save_file({K_PROJ: torch.ones(16, 24)}, sharded.parent / "out.safetensors")
@@ -223,26 +223,26 @@ class TestBadIndex:
         with pytest.raises(ValueError, match=rf"index.json puts {K_PROJ} into .*, expected a .safetensors"):
             load_pretrained(sharded)
 
-    def test_a_shard_that_is_missing(self, sharded: Path) -> None:
+    def test_an_index_that_names_a_missing_shard_is_refused(self, sharded: Path) -> None:
         name = sorted(path.name for path in sharded.glob("model-*.safetensors"))[1]
         (sharded / name).unlink()
         with pytest.raises(ValueError, match=rf"names \['{name}'\], which .* does not have"):
             load_pretrained(sharded)
 
-    def test_a_shard_that_is_truncated(self, sharded: Path) -> None:
+    def test_a_shard_that_is_truncated_is_refused(self, sharded: Path) -> None:
         shard = min(sharded.glob("model-*.safetensors"))
         shard.write_bytes(shard.read_bytes()[:-1])
         with pytest.raises(ValueError, match=rf"{shard.name}, of \d+ bytes, is truncated or corrupt"):
             load_pretrained(sharded)
 
-    def test_a_tensor_that_lies_in_another_shard_than_the_index_says(self, sharded: Path) -> None:
+    def test_a_tensor_that_lies_in_another_shard_than_the_index_says_is_refused(self, sharded: Path) -> None:
         weight_map = json.loads((sharded / INDEX).read_text())["weight_map"]
         other = next(shard for shard in weight_map.values() if shard != weight_map[K_PROJ])
         self.put(sharded, K_PROJ, other)
         with pytest.raises(ValueError, match=rf"tensor {K_PROJ} is missing in .*{other}, expected it there"):
             load_pretrained(sharded)
 
-    def test_a_tensor_that_the_index_does_not_list(self, sharded: Path) -> None:
+    def test_a_tensor_that_the_index_does_not_list_is_refused(self, sharded: Path) -> None:
         weight_map = json.loads((sharded / INDEX).read_text())["weight_map"]
         del weight_map[K_PROJ]
         edit_json(sharded / INDEX, weight_map=weight_map)
@@ -258,7 +258,7 @@ class TestBadIndex:
             ('{"weight_map": []}', "no weight_map"),
         ],
     )
-    def test_a_malformed_index(self, sharded: Path, text: str, problem: str) -> None:
+    def test_a_malformed_index_is_refused(self, sharded: Path, text: str, problem: str) -> None:
         (sharded / INDEX).write_text(text)
         with pytest.raises(ValueError, match=rf"index.json .*{problem}"):
             load_pretrained(sharded)

@@ -403,7 +403,9 @@ def test_on_a_gpu_the_table_tells_what_it_did(finished: tuple[subprocess.Complet
     assert [engine[name] for name in summary.ACTIVITY] == [f"{250 * seconds:.3g}", "75%", "7349", "12"]
 
 
-def test_options_of_several_tables(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_options_of_several_tables_have_defaults_by_device_and_bad_ones_are_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     options = throughput.arguments(["--adapters", "8", "1", "--probes", "mixed", "chat", "--device", "cuda"])
     assert (options.adapters, options.probes) == ([8, 1], ["mixed", "chat"])
     assert (options.one_process, options.rounds, options.seed_rounds, options.seed_adapters) == (True, 10, 5, 2)

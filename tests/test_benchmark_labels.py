@@ -160,7 +160,7 @@ def test_the_printed_table_is_made_of_the_json_alone(finished: tuple[Path, str])
     assert rest == labels.table(run) + "\n"
 
 
-def test_a_finished_run_leaves_files_behind(finished: tuple[Path, str]) -> None:
+def test_a_finished_run_leaves_no_file_but_its_json(finished: tuple[Path, str]) -> None:
     folder = finished[0].parent
     assert sorted(each.name for each in folder.iterdir()) == ["result.json", "scratch"]
     assert not list((folder / "scratch").iterdir())
@@ -183,20 +183,20 @@ def test_deltas_equal_those_of_each_probe_alone_in_float64(way: str, job: Job) -
             assert relative_error(got, delta) < 1e-5
 
 
-def test_adapters_pile_up_in_pefts_model(job: Job) -> None:
+def test_pefts_model_keeps_one_adapter_alone(job: Job) -> None:
     peft = labels.Peft(job)
     peft.label(3)
     assert list(peft.model.peft_config) == ["first"]
 
 
-def test_an_adapter_that_fails_counts_as_labelled(tmp_path: Path) -> None:
+def test_an_adapter_that_fails_is_an_error(tmp_path: Path) -> None:
     job = job_of(tmp_path)
     (Path(job.folders[1]) / "adapter_model.safetensors").unlink()
     with pytest.raises(RuntimeError, match=r"1 of 3 adapters failed: .*adapter-0001"):
         labels.Labels(job).label(3)
 
 
-def test_the_floor_multiplies_something_else_than_the_forward(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_floor_multiplies_as_much_as_the_forward(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = "mm into a buffer"  # the counter does not know oneDNN's products
     monkeypatch.setattr(floor, "LAYOUTS", {plain: floor.LAYOUTS[plain]})
     made = labels.ForwardFloor(job)
@@ -218,7 +218,7 @@ def test_the_floor_multiplies_something_else_than_the_forward(job: Job, monkeypa
     ],
     ids=["a thousandth", "another order", "one is zero", "NaN"],
 )
-def test_deltas_that_are_off_are_timed(
+def test_deltas_that_are_off_make_the_run_fail_and_leave_no_table_or_file(
     spoil: Callable[[Tensor], Tensor],
     off: str,
     scratch: Path,
@@ -239,7 +239,7 @@ def test_deltas_that_are_off_are_timed(
     assert not list(scratch.iterdir())
 
 
-def test_bfloat16_deltas_are_further_from_float32_than_pefts(tmp_path: Path, scratch: Path) -> None:
+def test_bfloat16_deltas_are_about_as_near_to_float32_as_pefts(tmp_path: Path, scratch: Path) -> None:
     job = job_of(tmp_path / "adapters", dtype=torch.bfloat16)
     errors = labels.agreement(job, scratch)
     assert list(errors) == [LABELS, PEFT]
@@ -248,7 +248,7 @@ def test_bfloat16_deltas_are_further_from_float32_than_pefts(tmp_path: Path, scr
 
 
 @pytest.mark.parametrize("factor", [0.5, 1.4, 1.6, math.nan])
-def test_bfloat16_is_not_compared_with_float32_of_the_same_rounded_numbers(
+def test_bfloat16_is_compared_with_float32_of_the_same_rounded_numbers(
     factor: float, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reference = torch.randn(labels.CHECKED, 64, generator=torch.Generator().manual_seed(0)).double()
@@ -292,7 +292,7 @@ def test_a_checkpoints_deltas_agree_and_its_probes_are_its_own(
     assert (record["probes"]["count"], record["probes"]["tokens"]) == (15, sum(map(len, expected)))
 
 
-def test_numbers_are_not_those_of_the_timings(job: Job, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numbers_are_those_of_the_timings(job: Job, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {LABELS: [9.0, 3, 1, 2], PEFT: [10.0, 8, 4, 6], FLOOR: [11.0, 0.4, 0.2, 0.3]}
     order = clocks(monkeypatch, seconds, others=0.4)
     run = labels.measured(job, 3, scratch)
@@ -331,7 +331,7 @@ def test_numbers_are_not_those_of_the_timings(job: Job, scratch: Path, monkeypat
     assert "other processes kept 0.4 CPUs busy" in table
 
 
-def test_a_run_counts_as_disturbed_where_it_cannot_be_told(
+def test_a_run_does_not_count_as_disturbed_where_it_cannot_be_told(
     job: Job, scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clocks(monkeypatch, {LABELS: [1.0] * 2, PEFT: [1.0] * 2, FLOOR: [1.0] * 2}, others=None)
@@ -354,7 +354,7 @@ def test_a_run_counts_as_disturbed_where_it_cannot_be_told(
         (["--size", "tiny", "--json", "nowhere/x.json"], "--json names nowhere/x.json, expected a file in a folder"),
     ],
 )
-def test_bad_arguments_are_accepted(
+def test_bad_arguments_are_refused(
     options: list[str], message: str, scratch: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="2"):

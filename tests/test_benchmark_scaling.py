@@ -236,7 +236,7 @@ def test_a_point_that_dies_is_left_out_and_the_rest_reported(
     assert "| 1 | 1 | 2 | 62 | 0.5 (0.5 to 0.5) | 500.0 | 8064.5 | 2.50 | 0.00 |" in printed
 
 
-def test_no_run_without_an_anchor(
+def test_a_run_whose_anchor_fails_ends_there_and_writes_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def of(name: str) -> scaling.Checked:

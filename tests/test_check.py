@@ -27,7 +27,7 @@ def test_check_on_the_embedded_checkpoint_agrees_with_peft(
     assert len(report["checks"]) == 8
 
 
-def test_check_in_bfloat16_errs_more_than_peft(device: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_in_bfloat16_errs_no_more_than_peft(device: str, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--rank", "4", "--steps", "8", "--device", device, "--against-peft", "--dtype", "bfloat16"]
     assert cli.main(["check", *options]) == 0
     printed = capsys.readouterr().out
@@ -64,7 +64,7 @@ def _wrong_gradient(values: Any) -> Any:
         (_wrong_gradient, ["against PEFT + functional_call"]),
     ],
 )
-def test_check_passes_a_broken_delta(
+def test_check_fails_a_broken_delta(
     broken: Callable[[Any], Any],
     caught: list[str],
     device: str,
@@ -78,7 +78,7 @@ def test_check_passes_a_broken_delta(
     assert set(caught) <= failed
 
 
-def test_check_does_not_see_memory_grow(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_sees_memory_grow(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     leaked: list[torch.Tensor] = []
     step = check._value_and_gradient
 
@@ -123,14 +123,14 @@ def test_memory_on_a_gpu_is_what_is_allocated_once_it_is_done(monkeypatch: pytes
         (["--steps", "1"], "steps is 1"),
     ],
 )
-def test_bad_input_to_check_is_not_an_error(
+def test_bad_input_to_check_is_an_error(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["check", *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_the_module_does_not_run_as_a_program() -> None:
+def test_the_module_runs_as_a_program() -> None:
     result = subprocess.run([sys.executable, "-m", "lora_delta", "--help"], capture_output=True, text=True)
     assert result.returncode == 0
     assert "check" in result.stdout

@@ -100,7 +100,7 @@ def assert_like_peft(
 
 @pytest.mark.parametrize(("dtype", "on_cpu"), [(F64, 1e-9), (torch.float32, 3e-5)])
 @pytest.mark.parametrize("n_adapters", [None, 1, 3])
-def test_a_delta_or_its_gradients_differ_from_peft(
+def test_a_delta_and_its_gradients_equal_peft(
     n_adapters: int | None, dtype: torch.dtype, on_cpu: float, device: str
 ) -> None:
     tensors = random_lora(CONFIG, SPEC, n_adapters, dtype=dtype, device=device)
@@ -119,12 +119,12 @@ SPECS = {
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_a_delta_of_another_spec_differs_from_peft(name: str, device: str) -> None:
+def test_a_delta_of_another_spec_equals_peft(name: str, device: str) -> None:
     delta = make_delta(spec=SPECS[name], adapters_per_pass=2, device=device)
     assert_like_peft(delta, random_lora(CONFIG, SPECS[name], 3, device=device), lambda d: d[:, 0].mean(1))
 
 
-def test_a_delta_of_another_config_differs_from_peft(device: str) -> None:
+def test_a_delta_of_another_config_equals_peft(device: str) -> None:
     config = tiny_config(
         head_dim=10,
         num_hidden_layers=4,
@@ -138,7 +138,7 @@ def test_a_delta_of_another_config_differs_from_peft(device: str) -> None:
     assert_like_peft(make_delta(config, device=device), tensors, lambda d: d[:, 0].mean(1))
 
 
-def test_tensors_that_are_left_out_count_as_others_than_zero(device: str) -> None:
+def test_tensors_that_are_left_out_count_as_zero(device: str) -> None:
     every = random_lora(CONFIG, SPEC, 2, device=device)
     tensors = {n: t for n, t in every.items() if ".0.mlp.gate" in n or ".2.self" in n}
     whole = {n: torch.zeros(2, *shape, dtype=F64, device=device) for n, shape in SPEC.shapes(CONFIG).items()}
@@ -147,7 +147,7 @@ def test_tensors_that_are_left_out_count_as_others_than_zero(device: str) -> Non
 
 
 @pytest.mark.parametrize("checkpoint", ["none", "block"])
-def test_gradcheck_fails(checkpoint: str, device: str) -> None:
+def test_gradients_of_a_delta_are_those_of_finite_differences(checkpoint: str, device: str) -> None:
     config = tiny_config(num_hidden_layers=2, hidden_size=8, intermediate_size=8, num_attention_heads=2)
     spec = LoraSpec(rank=1, target_modules=("q_proj", "v_proj", "o_proj", "up_proj", "down_proj"))
     delta = make_delta(config, spec, checkpoint=checkpoint, pooling="none", layer=(0, -1), device=device)
@@ -173,7 +173,7 @@ SHAPED: dict[str, tuple[dict[str, Any], Sequence[int], Callable[[Tensor], Tensor
 
 @pytest.mark.parametrize("name", SHAPED)
 @pytest.mark.parametrize("n_adapters", [None, 3])
-def test_layers_or_probes_are_in_other_places(name: str, n_adapters: int | None, device: str) -> None:
+def test_layers_and_probes_are_in_their_places(name: str, n_adapters: int | None, device: str) -> None:
     options, layers, shaped = SHAPED[name]
     delta = make_delta(**options, device=device)
     tensors = random_lora(CONFIG, SPEC, n_adapters, device=device)
@@ -182,7 +182,7 @@ def test_layers_or_probes_are_in_other_places(name: str, n_adapters: int | None,
 
 
 @pytest.mark.parametrize("name", SHAPED)
-def test_the_base_activation_is_not_the_bare_models(name: str, device: str) -> None:
+def test_the_base_activation_is_the_bare_models(name: str, device: str) -> None:
     options, layers, shaped = SHAPED[name]
     delta = make_delta(**options, device=device)
     bare = hf_model(CONFIG, init_weights(CONFIG, dtype=F64, device=device))
@@ -191,13 +191,13 @@ def test_the_base_activation_is_not_the_bare_models(name: str, device: str) -> N
     assert not delta.base_activation.requires_grad
 
 
-def test_lora_shapes_differ_from_peft() -> None:
+def test_lora_shapes_equal_peft() -> None:
     model = peft_model(hf_model(CONFIG, init_weights(CONFIG)), SPEC)
     theirs = {n.replace(".default", ""): tuple(p.shape) for n, p in model.named_parameters() if "lora" in n}
     assert make_delta().lora_shapes == theirs
 
 
-def test_the_seeds_defaults_are_others() -> None:
+def test_the_defaults_are_the_seeds() -> None:
     delta = DifferentiableDeltaCompute(CONFIG, init_weights(CONFIG, dtype=torch.bfloat16), PROBES)
     assert delta.spec == LoraSpec(16, 32, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
     assert len(delta.lora_shapes) == 3 * 7 * 2
@@ -205,7 +205,7 @@ def test_the_seeds_defaults_are_others() -> None:
     assert delta.truncated_probes == ()
 
 
-def test_the_base_model_has_parameters_or_a_state() -> None:
+def test_the_base_model_has_no_parameters_and_no_state() -> None:
     delta = make_delta()
     assert list(delta.parameters()) == list(delta.buffers()) == []
     assert delta.state_dict() == {}
@@ -214,7 +214,7 @@ def test_the_base_model_has_parameters_or_a_state() -> None:
 # --- Batches ----------------------------------------------------------------------------------------------
 
 
-def test_a_list_of_adapters_differs_from_the_stacked_dict_or_the_loop(device: str) -> None:
+def test_a_list_of_adapters_equals_the_stacked_dict_and_the_loop(device: str) -> None:
     delta, tensors = make_delta(device=device), leaves(random_lora(CONFIG, SPEC, 3, device=device))
     alone = [leaves(adapter) for adapter in one_by_one(tensors)]
     stacked, listed = delta(tensors), delta.forward_batch(alone)

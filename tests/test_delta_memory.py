@@ -92,7 +92,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 # --- Passes -----------------------------------------------------------------------------------------------
 
 
-def test_memory_grows_with_the_number_of_adapters() -> None:
+def test_memory_of_passes_does_not_grow_with_the_number_of_adapters() -> None:
     in_passes = long_delta(adapters_per_pass=8)
     one_pass, held_by_one, _, tensors_of_8 = step(in_passes, 8)
     many_passes, held_by_many, _, tensors_of_64 = step(in_passes, 64)
@@ -103,7 +103,7 @@ def test_memory_grows_with_the_number_of_adapters() -> None:
     assert step(long_delta(), 32)[0] > 3 * one_pass  # the measure sees what passes save
 
 
-def test_anything_is_held_after_backward_or_by_a_step_after_others() -> None:
+def test_nothing_is_held_after_backward_and_every_step_peaks_alike() -> None:
     for options in ({}, {"adapters_per_pass": 2}, {"checkpoint": "block"}):
         delta = long_delta(**options)
         peaks, _, left, _ = zip(*(step(delta, 5) for _ in range(3)), strict=True)
@@ -129,7 +129,7 @@ def test_a_delta_goes_with_its_last_user() -> None:
         gc.enable()
 
 
-def test_a_call_without_gradients_holds_activations() -> None:
+def test_a_call_without_gradients_holds_its_value_alone() -> None:
     delta = long_delta()
     tensors = leaves(random_lora(LONG, RANK_1, 3, dtype=torch.float32))
     delta({name: tensor.detach() for name, tensor in tensors.items()})
@@ -140,7 +140,7 @@ def test_a_call_without_gradients_holds_activations() -> None:
 
 
 @pytest.mark.parametrize("adapters_per_pass", [1, 2, 3, 6, 7, 64])
-def test_passes_change_values_or_gradients(adapters_per_pass: int) -> None:
+def test_passes_change_neither_values_nor_gradients(adapters_per_pass: int) -> None:
     tensors = leaves(random_lora(CONFIG, SPEC, 7))
     whole, parts = make_delta()(tensors), make_delta(adapters_per_pass=adapters_per_pass)(tensors)
     assert relative_error(parts, whole) <= 1e-12
@@ -154,7 +154,7 @@ def test_passes_change_values_or_gradients(adapters_per_pass: int) -> None:
 # --- Runs of the engine -----------------------------------------------------------------------------------
 
 
-def test_the_base_activation_is_computed_again(runs: list[int]) -> None:
+def test_the_base_activation_is_not_computed_again(runs: list[int]) -> None:
     delta, tensors = make_delta(), random_lora(CONFIG, SPEC, 3)
     assert runs == [0]
     assert torch.equal(delta.base_activation, delta.base_activation)
@@ -169,7 +169,7 @@ def test_the_base_activation_is_computed_again(runs: list[int]) -> None:
     ("n_adapters", "adapters_per_pass", "forwards", "backwards"),
     [(7, None, [7], []), (7, 7, [7], []), (7, 3, [3, 3, 1], [3, 3]), (2, 1, [1, 1], [1])],
 )
-def test_the_engine_runs_for_other_adapters_or_more_often(
+def test_the_engine_runs_once_for_each_pass_and_again_where_a_pass_kept_nothing(
     runs: list[int], n_adapters: int, adapters_per_pass: int | None, forwards: list[int], backwards: list[int]
 ) -> None:
     delta = make_delta(adapters_per_pass=adapters_per_pass)
@@ -183,7 +183,9 @@ def test_the_engine_runs_for_other_adapters_or_more_often(
 
 
 @pytest.mark.parametrize("adapters_per_pass", [None, 7, 3, 1])
-def test_a_mean_loss_runs_a_pass_twice_or_differs(runs: list[int], adapters_per_pass: int | None) -> None:
+def test_a_mean_loss_runs_each_pass_once_and_equals_the_loss_of_all_deltas(
+    runs: list[int], adapters_per_pass: int | None
+) -> None:
     tensors, target = leaves(random_lora(CONFIG, SPEC, 7)), torch.randn(7, CONFIG.hidden_size, dtype=F64)
     delta = make_delta(adapters_per_pass=adapters_per_pass)
 
@@ -204,7 +206,7 @@ def test_a_mean_loss_runs_a_pass_twice_or_differs(runs: list[int], adapters_per_
         assert torch.equal(delta.mean_loss(tensors, loss), got)
 
 
-def test_a_mean_loss_holds_more_than_one_pass() -> None:
+def test_a_mean_loss_holds_no_more_than_one_pass() -> None:
     delta = long_delta(adapters_per_pass=8)
 
     def peak(n_adapters: int) -> tuple[int, int]:
@@ -218,7 +220,7 @@ def test_a_mean_loss_holds_more_than_one_pass() -> None:
     assert many_passes < 1.05 * one_pass + 2 * tensors_of_64
 
 
-def test_a_mean_loss_takes_one_adapter_a_vector_or_a_second_backward() -> None:
+def test_a_mean_loss_refuses_one_adapter_a_vector_and_a_second_backward() -> None:
     delta, tensors = make_delta(), leaves(random_lora(CONFIG, SPEC, 2))
     with pytest.raises(ValueError, match=r"one adapter without a leading G, expected a batch \(G, …\)"):
         delta.mean_loss(one_by_one(tensors)[0], lambda deltas, _: deltas.mean())
@@ -238,13 +240,13 @@ def test_a_mean_loss_takes_one_adapter_a_vector_or_a_second_backward() -> None:
 # --- Checkpointing ----------------------------------------------------------------------------------------
 
 
-def test_checkpointed_blocks_hold_no_less_than_kept_ones() -> None:
+def test_checkpointed_blocks_hold_less_than_kept_ones() -> None:
     held = {checkpoint: step(long_delta(checkpoint=checkpoint), 4)[1] for checkpoint in ("none", "block")}
     # A block's input (H) against all of q, k, v, o, gate, up and the residuals beside it.
     assert held["block"] < 0.25 * held["none"]
 
 
-def test_checkpoint_used_is_not_what_was_chosen() -> None:
+def test_checkpoint_used_is_what_was_chosen() -> None:
     tensors = leaves(random_lora(LONG, RANK_1, 3, dtype=torch.float32))
     used: dict[str, str | None] = {}
     for options in (
@@ -268,7 +270,7 @@ def test_checkpoint_used_is_not_what_was_chosen() -> None:
     assert list(used.values()) == ["none", "block", "block", "none", "block", "none", "none"]
 
 
-def test_a_memory_budget_is_exceeded_or_left_unused() -> None:
+def test_a_memory_budget_is_used_and_not_exceeded() -> None:
     least, most = (step(long_delta(checkpoint=checkpoint), 4)[1] for checkpoint in ("block", "none"))
     used = []
     for percent in range(10, 131, 10):
@@ -280,7 +282,7 @@ def test_a_memory_budget_is_exceeded_or_left_unused() -> None:
     assert list(dict.fromkeys(used)) == ["block", *(f"{n} of 4 blocks kept" for n in (1, 2, 3)), "none"]
 
 
-def test_kept_or_computed_again_gradients_differ() -> None:
+def test_blocks_kept_or_computed_again_give_the_same_bits() -> None:
     tensors = leaves(random_lora(LONG, RANK_1, 3, dtype=torch.float32))
     results = []
     for options in ({"checkpoint": "none"}, {"checkpoint": "block"}, {"memory_budget": 1_000_000}):
@@ -290,7 +292,7 @@ def test_kept_or_computed_again_gradients_differ() -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_the_base_weights_are_changed() -> None:
+def test_the_base_weights_are_not_changed() -> None:
     weights = init_weights(CONFIG, dtype=F64)
     before: Qwen2Weights = init_weights(CONFIG, dtype=F64)
     delta = DifferentiableDeltaCompute(CONFIG, weights, [[1, 2, 3], [1, 4]], SPEC, prepack=False)

@@ -45,7 +45,7 @@ def bare_activation(folder: Path, ids: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("probes", [None, ["one text", "and another, longer one"], ("one text",)])
-def test_a_delta_of_a_checkpoint_differs_from_transformers_and_peft(
+def test_a_delta_of_a_checkpoint_equals_transformers_and_peft(
     saved: Path, probes: Sequence[str] | None, device: str
 ) -> None:
     delta = DifferentiableDeltaCompute.from_pretrained(saved, probes, SPEC, dtype=F32, device=device)
@@ -62,7 +62,7 @@ def test_a_delta_of_a_checkpoint_differs_from_transformers_and_peft(
     assert delta.truncated_probes == ()
 
 
-def test_the_seeds_defaults_are_others(saved: Path) -> None:
+def test_the_defaults_are_the_seeds(saved: Path) -> None:
     delta = DifferentiableDeltaCompute.from_pretrained(str(saved))
     assert delta.weights.dtype == torch.bfloat16
     assert delta.weights.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
@@ -75,12 +75,12 @@ def test_the_seeds_defaults_are_others(saved: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
-def test_the_dtype_is_another_than_asked(saved: Path, dtype: torch.dtype) -> None:
+def test_the_dtype_is_the_one_asked_for(saved: Path, dtype: torch.dtype) -> None:
     delta = DifferentiableDeltaCompute.from_pretrained(saved, ["a"], SPEC, dtype, "cpu")
     assert delta.weights.dtype == dtype
 
 
-def test_options_do_not_reach_the_constructor(saved: Path, device: str) -> None:
+def test_options_reach_the_constructor(saved: Path, device: str) -> None:
     options: dict[str, Any] = {"layer": (0, -1), "pooling": "none", "adapters_per_pass": 2, "checkpoint": "block"}
     options = {**options, "dtype": F32, "device": device}
     delta = DifferentiableDeltaCompute.from_pretrained(saved, ["a", "b", "c"], SPEC, **options)
@@ -97,7 +97,7 @@ def test_options_do_not_reach_the_constructor(saved: Path, device: str) -> None:
 
 
 @pytest.mark.parametrize("max_length", [1, 40, 256])
-def test_long_probes_are_cut_otherwise_than_by_transformers(saved: Path, max_length: int) -> None:
+def test_long_probes_are_cut_as_by_transformers(saved: Path, max_length: int) -> None:
     probes = ["short", *create_mixed_probes(), "long " * 300]
     options: dict[str, Any] = {"dtype": F32, "device": "cpu", "max_length": max_length}
     delta = DifferentiableDeltaCompute.from_pretrained(saved, probes, SPEC, **options)
@@ -111,7 +111,7 @@ def test_long_probes_are_cut_otherwise_than_by_transformers(saved: Path, max_len
 
 
 @pytest.mark.parametrize("adds_special_tokens", [False, True])
-def test_chat_probes_differ_from_transformers(folder: Path, adds_special_tokens: bool) -> None:
+def test_chat_probes_equal_transformers(folder: Path, adds_special_tokens: bool) -> None:
     make_checkpoint(folder, chat_template=CHATML, adds_special_tokens=adds_special_tokens)
     edit_json(folder / "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer")
     probes = ["hello there", "2 + 2?"]
@@ -155,13 +155,13 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"max_length": 2.5}, "max_length is 2.5: expected an integer of at least 1"),
     ],
 )
-def test_bad_probes_are_accepted(saved: Path, arguments: dict[str, Any], message: str) -> None:
+def test_bad_probes_are_refused(saved: Path, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DifferentiableDeltaCompute.from_pretrained(saved, **arguments)
 
 
 @pytest.mark.usefixtures("no_weights")
-def test_a_checkpoint_without_tokenizer_or_template_is_accepted(folder: Path) -> None:
+def test_a_checkpoint_without_tokenizer_or_template_is_refused(folder: Path) -> None:
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match=r"no chat template in .*: expected the file chat_template\.jinja"):
         DifferentiableDeltaCompute.from_pretrained(folder, chat=True)
@@ -171,12 +171,12 @@ def test_a_checkpoint_without_tokenizer_or_template_is_accepted(folder: Path) ->
 
 
 @pytest.mark.usefixtures("no_weights")
-def test_a_folder_that_is_not_there_is_accepted(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="missing"):
         DifferentiableDeltaCompute.from_pretrained(tmp_path / "missing", local_files_only=True)
 
 
-def test_a_probe_beyond_the_models_positions_or_vocabulary_is_accepted(folder: Path) -> None:
+def test_a_probe_beyond_the_models_positions_or_vocabulary_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"sequence 1 has 1500 tokens, expected at most max_position.* = 512"):
         DifferentiableDeltaCompute.from_pretrained(folder, ["a", "z" * 1500], max_length=4096)
     edit_json(folder / "config.json", vocab_size=40)
@@ -189,12 +189,12 @@ def test_a_probe_beyond_the_models_positions_or_vocabulary_is_accepted(folder: P
 @pytest.mark.parametrize(
     ("option", "value"), [("pooling", "max"), ("layer", 2), ("checkpoint", "all"), ("adapters_per_pass", 0)]
 )
-def test_a_bad_option_is_accepted(saved: Path, option: str, value: Any) -> None:
+def test_a_bad_option_is_refused(saved: Path, option: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"{option} is '?{value}'?, expected"):
         DifferentiableDeltaCompute.from_pretrained(saved, **{option: value})
 
 
-def test_revision_or_offline_mode_does_not_reach_the_hub(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_revision_and_offline_mode_reach_the_hub(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def resolve(model: str, **options: Any) -> Path:

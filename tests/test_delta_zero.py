@@ -37,7 +37,7 @@ def assert_zero(delta: Tensor) -> None:
 @pytest.mark.parametrize("n_adapters", [None, 1, 2, 3, 7])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("zero", ["AB", "B", "A"])
-def test_the_delta_of_a_zero_lora_is_not_zero(
+def test_the_delta_of_a_zero_lora_is_zero(
     zero: str, dtype: torch.dtype, n_adapters: int | None, device: str
 ) -> None:
     tensors = lora(n_adapters, zero, device)
@@ -50,7 +50,7 @@ def test_the_delta_of_a_zero_lora_is_not_zero(
 
 @pytest.mark.parametrize("adapters_per_pass", [None, 1, 2, 3, 9])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_delta_of_a_zero_lora_among_others_is_not_zero(
+def test_the_delta_of_a_zero_lora_among_others_is_zero(
     dtype: torch.dtype, adapters_per_pass: int | None, device: str
 ) -> None:
     tensors, unchanged = lora(7, "", device, dtype), [0, 2, 3, 6]
@@ -76,7 +76,7 @@ def test_the_delta_of_a_zero_lora_among_others_is_not_zero(
     ],
     ids=str,
 )
-def test_the_delta_of_a_zero_lora_is_not_zero_when_read_out_or_kept_otherwise(
+def test_the_delta_of_a_zero_lora_is_zero_however_it_is_read_out_or_kept(
     options: dict[str, Any], device: str
 ) -> None:
     for dtype in DTYPES:
@@ -85,7 +85,7 @@ def test_the_delta_of_a_zero_lora_is_not_zero_when_read_out_or_kept_otherwise(
 
 
 @pytest.mark.parametrize("left", ["layers.1.", "o_proj", "mlp", "layers.2.self_attn.k_proj", "gate_proj"])
-def test_the_delta_of_a_zero_lora_of_some_modules_is_not_zero(left: str, device: str) -> None:
+def test_the_delta_of_a_zero_lora_of_some_modules_is_zero(left: str, device: str) -> None:
     for dtype in DTYPES:
         delta = make_delta(dtype, device)
         for n_adapters in (3, 5, None):  # the same object: a base of other shapes would be off by a rounding
@@ -95,7 +95,7 @@ def test_the_delta_of_a_zero_lora_of_some_modules_is_not_zero(left: str, device:
             assert_zero(delta(lora(n_adapters, "B", device)))
 
 
-def test_the_delta_of_no_lora_is_not_zero(device: str) -> None:
+def test_the_delta_of_no_lora_is_zero(device: str) -> None:
     for dtype in DTYPES:
         delta = make_delta(dtype, device)
         assert_zero(delta({}))
@@ -104,7 +104,7 @@ def test_the_delta_of_no_lora_is_not_zero(device: str) -> None:
         assert delta.forward_batch([{}, {}, {}]).shape == (3, 96)
 
 
-def test_more_shapes_than_bases_are_kept_spoil_a_zero(device: str) -> None:
+def test_more_shapes_than_bases_are_kept_spoil_no_zero(device: str) -> None:
     delta = make_delta(torch.float64, device)
     for n_adapters in [*range(1, 13), 2, 12, 1]:
         assert_zero(delta(lora(n_adapters, "B", device)))
@@ -112,7 +112,7 @@ def test_more_shapes_than_bases_are_kept_spoil_a_zero(device: str) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"adapters_per_pass": 2}, {"checkpoint": "block"}], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_same_inputs_give_other_bits(dtype: torch.dtype, options: dict[str, Any], device: str) -> None:
+def test_the_same_inputs_give_the_same_bits(dtype: torch.dtype, options: dict[str, Any], device: str) -> None:
     def run(delta: DifferentiableDeltaCompute) -> list[Tensor]:
         tensors = {name: tensor.requires_grad_() for name, tensor in lora(3, "", device).items()}
         value = delta(tensors)
@@ -126,7 +126,7 @@ def test_the_same_inputs_give_other_bits(dtype: torch.dtype, options: dict[str, 
 
 @pytest.mark.real_checkpoint
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_the_delta_of_a_zero_lora_on_real_weights_is_not_zero(
+def test_the_delta_of_a_zero_lora_on_real_weights_is_zero(
     real_checkpoint: str, dtype: torch.dtype, device: str
 ) -> None:
     delta = DifferentiableDeltaCompute.from_pretrained(real_checkpoint, dtype=dtype, device=device)

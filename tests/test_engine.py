@@ -70,13 +70,13 @@ def assert_parity(
 
 
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
-def test_a_value_or_gradient_differs_from_peft(changes: dict[str, Any], device: str) -> None:
+def test_values_and_gradients_equal_peft(changes: dict[str, Any], device: str) -> None:
     config, spec = tiny_config(**changes), LoraSpec(rank=3, alpha=4)
     assert_parity(config, spec, random_lora(config, spec, 2), fields=tiny_fields(**changes), device=device)
 
 
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
-def test_an_inner_layers_value_or_gradient_differs_from_peft(changes: dict[str, Any], device: str) -> None:
+def test_an_inner_layers_value_and_gradients_equal_peft(changes: dict[str, Any], device: str) -> None:
     config, spec = tiny_config(**changes), LoraSpec(rank=2)
     top = config.num_hidden_layers - 1
     assert_parity(config, spec, random_lora(config, spec, 2), layer=(top, 0, -1, top // 2, 0), device=device)
@@ -84,7 +84,7 @@ def test_an_inner_layers_value_or_gradient_differs_from_peft(changes: dict[str, 
 
 @pytest.mark.parametrize("n_adapters", [None, 1, 2, 3, 4])
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-def test_a_value_or_gradient_of_some_adapters_differs_from_peft(
+def test_values_and_gradients_of_every_spec_and_number_of_adapters_equal_peft(
     spec: LoraSpec, n_adapters: int | None, device: str
 ) -> None:
     config = tiny_config()
@@ -93,12 +93,12 @@ def test_a_value_or_gradient_of_some_adapters_differs_from_peft(
 
 @pytest.mark.parametrize("layer", [0, 1, 2, -1, (1,), (-1,), (0, 1), (2, -1), (-1, 0, -1)], ids=str)
 @pytest.mark.parametrize("n_adapters", [None, 2])
-def test_layers_are_read_out_elsewhere_than_in_peft(layer: Any, n_adapters: int | None, device: str) -> None:
+def test_layers_are_read_out_as_in_peft(layer: Any, n_adapters: int | None, device: str) -> None:
     config, spec = tiny_config(), SPECS["patterns"]
     assert_parity(config, spec, random_lora(config, spec, n_adapters), layer=layer, device=device)
 
 
-def test_an_inner_layer_is_not_that_of_transformers_hidden_states(device: str) -> None:
+def test_an_inner_layer_is_that_of_transformers_hidden_states(device: str) -> None:
     config = tiny_config()
     weights = init_weights(config, dtype=torch.float64, device=device)
     value, _ = forward_vjp(config, weights, pack([SEQUENCES[0]]), layer=(0, 1, -1))
@@ -107,7 +107,7 @@ def test_an_inner_layer_is_not_that_of_transformers_hidden_states(device: str) -
     assert relative_error(value[:, :, 0], expected) < tolerance(device, TOLERANCE)
 
 
-def test_the_bare_model_differs_from_transformers(device: str) -> None:
+def test_the_bare_model_equals_transformers(device: str) -> None:
     for changes in CONFIGS.values():
         config = tiny_config(**changes)
         weights = init_weights(config, dtype=torch.float64, device=device)
@@ -117,14 +117,14 @@ def test_the_bare_model_differs_from_transformers(device: str) -> None:
         assert vjp(torch.ones_like(value)) == {}
 
 
-def test_modules_without_tensors_have_a_gradient_or_a_part_in_it(device: str) -> None:
+def test_modules_without_tensors_have_no_gradient_and_no_part_in_any(device: str) -> None:
     config, spec = tiny_config(), LoraSpec(rank=3)
     for part in ("layers.1", "q_proj", "v_proj", "up_proj", "self_attn", "layers.2.mlp.gate"):
         tensors = {name: t for name, t in random_lora(config, spec, 2).items() if part in name}
         assert_parity(config, spec, tensors, device=device)
 
 
-def test_texts_longer_than_a_tile_differ_from_peft(device: str) -> None:
+def test_texts_longer_than_a_tile_equal_peft(device: str) -> None:
     for changes in ({}, CONFIGS["windows"]):
         config, spec = tiny_config(**changes, max_position_embeddings=256), LoraSpec(rank=2)
         long = [[i * i % 61 for i in range(150)], [i * i % 61 for i in range(70)] + [3] * 20, [0, 1, 9]]
@@ -133,7 +133,7 @@ def test_texts_longer_than_a_tile_differ_from_peft(device: str) -> None:
 
 @pytest.mark.parametrize("at_once", [1, 2, 3])
 @pytest.mark.parametrize("checkpoint", ["none", "block"])
-def test_adapters_in_chunks_differ_from_peft(monkeypatch: pytest.MonkeyPatch, at_once: int, checkpoint: str) -> None:
+def test_adapters_in_chunks_equal_peft(monkeypatch: pytest.MonkeyPatch, at_once: int, checkpoint: str) -> None:
     """Adapters of many tokens go through a block in chunks: here of few."""
     config, spec = tiny_config(), SPECS["some layers"]
     gate_up_of_one = len(pack(SEQUENCES)) * 2 * config.intermediate_size * 8
@@ -141,7 +141,7 @@ def test_adapters_in_chunks_differ_from_peft(monkeypatch: pytest.MonkeyPatch, at
     assert_parity(config, spec, random_lora(config, spec, 5), layer=(1, -1), checkpoint=checkpoint, device="cpu")
 
 
-def test_forward_differs_from_forward_vjp(device: str) -> None:
+def test_forward_equals_forward_vjp(device: str) -> None:
     config, spec = tiny_config(), SPECS["patterns"]
     weights = init_weights(config, dtype=torch.float64, device=device)
     tensors = random_lora(config, spec, 2, device=device)
@@ -154,7 +154,7 @@ def test_forward_differs_from_forward_vjp(device: str) -> None:
             assert relative_error(value[g, p], output[0, -1]) < TOLERANCE
 
 
-def test_the_gradient_is_not_linear_in_the_cotangent(device: str) -> None:
+def test_the_gradient_is_linear_in_the_cotangent(device: str) -> None:
     config, spec = tiny_config(), LoraSpec(rank=3)
     weights = init_weights(config, dtype=torch.float64, device=device)
     lora = spec.bind(config, random_lora(config, spec, 2, device=device))
@@ -176,7 +176,7 @@ def test_the_gradient_is_not_linear_in_the_cotangent(device: str) -> None:
 
 @pytest.mark.parametrize("wanted", ["lora_A", "lora_B", "layers.1", "q_proj", "v_proj.lora_A", "up_proj", "2.mlp"])
 @pytest.mark.parametrize("n_adapters", [None, 2])
-def test_a_gradient_asked_for_alone_differs_from_peft(wanted: str, n_adapters: int | None, device: str) -> None:
+def test_a_gradient_asked_for_alone_equals_peft(wanted: str, n_adapters: int | None, device: str) -> None:
     config, spec = tiny_config(), SPECS["patterns"]
     tensors = random_lora(config, spec, n_adapters)
     assert_parity(config, spec, tensors, wrt=[name for name in tensors if wanted in name], device=device)

@@ -149,7 +149,7 @@ def lora_on_cuda(n_adapters: int | None, dtype: torch.dtype) -> dict[str, Tensor
     ],
     ids=str,
 )
-def test_a_tensor_of_forward_vjp_is_on_another_device(
+def test_all_tensors_of_forward_vjp_are_on_the_weights_device(
     fake_cuda: FloatsOnTheCpu, dtype: torch.dtype, n_adapters: int | None, options: dict[str, Any]
 ) -> None:
     weights = empty_weights(CONFIG, dtype, "cuda")
@@ -171,7 +171,7 @@ def test_a_tensor_of_forward_vjp_is_on_another_device(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_tensor_of_forward_is_on_another_device(fake_cuda: FloatsOnTheCpu, dtype: torch.dtype) -> None:
+def test_all_tensors_of_forward_are_on_the_weights_device(fake_cuda: FloatsOnTheCpu, dtype: torch.dtype) -> None:
     weights = empty_weights(CONFIG, dtype, "cuda")
     lora = SPEC.bind(CONFIG, lora_on_cuda(2, torch.float32))
     ids = torch.empty(3, 5, dtype=torch.int64, device="cuda")
@@ -184,7 +184,7 @@ def test_a_tensor_of_forward_is_on_another_device(fake_cuda: FloatsOnTheCpu, dty
     assert all(len(shape) < 2 for shape in fake_cuda.shapes)
 
 
-def test_two_devices_in_one_operation_are_no_error(fake_cuda: FloatsOnTheCpu) -> None:
+def test_two_devices_in_one_operation_are_an_error(fake_cuda: FloatsOnTheCpu) -> None:
     """Or the tests above would find nothing."""
     with pytest.raises(RuntimeError, match="device"):
         torch.empty(2, 2, device="cuda") @ torch.empty(2, 2)

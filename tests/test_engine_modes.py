@@ -28,7 +28,7 @@ def run(
     return forward_vjp(CONFIG, weights, tokens, lora, **options)
 
 
-def test_a_tape_is_made(device: str) -> None:
+def test_no_tape_is_made(device: str) -> None:
     drawn = random_lora(CONFIG, SPEC, 2, dtype=torch.float32, device=device)
     tensors = {name: tensor.requires_grad_() for name, tensor in drawn.items()}
     value, vjp = forward_vjp(CONFIG, init_weights(CONFIG, device=device), TOKENS, SPEC.bind(CONFIG, tensors))
@@ -40,7 +40,7 @@ def test_a_tape_is_made(device: str) -> None:
 
 
 @pytest.mark.parametrize("checkpoint", ["none", "block"])
-def test_inference_mode_or_autocast_changes_a_bit(checkpoint: str, device: str) -> None:
+def test_inference_mode_and_autocast_change_no_bit(checkpoint: str, device: str) -> None:
     value, vjp = run(checkpoint=checkpoint, device=device)
     expected = vjp(torch.ones_like(value))
     for mode in (torch.inference_mode(), torch.autocast(device, dtype=torch.bfloat16), torch.enable_grad()):
@@ -57,7 +57,7 @@ def test_inference_mode_or_autocast_changes_a_bit(checkpoint: str, device: str) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_the_same_inputs_give_other_bits_or_are_changed(dtype: torch.dtype, device: str) -> None:
+def test_the_same_inputs_give_the_same_bits_and_are_not_changed(dtype: torch.dtype, device: str) -> None:
     weights = init_weights(CONFIG, dtype=dtype, device=device)
     tensors = random_lora(CONFIG, SPECS["patterns"], 3, dtype=torch.float32, device=device)
     base = {name: view.clone() for name, view in weights.named_views(CONFIG).items()}
@@ -78,7 +78,7 @@ HALVES = [torch.bfloat16, torch.float16]
 
 @pytest.mark.parametrize("base", [torch.float64, torch.float32, *HALVES])
 @pytest.mark.parametrize("adapter", [torch.float64, torch.float32, *HALVES, None])
-def test_a_gradient_comes_in_another_dtype_than_its_tensor(
+def test_a_gradient_comes_in_the_dtype_of_its_tensor(
     base: torch.dtype, adapter: torch.dtype | None, device: str
 ) -> None:
     tensors = random_lora(CONFIG, SPEC, 2, dtype=adapter or torch.float32, device=device)
@@ -111,7 +111,7 @@ def _upcast(dtype: torch.dtype) -> Qwen2Weights:
     return weights
 
 
-def test_float16_on_a_cpu_is_multiplied_in_float16() -> None:
+def test_float16_on_a_cpu_is_multiplied_in_float32() -> None:
     weights = init_weights(CONFIG, dtype=torch.float16)
     tensors = random_lora(CONFIG, SPEC, 2, dtype=torch.float32)
     with Watch() as watch:
@@ -135,7 +135,7 @@ def test_float16_on_a_cpu_is_multiplied_in_float16() -> None:
     ids=str,
 )
 @pytest.mark.parametrize("prepack", [False, True])
-def test_a_compute_dtype_is_not_taken_or_changes_the_weights(
+def test_a_compute_dtype_is_taken_and_does_not_change_the_weights(
     storage: torch.dtype, compute: torch.dtype, tolerance: float, prepack: bool
 ) -> None:
     stored = init_weights(CONFIG, dtype=storage)
@@ -158,7 +158,7 @@ def test_a_compute_dtype_is_not_taken_or_changes_the_weights(
     assert weights.compute_in(storage if storage != torch.float16 else torch.float32).packed is None
 
 
-def test_a_compute_dtype_that_a_cpu_cannot_multiply_is_taken() -> None:
+def test_a_compute_dtype_that_a_cpu_cannot_multiply_is_refused() -> None:
     weights = init_weights(CONFIG)
     for dtype in (torch.float16, torch.int8, "bfloat16"):
         with pytest.raises(ValueError, match=r"dtype is .*, expected one of \[torch.float32, torch.float64, torch.bfl"):
@@ -192,13 +192,13 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("options", "message"), BAD.values(), ids=BAD)
-def test_bad_input_is_not_named_or_found_late(options: dict[str, Any], message: str) -> None:
+def test_bad_input_is_named_before_anything_is_multiplied(options: dict[str, Any], message: str) -> None:
     with Watch() as watch, pytest.raises(ValueError, match=message):
         run(**options)
     assert watch.gemms == []
 
 
-def test_a_lora_on_another_device_is_not_named() -> None:
+def test_a_lora_on_another_device_is_named() -> None:
     tensors = {name: tensor.to("meta") for name, tensor in random_lora(CONFIG, SPEC).items()}
     with pytest.raises(ValueError, match=r"LoRA tensor '.*' is on meta, expected cpu as the weights"):
         forward_vjp(CONFIG, WEIGHTS, TOKENS, SPEC.bind(CONFIG, tensors))
@@ -207,7 +207,7 @@ def test_a_lora_on_another_device_is_not_named() -> None:
 @pytest.mark.parametrize(
     "shape", [(), (24,), (4, 24), (3, 24), (1, 4, 24), (3, 4, 23), (3, 5, 24), (3, 1, 4, 24)], ids=str
 )
-def test_a_cotangent_of_another_shape_is_taken(shape: Sequence[int]) -> None:
+def test_a_cotangent_of_another_shape_is_refused(shape: Sequence[int]) -> None:
     _, vjp = run()
     with pytest.raises(ValueError, match=r"cotangent has shape \(.*\), expected \(3, 4, 24\) as the value"):
         vjp(torch.ones(shape))
@@ -217,7 +217,7 @@ def test_a_cotangent_of_another_shape_is_taken(shape: Sequence[int]) -> None:
         vjp(torch.ones(3, 4, 24))
 
 
-def test_vjp_may_be_called_twice() -> None:
+def test_a_second_call_of_vjp_is_refused() -> None:
     value, vjp = run()
     vjp(torch.ones_like(value))
     with pytest.raises(ValueError, match="vjp was called already, expected one call for each forward_vjp"):

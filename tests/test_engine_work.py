@@ -49,7 +49,7 @@ def names(*parts: str, spec: LoraSpec = SPEC) -> list[str]:
 # GEMMs
 
 
-def test_the_number_of_base_gemms_grows_with_the_adapters() -> None:
+def test_the_number_of_base_gemms_does_not_grow_with_the_adapters() -> None:
     one, many = watched(n_adapters=1), watched(n_adapters=9)
     for few, more in zip(one[:2], many[:2], strict=True):
         assert len(few.gemms) == len(more.gemms) > 0
@@ -57,7 +57,7 @@ def test_the_number_of_base_gemms_grows_with_the_adapters() -> None:
     assert len(one[0].gemms) == 5 * CONFIG.num_hidden_layers + 1
 
 
-def test_a_block_does_work_that_nothing_needs() -> None:
+def test_a_block_does_no_work_that_nothing_needs() -> None:
     n_adapters, tokens, read, blocks = 3, len(TOKENS), len(set(TOKENS.last)), CONFIG.num_hidden_layers
     h, q, kv, i = CONFIG.hidden_size, CONFIG.q_size, CONFIG.kv_size, CONFIG.intermediate_size
     rest = h * q + 3 * h * i  # o, gate, up, down
@@ -73,7 +73,7 @@ def test_a_block_does_work_that_nothing_needs() -> None:
     assert again.work() <= forwards + backwards
 
 
-def test_adapters_share_no_work_below_the_first_adapted_block() -> None:
+def test_adapters_share_the_work_below_the_first_adapted_block() -> None:
     upper = LoraSpec(rank=2, layers_to_transform=(2, 3))
     one, many = watched(n_adapters=1, spec=upper), watched(n_adapters=8, spec=upper)
     below = 2 * 5 + 1  # GEMMs of two blocks, and the next one's q|k|v
@@ -81,7 +81,7 @@ def test_adapters_share_no_work_below_the_first_adapted_block() -> None:
     assert many[0].gemms[below][0] == 8 * len(TOKENS)
 
 
-def test_blocks_above_the_one_that_is_read_are_computed() -> None:
+def test_blocks_above_the_one_that_is_read_are_not_computed() -> None:
     works = [watched(layer=layer)[0].work() for layer in range(CONFIG.num_hidden_layers)]
     assert works == sorted(set(works))
     assert len(watched(layer=0)[0].gemms) == 6
@@ -89,7 +89,7 @@ def test_blocks_above_the_one_that_is_read_are_computed() -> None:
     assert vjp.n_blocks == 2
 
 
-def test_logits_are_computed() -> None:
+def test_no_logits_are_computed() -> None:
     there, back, _ = watched()
     assert CONFIG.vocab_size not in there.shapes | back.shapes
 
@@ -97,7 +97,7 @@ def test_logits_are_computed() -> None:
 # wrt
 
 
-def test_gradients_that_nobody_wants_cost_something() -> None:
+def test_gradients_that_nobody_wants_cost_nothing() -> None:
     for layer in range(CONFIG.num_hidden_layers):
         _, vjp = run(wrt=names(f"layers.{layer}."))
         assert vjp.n_blocks == CONFIG.num_hidden_layers - layer
@@ -119,19 +119,19 @@ def test_gradients_that_nobody_wants_cost_something() -> None:
     assert works[-1] == 0, "the last projection's own gradient needs no GEMM with a base weight"
 
 
-def test_the_other_half_of_an_adapter_costs_something() -> None:
+def test_the_other_half_of_an_adapter_costs_nothing() -> None:
     products = [watched(wrt=names(f"layers.3.mlp.down_proj{side}"))[1].batched for side in ("", ".lora_A", ".lora_B")]
     assert products == [3, 2, 1]  # t, dA and dB
 
 
-def test_the_adapter_beside_the_wanted_one_costs_something() -> None:
+def test_the_adapter_beside_the_wanted_one_costs_nothing() -> None:
     wanted = (["gate_proj.lora_A"], ["up_proj.lora_A"], ["gate_proj.lora_B"], ["gate_proj.lora_A", "up_proj.lora_A"])
     products = [watched(wrt=names(*(f"layers.3.mlp.{part}" for part in parts)))[1].batched for parts in wanted]
     assert products == [4, 4, 3, 5]  # two for down_proj's dx; then t and dA, dB alone, or two t and one dA for both
 
 
 @pytest.mark.parametrize("nothing", [{"wrt": ()}, {"n_adapters": None, "wrt": []}], ids=["batch", "one"])
-def test_no_gradients_cost_something(nothing: dict[str, Any]) -> None:
+def test_a_vjp_of_no_gradients_costs_nothing(nothing: dict[str, Any]) -> None:
     value, vjp = run(checkpoint="none", **nothing)
     assert vjp.n_blocks == vjp.n_kept == 0
     with Watch() as back:
@@ -139,7 +139,7 @@ def test_no_gradients_cost_something(nothing: dict[str, Any]) -> None:
     assert back.gemms == []
 
 
-def test_the_rest_of_a_stack_spoils_a_gradient() -> None:
+def test_the_rest_of_a_stack_does_not_spoil_a_gradient() -> None:
     _, _, full = watched()
     for wanted in ("q_proj.lora_A", "k_proj.lora_B", "v_proj", "gate_proj.lora_B", "up_proj.lora_A"):
         _, _, some = watched(wrt=names(wanted))
@@ -149,7 +149,7 @@ def test_the_rest_of_a_stack_spoils_a_gradient() -> None:
 # checkpoint
 
 
-def test_checkpointing_changes_a_bit() -> None:
+def test_checkpointing_changes_no_bit() -> None:
     _, _, expected = watched(checkpoint="none")
     each = block_bytes()
     budgets: list[dict[str, Any]] = [{"memory_budget": each * n} for n in range(6)]
@@ -181,7 +181,7 @@ def held_after(checkpoint: str, memory_budget: int | None = None) -> tuple[int, 
     return kept, vjp
 
 
-def test_more_is_kept_than_was_asked_for() -> None:
+def test_as_much_is_kept_as_was_asked_for_and_no_more() -> None:
     blocks = CONFIG.num_hidden_layers
     whole, vjp = held_after("none")
     assert (vjp.checkpoint, vjp.n_kept, vjp.n_blocks) == ("none", blocks, blocks)
@@ -202,7 +202,7 @@ def test_more_is_kept_than_was_asked_for() -> None:
 
 
 @pytest.mark.parametrize("checkpoint", ["none", "block"])
-def test_a_block_is_kept_after_its_vjp(checkpoint: str) -> None:
+def test_a_block_is_let_go_after_its_vjp(checkpoint: str) -> None:
     held: list[int] = []
     with Watch() as nothing:
         without = run(checkpoint=checkpoint, wrt=())
@@ -216,7 +216,7 @@ def test_a_block_is_kept_after_its_vjp(checkpoint: str) -> None:
     assert held[-1] < 0.4 * held[0], held
 
 
-def test_plenty_of_memory_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_of_the_free_memory_is_used_to_keep_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run()[1].checkpoint == "none"
     monkeypatch.setattr("qwen_functional.plan.free_bytes", lambda device: 0)
     assert run()[1].checkpoint == "block"

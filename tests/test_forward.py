@@ -57,7 +57,7 @@ MASKS: dict[str, list[list[int]] | None] = {
 
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_outputs_differ_from_transformers(changes: dict[str, Any], dtype: torch.dtype, device: str) -> None:
+def test_outputs_equal_transformers(changes: dict[str, Any], dtype: torch.dtype, device: str) -> None:
     config, ids = tiny_config(**changes), random_ids(device=device)
     weights = init_weights(config, dtype=dtype, device=device)
     model = hf_model(config, weights, fields=tiny_fields(**changes))
@@ -68,7 +68,7 @@ def test_outputs_differ_from_transformers(changes: dict[str, Any], dtype: torch.
         assert_same(ours, theirs, attention_mask, TOLERANCE[dtype])
 
 
-def test_eager_attention_in_transformers_differs() -> None:
+def test_outputs_equal_eager_attention_in_transformers() -> None:
     config, ids, mask = tiny_config(), random_ids(), torch.tensor(MASKS["both sides"])
     weights = init_weights(config)
     model = hf_model(config, weights, attn_implementation="eager")
@@ -88,7 +88,7 @@ POSITIONS: dict[str, list[list[int]]] = {
 
 @pytest.mark.parametrize("positions", POSITIONS.values(), ids=POSITIONS)
 @pytest.mark.parametrize("changes", [{}, CONFIGS["windows"], CONFIGS["yarn"]], ids=["full", "windows", "yarn"])
-def test_position_ids_mean_something_else_than_in_transformers(
+def test_position_ids_mean_what_they_do_in_transformers(
     positions: list[list[int]], changes: dict[str, Any], device: str
 ) -> None:
     config, ids = tiny_config(**changes), random_ids(device=device)
@@ -101,7 +101,7 @@ def test_position_ids_mean_something_else_than_in_transformers(
         assert_same(forward(config, weights, ids, **inputs, output_hidden_states=True), theirs, mask)
 
 
-def test_padding_or_the_kind_of_mask_changes_a_text(device: str) -> None:
+def test_neither_padding_nor_the_kind_of_mask_changes_a_text(device: str) -> None:
     config, ids = tiny_config(), random_ids(1, device=device)
     weights = init_weights(config, dtype=torch.float64, device=device)
     alone = forward(config, weights, ids).logits
@@ -113,7 +113,7 @@ def test_padding_or_the_kind_of_mask_changes_a_text(device: str) -> None:
         assert relative_error(logits[:, 2:-3], alone) < 1e-13
 
 
-def test_outputs_come_in_another_dtype_than_in_transformers(device: str) -> None:
+def test_outputs_come_in_the_dtype_that_they_have_in_transformers(device: str) -> None:
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         config = tiny_config()
         weights = init_weights(config, dtype=dtype, device=device)
@@ -136,7 +136,7 @@ def bare_peft(config: Qwen2Config, weights: Qwen2Weights, spec: LoraSpec) -> Any
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 @pytest.mark.parametrize("changes", [{}, CONFIGS["one kv head for 7"]], ids=["2 of 4", "1 of 7"])
-def test_one_adapter_differs_from_peft(spec: LoraSpec, changes: dict[str, Any], device: str) -> None:
+def test_one_adapter_equals_peft(spec: LoraSpec, changes: dict[str, Any], device: str) -> None:
     config, ids = tiny_config(**changes), random_ids(device=device)
     mask = torch.tensor(MASKS["both sides"], device=device)
     weights = init_weights(config, dtype=torch.float64, device=device)
@@ -155,7 +155,7 @@ def test_one_adapter_differs_from_peft(spec: LoraSpec, changes: dict[str, Any], 
     [(3, None), (2, [1, 0, 1]), (4, [3, 3, 0]), (1, None), (1, [0, 0, 0])],
     ids=["one each", "shared", "some unused", "one for all", "one, by index"],
 )
-def test_a_row_uses_another_adapter_than_its_own(n_adapters: int, index: list[int] | None, device: str) -> None:
+def test_each_row_uses_its_own_adapter(n_adapters: int, index: list[int] | None, device: str) -> None:
     config, spec, ids = tiny_config(), SPECS["patterns"], random_ids(device=device)
     mask = torch.tensor(MASKS["left"], device=device)
     weights = init_weights(config, dtype=torch.float64, device=device)
@@ -171,7 +171,7 @@ def test_a_row_uses_another_adapter_than_its_own(n_adapters: int, index: list[in
         assert relative_error(ours.logits[row][real], theirs.logits[0][real.cpu()]) < tolerance(device, 1e-13)
 
 
-def test_modules_without_tensors_are_not_bare(device: str) -> None:
+def test_modules_without_tensors_are_bare(device: str) -> None:
     config, spec, ids = tiny_config(), LoraSpec(rank=3), random_ids(device=device)
     weights = init_weights(config, dtype=torch.float64, device=device)
     every = random_lora(config, spec, device=device)
@@ -243,7 +243,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("inputs", "message"), BAD.values(), ids=BAD)
-def test_bad_input_is_not_named(inputs: dict[str, Any], message: str) -> None:
+def test_bad_input_is_named(inputs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         forward(CONFIG, WEIGHTS, **{"input_ids": IDS, **inputs})
 

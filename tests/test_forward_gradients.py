@@ -80,7 +80,7 @@ def assert_same(gradients: Tensors, expected: Tensors, device: str) -> None:
 
 
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
-def test_a_gradient_differs_from_that_through_peft(changes: dict[str, Any], device: str) -> None:
+def test_gradients_equal_those_through_peft(changes: dict[str, Any], device: str) -> None:
     spec = LoraSpec(rank=3)
     config, _, ours, theirs = losses(changes, device, spec)
     tensors = random_lora(config, spec, device=device)
@@ -88,20 +88,20 @@ def test_a_gradient_differs_from_that_through_peft(changes: dict[str, Any], devi
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-def test_a_gradient_of_another_lora_differs_from_that_through_peft(spec: LoraSpec, device: str) -> None:
+def test_gradients_of_another_lora_equal_those_through_peft(spec: LoraSpec, device: str) -> None:
     config, _, ours, theirs = losses({}, device, spec)
     tensors = random_lora(config, spec, device=device)
     assert_same(backward(ours, tensors), backward(theirs, tensors), device)
 
 
-def test_func_grad_differs_from_backward_through_peft(device: str) -> None:
+def test_func_grad_equals_backward_through_peft(device: str) -> None:
     config, _, ours, theirs = losses({}, device)
     tensors = random_lora(config, SPEC, device=device)
     assert_same(grad(ours)(tensors), backward(theirs, tensors), device)
 
 
 @pytest.mark.parametrize("index", [[1, 1], [2, 0], None], ids=["shared", "some unused", "one each"])
-def test_a_row_sends_its_gradient_to_another_adapter(index: list[int] | None, device: str) -> None:
+def test_each_row_sends_its_gradient_to_its_own_adapter(index: list[int] | None, device: str) -> None:
     n_adapters = 3 if index else 2
     config, weights, _, _ = losses({}, device)
     tensors = random_lora(config, SPEC, n_adapters, device=device)
@@ -130,7 +130,7 @@ def test_a_row_sends_its_gradient_to_another_adapter(index: list[int] | None, de
         assert relative_error(gradient, expected[name]) < tolerance(device, EXACT)
 
 
-def test_vmap_over_adapters_differs_from_peft_one_by_one(device: str) -> None:
+def test_vmap_over_adapters_equals_peft_one_by_one(device: str) -> None:
     config, _, ours, theirs = losses({}, device)
     tensors = random_lora(config, SPEC, 3, device=device)
     values = torch.stack([theirs(adapter) for adapter in one_by_one(tensors)])
@@ -140,7 +140,7 @@ def test_vmap_over_adapters_differs_from_peft_one_by_one(device: str) -> None:
         assert_same(gradients, adapter, device)
 
 
-def test_vmap_over_some_tensors_differs_from_peft_one_by_one(device: str) -> None:
+def test_vmap_over_some_tensors_equals_peft_one_by_one(device: str) -> None:
     config, _, ours, theirs = losses({}, device)
     many, one = random_lora(config, SPEC, 3, device=device), random_lora(config, SPEC, seed=1, device=device)
     mapped = {name: 0 if "lora_B" in name else None for name in many}
@@ -149,7 +149,7 @@ def test_vmap_over_some_tensors_differs_from_peft_one_by_one(device: str) -> Non
     assert relative_error(vmap(ours, in_dims=(mapped,))(mixed), torch.stack(expected)) < tolerance(device, EXACT)
 
 
-def test_a_directional_derivative_differs_from_that_through_peft(device: str) -> None:
+def test_a_directional_derivative_equals_that_through_peft(device: str) -> None:
     config, _, ours, theirs = losses({}, device)
     tensors, tangents = random_lora(config, SPEC, device=device), random_lora(config, SPEC, seed=1, device=device)
     derivative = jvp(ours, (tensors,), (tangents,))
@@ -167,7 +167,7 @@ def double_backward(function: Callable[[Tensors], Tensor], tensors: Tensors, tan
 
 
 @pytest.mark.parametrize("changes", [{}, CONFIGS["windows"]], ids=["full", "windows"])
-def test_a_hessian_vector_product_differs_from_that_through_peft(changes: dict[str, Any], device: str) -> None:
+def test_a_hessian_vector_product_equals_that_through_peft(changes: dict[str, Any], device: str) -> None:
     config, _, ours, theirs = losses(changes, device)
     tensors, tangents = random_lora(config, SPEC, device=device), random_lora(config, SPEC, seed=1, device=device)
     expected = double_backward(theirs, tensors, tangents)
@@ -175,7 +175,7 @@ def test_a_hessian_vector_product_differs_from_that_through_peft(changes: dict[s
     assert_same(jvp(grad(ours), (tensors,), (tangents,))[1], expected, device)
 
 
-def test_a_hessian_or_jacobian_of_a_tensor_differs_from_that_through_peft(device: str) -> None:
+def test_the_hessian_and_jacobian_of_a_tensor_equal_those_through_peft(device: str) -> None:
     spec = LoraSpec(rank=1, target_modules=("k_proj",))
     config, _, ours, theirs = losses({}, device, spec)
     tensors = random_lora(config, spec, device=device)
@@ -190,7 +190,7 @@ def test_a_hessian_or_jacobian_of_a_tensor_differs_from_that_through_peft(device
     assert relative_error(jacobian, gradient) < tolerance(device, EXACT)
 
 
-def test_a_gradient_comes_in_another_dtype_than_its_tensor(device: str) -> None:
+def test_a_gradient_comes_in_the_dtype_of_its_tensor(device: str) -> None:
     config, spec = tiny_config(), LoraSpec(rank=2)
     for base, adapter in ((torch.bfloat16, torch.float32), (torch.float32, torch.float64)):
         weights = init_weights(config, dtype=base, device=device)

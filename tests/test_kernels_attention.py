@@ -186,7 +186,7 @@ def run(case: Case, dtype: torch.dtype, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_attention_in_float32(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_and_its_vjp_in_float32_equal_autograd(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "BLOCK_Q", CASES[name].blocks)
     monkeypatch.setattr(kernels, "BLOCK_K", CASES[name].blocks)
     run(CASES[name], torch.float32, 3e-5)
@@ -194,11 +194,11 @@ def test_attention_in_float32(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["trees", "sizes of a real model"])
-def test_attention_in_16_bits(dtype: torch.dtype, name: str) -> None:
+def test_attention_and_its_vjp_in_16_bits_equal_autograd_within_their_rounding(dtype: torch.dtype, name: str) -> None:
     run(CASES[name], dtype, 3e-2 if dtype == torch.bfloat16 else 4e-3)
 
 
-def test_unequal_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_and_its_vjp_in_unequal_blocks_equal_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "BLOCK_Q", 32)
     monkeypatch.setattr(kernels, "BLOCK_K", 16)
     run(CASES["branches"], torch.float32, 1e-5)
@@ -214,7 +214,7 @@ def test_unequal_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         (24, torch.bfloat16, (4, 2, 3), 16, True),
     ],
 )
-def test_rotate(
+def test_rotation_with_bias_and_adapters_equals_its_formula(
     head_dim: int,
     dtype: torch.dtype,
     ranks: tuple[int, int, int],

@@ -404,7 +404,7 @@ def test_the_learning_rate_is_a_line_up_and_a_cosine_down_to_a_tenth(warmup: int
         assert factor(step) == pytest.approx(expected, rel=1e-12), step
 
 
-def test_the_learning_rates_first_and_last_steps() -> None:
+def test_the_learning_rate_is_whole_after_the_warmup_and_a_tenth_after_the_last_step() -> None:
     factor = learning_rate(4, 12)
     assert [factor(step) for step in (0, 3, 4)] == [0.25, 1, 1]
     assert factor(8) == pytest.approx(0.55)

@@ -49,7 +49,7 @@ def autograd(value: Tensor, cotangent: Tensor, *inputs: Tensor) -> list[Tensor]:
 # rmsnorm
 
 
-def test_rmsnorm_or_its_vjp_differs_from_transformers() -> None:
+def test_rmsnorm_and_its_vjp_equal_transformers() -> None:
     x, dy = normal(2, 5, 24).mul(3).requires_grad_(), normal(2, 5, 24, seed=1)
     norm = RMSNormInItsDtype(24, eps=0.1).double()
     norm.weight.data = normal(24, seed=2)
@@ -62,7 +62,7 @@ def test_rmsnorm_or_its_vjp_differs_from_transformers() -> None:
     assert relative_error(dx, autograd(expected, dy, x)[0]) < EXACT
 
 
-def test_rmsnorm_differs_from_transformers_in_float32_with_half_weights() -> None:
+def test_rmsnorm_equals_transformers_in_float32_with_half_weights() -> None:
     x, norm = normal(5, 24).float(), Qwen2RMSNorm(24)
     norm.weight.data = normal(24, seed=2).bfloat16().float()
     assert relative_error(rmsnorm(x, norm.weight.data.bfloat16(), 1e-6)[0], norm(x)) < 1e-6
@@ -94,7 +94,7 @@ ROPES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("rope_parameters", ROPES.values(), ids=ROPES)
 @pytest.mark.parametrize("head_dim", [2, 8, 128])
-def test_rope_frequencies_differ_from_transformers(rope_parameters: dict[str, Any], head_dim: int) -> None:
+def test_rope_frequencies_equal_transformers(rope_parameters: dict[str, Any], head_dim: int) -> None:
     config = tiny_config(rope_parameters=rope_parameters, head_dim=head_dim)
     theirs = Qwen2RotaryEmbedding(hf_config(config))
     frequencies, factor = rope_frequencies(config)
@@ -104,7 +104,7 @@ def test_rope_frequencies_differ_from_transformers(rope_parameters: dict[str, An
 
 @pytest.mark.parametrize("rope_parameters", ROPES.values(), ids=ROPES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_rope_tables_differ_from_transformers(rope_parameters: dict[str, Any], dtype: torch.dtype) -> None:
+def test_rope_tables_equal_transformers(rope_parameters: dict[str, Any], dtype: torch.dtype) -> None:
     config = tiny_config(rope_parameters=rope_parameters, head_dim=8, max_position_embeddings=32768)
     positions = torch.tensor([[0, 1, 2, 3, 31, 32], [7, 500, 32767, 5, 5, 0]])
     cos, sin = Qwen2RotaryEmbedding(hf_config(config))(torch.empty(0, dtype=dtype), positions)
@@ -114,7 +114,7 @@ def test_rope_tables_differ_from_transformers(rope_parameters: dict[str, Any], d
         assert relative_error(torch.cat((table, table), -1), expected) < 1e-7
 
 
-def test_rope_or_its_vjp_differs_from_transformers() -> None:
+def test_rope_and_its_vjp_equal_transformers() -> None:
     config = tiny_config(head_dim=8)
     positions = torch.arange(5)
     q, dq = normal(2, 4, 5, 8).requires_grad_(), normal(2, 4, 5, 8, seed=1)
@@ -134,7 +134,7 @@ def test_rope_or_its_vjp_differs_from_transformers() -> None:
 # swiglu
 
 
-def test_swiglu_or_its_vjp_differs_from_transformers_activation() -> None:
+def test_swiglu_and_its_vjp_equal_transformers_activation() -> None:
     gate, up = (normal(2, 5, 7, seed=seed).mul(4).requires_grad_() for seed in (0, 2))
     dy = normal(2, 5, 7, seed=1)
     expected = ACT2FN["silu"](gate) * up
@@ -163,7 +163,7 @@ def stacked(Bs: list[torch.Tensor]) -> list[Part]:
 @pytest.mark.parametrize("shared_input", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("parts", [((7, 4),), ((4, 1), (2, 2), (1, 1))], ids=["alone", "stacked"])
-def test_a_projection_or_its_vjp_differs_from_merged_weights(
+def test_a_projection_and_its_vjp_equal_merged_weights(
     shared_input: bool, with_bias: bool, parts: tuple[tuple[int, int], ...]
 ) -> None:
     n_adapters, n_tokens, n_in, out, rank = 3, 5, 6, 7, 4
@@ -194,7 +194,7 @@ def test_a_projection_or_its_vjp_differs_from_merged_weights(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_packed_weight_multiplies_otherwise_than_the_weight(dtype: torch.dtype) -> None:
+def test_a_packed_weight_multiplies_as_the_weight_does(dtype: torch.dtype) -> None:
     if not can_pack(dtype, torch.device("cpu")):
         pytest.skip(f"oneDNN does not pack {dtype} on this processor")
     weight, bias, x, dy = (normal(*shape).to(dtype) for shape in ((48, 80), (48,), (2, 5, 80), (2, 5, 48)))
@@ -211,7 +211,9 @@ def test_a_packed_weight_multiplies_otherwise_than_the_weight(dtype: torch.dtype
 
 
 @pytest.mark.parametrize("name", ["Intel Xeon", "AMD EPYC"])
-def test_weights_are_packed_where_the_processor_is_as_fast_without(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_not_packed_where_the_processor_is_as_fast_without(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr("torch.backends.mkl.is_available", lambda: True)
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"cpu_name": name}, raising=False)
@@ -222,7 +224,7 @@ def test_weights_are_packed_where_the_processor_is_as_fast_without(name: str, mo
 
 @pytest.mark.parametrize("threshold", [0, 1 << 40], ids=["one by one", "all at once"])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (5, 6, 7), (31, 64, 3), (155, 16, 40)], ids=str)
-def test_adapters_products_in_float32_differ_from_those_in_float64(
+def test_adapters_products_in_float32_equal_those_in_float64(
     shape: tuple[int, int, int], threshold: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of matrices as they are, transposed, cut out of wider ones, and shared by all adapters."""
@@ -274,7 +276,7 @@ def test_adapters_are_multiplied_one_by_one_where_that_pays(pays: bool, monkeypa
     assert not one_by_one(normal(3, 5, 7), normal(3, 7, 6))
 
 
-def test_a_bare_projection_differs_from_torch() -> None:
+def test_a_bare_projection_equals_torch() -> None:
     x, weight, bias = normal(2, 5, 6), normal(7, 6, seed=1), normal(7, seed=2)
     y = linear(x, weight, bias)
     assert relative_error(y, F.linear(x, weight, bias)) < EXACT
@@ -282,7 +284,7 @@ def test_a_bare_projection_differs_from_torch() -> None:
     assert relative_error(linear_vjp_input(y, weight, x.clone()), x + y @ weight) < EXACT
 
 
-def test_some_adapters_of_a_stack_are_not_those_of_the_slice() -> None:
+def test_some_adapters_of_a_stack_are_those_of_the_slice() -> None:
     part, u = stacked([normal(3, 7, 2, seed=1)])[0], normal(3, 5, 2)
     x, weight = normal(3, 5, 6, seed=3), normal(7, 6, seed=4)
     y = linear(x, weight, None, u, [part])
@@ -323,7 +325,7 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
 @pytest.mark.parametrize(("kv_heads", "group"), [(2, 1), (1, 7), (2, 2)])
 @pytest.mark.parametrize("tile_size", [3, 16, None], ids=["3", "16", "read-out"])
 @pytest.mark.parametrize("kept", [True, False], ids=["kept", "again"])
-def test_attention_or_its_vjp_differs_from_torch(
+def test_attention_and_its_vjp_equal_torch(
     sequences: list[list[int]], window: int | None, kv_heads: int, group: int, tile_size: int | None, kept: bool
 ) -> None:
     tokens = pack(sequences)
@@ -352,7 +354,7 @@ def test_attention_or_its_vjp_differs_from_torch(
         assert (gradient - wanted).norm() < EXACT * max(1.0, wanted.norm().item())
 
 
-def test_the_probabilities_of_many_keys_are_kept() -> None:
+def test_the_probabilities_of_too_many_keys_are_not_kept() -> None:
     tiles = pack([list(range(MAX_KEPT_KEYS + 40))]).tiles()
     q, k = normal(1, 1, MAX_KEPT_KEYS + 40, 1, 4), normal(1, 1, MAX_KEPT_KEYS + 40, 4, seed=1)
     _, probs = attention(q, k, k, tiles, keep=True)
@@ -360,7 +362,7 @@ def test_the_probabilities_of_many_keys_are_kept() -> None:
     assert sum(p.numel() for p in probs if p is not None) == kept_keys(tiles, MAX_KEPT_KEYS + 40)
 
 
-def test_a_tile_holds_keys_that_none_of_its_queries_sees() -> None:
+def test_a_tile_holds_just_the_keys_that_its_queries_see() -> None:
     tokens = pack(SEQUENCES["longer than a tile"])
     for window in (None, 3):
         seen = may_see(tokens, window)

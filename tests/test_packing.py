@@ -84,7 +84,7 @@ def assert_lean(tile: AttentionTile, seen: set[tuple[int, int]], n: int) -> None
 
 
 @given(SEQUENCES)
-def test_a_sequences_path_has_other_tokens_or_positions(sequences: list[list[int]]) -> None:
+def test_a_sequences_path_has_its_tokens_and_positions(sequences: list[list[int]]) -> None:
     tokens = pack(sequences)
     for sequence, last in zip(sequences, tokens.last, strict=True):
         nodes = path(tokens, last)
@@ -95,7 +95,7 @@ def test_a_sequences_path_has_other_tokens_or_positions(sequences: list[list[int
 
 
 @given(SEQUENCES)
-def test_a_prefix_has_no_node_or_two(sequences: list[list[int]]) -> None:
+def test_every_prefix_has_exactly_one_node(sequences: list[list[int]]) -> None:
     tokens = pack(sequences)
     of_node = [prefix_of(tokens, node) for node in range(len(tokens))]
     assert sorted(of_node) == sorted(prefixes(sequences))
@@ -104,7 +104,7 @@ def test_a_prefix_has_no_node_or_two(sequences: list[list[int]]) -> None:
 
 
 @given(SEQUENCES, st.randoms())
-def test_the_order_of_the_sequences_changes_the_row(sequences: list[list[int]], random: Any) -> None:
+def test_the_order_of_the_sequences_does_not_change_the_row(sequences: list[list[int]], random: Any) -> None:
     shuffled = sequences.copy()
     random.shuffle(shuffled)
     one, other = pack(sequences), pack(shuffled)
@@ -114,7 +114,7 @@ def test_the_order_of_the_sequences_changes_the_row(sequences: list[list[int]], 
     assert [of[tuple(s)] for s in shuffled] == list(other.last)
 
 
-def test_equal_sequences_or_a_sequence_within_another_take_nodes_of_their_own() -> None:
+def test_equal_sequences_and_a_sequence_within_another_share_their_nodes() -> None:
     tokens = pack([[5, 6], [5, 6, 7], [5, 6], [8]])
     assert tokens.input_ids.tolist() == [5, 6, 7, 8]
     assert tokens.parents == (-1, 0, 1, -1)
@@ -123,7 +123,7 @@ def test_equal_sequences_or_a_sequence_within_another_take_nodes_of_their_own() 
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8])
-def test_tensors_pack_otherwise_than_lists(dtype: torch.dtype) -> None:
+def test_tensors_pack_as_lists_do(dtype: torch.dtype) -> None:
     lists = [[1, 2, 3], [1, 2, 4], [4, 1, 2]]
     expected = pack(lists)
     tensors: list[Any] = [
@@ -139,7 +139,7 @@ def test_tensors_pack_otherwise_than_lists(dtype: torch.dtype) -> None:
         assert (got.parents, got.last, got.lengths) == (expected.parents, expected.last, expected.lengths)
 
 
-def test_the_given_lists_are_changed_or_kept() -> None:
+def test_the_given_lists_are_neither_changed_nor_kept() -> None:
     lists = [[3, 1], [2]]
     tokens = pack(lists)
     assert lists == [[3, 1], [2]]
@@ -152,7 +152,7 @@ def test_the_given_lists_are_changed_or_kept() -> None:
 
 @settings(deadline=None)
 @given(SEQUENCES, WINDOWS, st.sampled_from([1, 2, 3, 5, 64]))
-def test_tiles_let_a_query_see_anything_but_its_ancestors(
+def test_tiles_let_a_query_see_its_ancestors_alone(
     sequences: list[list[int]], window: int | None, size: int
 ) -> None:
     tokens = pack(sequences)
@@ -169,7 +169,7 @@ def test_tiles_let_a_query_see_anything_but_its_ancestors(
 
 @settings(deadline=None)
 @given(SEQUENCES, WINDOWS, st.data())
-def test_a_readout_tile_lets_a_query_see_anything_but_its_ancestors(
+def test_a_readout_tile_lets_a_query_see_its_ancestors_alone(
     sequences: list[list[int]], window: int | None, data: st.DataObject
 ) -> None:
     tokens = pack(sequences)
@@ -183,7 +183,7 @@ def test_a_readout_tile_lets_a_query_see_anything_but_its_ancestors(
     assert_lean(tile, seen, n)
 
 
-def test_tiles_without_a_size_or_a_window_differ_from_the_whole_row_at_once() -> None:
+def test_tiles_without_a_size_or_a_window_amount_to_the_whole_row_at_once() -> None:
     sequences = [[7, 7, i % 3, i, *range(i)] for i in range(20)]
     tokens = pack(sequences)
     n = len(tokens)
@@ -193,7 +193,7 @@ def test_tiles_without_a_size_or_a_window_differ_from_the_whole_row_at_once() ->
     assert set().union(*parts) == expected_relation(tokens, None)
 
 
-def test_a_lone_sequence_is_not_plain_causal_attention() -> None:
+def test_a_lone_sequence_is_plain_causal_attention() -> None:
     tiles = pack([list(range(10))]).tiles(size=4)
     for start, tile in zip((0, 4, 8), tiles, strict=True):
         stop = min(start + 4, 10)
@@ -202,7 +202,7 @@ def test_a_lone_sequence_is_not_plain_causal_attention() -> None:
         assert torch.equal(tile.blocked, torch.ones(stop - start, stop).triu(start + 1).bool()[:, tile.free :])
 
 
-def test_moving_a_tile_changes_it() -> None:
+def test_moving_a_tile_changes_its_device_alone() -> None:
     shared = pack([[1, 2, 3], [1, 4], [1, 5, 6]]).tiles(size=2)
     assert {type(tile.keys) for tile in shared} == {slice, Tensor}
     for tile in shared:
@@ -216,7 +216,7 @@ def test_moving_a_tile_changes_it() -> None:
                 assert after == before
 
 
-def test_a_long_sequence_cannot_be_packed_or_tiled() -> None:
+def test_a_long_sequence_can_be_packed_and_tiled() -> None:
     n = 20_000
     ids = [i % 97 for i in range(n)]
     tokens = pack([ids, ids[:-1], ids[:10] * 2])
@@ -262,7 +262,7 @@ def test_a_long_sequence_cannot_be_packed_or_tiled() -> None:
         ([None], "sequence 0 is a NoneType, expected a list of token ids"),
     ],
 )
-def test_bad_sequences_are_packed(sequences: Any, message: str) -> None:
+def test_bad_sequences_are_refused(sequences: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pack(sequences)
 
@@ -276,12 +276,12 @@ def test_bad_sequences_are_packed(sequences: Any, message: str) -> None:
         ([[1], [0] * 7], "sequence 1 has 7 tokens, expected at most max_position_embeddings = 6"),
     ],
 )
-def test_tokens_that_the_model_has_no_room_for_are_taken(sequences: list[list[int]], message: str) -> None:
+def test_tokens_that_the_model_has_no_room_for_are_refused(sequences: list[list[int]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pack(sequences).check_fits(CONFIG)
 
 
-def test_tokens_that_just_fit_are_refused() -> None:
+def test_tokens_that_just_fit_are_taken() -> None:
     pack([[0, 49], [3, 4, 5, 6, 7, 8]]).check_fits(CONFIG)
 
 

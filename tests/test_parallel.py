@@ -49,19 +49,19 @@ def assert_same(found: list[jobs.Values], expected: jobs.Values, tolerance: floa
 @pytest.mark.parametrize(
     "name", ["grouped heads", "7 heads for each of 2", "head_dim given", "tied", "windows", "yarn", "qwen3"]
 )
-def test_a_model_split_over_two_ranks_gives_other_numbers(name: str, two_ranks: Ranks) -> None:
+def test_a_model_split_over_two_ranks_gives_the_same_numbers(name: str, two_ranks: Ranks) -> None:
     case = case_of(tiny_config(**CONFIGS[name]))
     assert_same(two_ranks.call(jobs.split_engine, case, {}), jobs.engine(case, case.weights()))
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_adapters_of_a_split_model_are_split_otherwise_than_it(spec: str, two_ranks: Ranks) -> None:
+def test_adapters_of_a_split_model_are_split_as_it_is(spec: str, two_ranks: Ranks) -> None:
     case = case_of(tiny_config(), SPECS[spec], n=2 if spec != "some" else None)
     options = {"checkpoint": "block", "layer": (1, -1)}
     assert_same(two_ranks.call(jobs.split_engine, case, options), jobs.engine(case, case.weights(), **options))
 
 
-def test_gradients_of_a_few_tensors_of_a_split_model_differ(two_ranks: Ranks) -> None:
+def test_gradients_of_a_few_tensors_of_a_split_model_are_the_same(two_ranks: Ranks) -> None:
     case = case_of(tiny_config())
     names = list(case.tensors)
     wanted = [names[1], names[20], names[29]]
@@ -71,20 +71,20 @@ def test_gradients_of_a_few_tensors_of_a_split_model_differ(two_ranks: Ranks) ->
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
-def test_a_split_model_is_not_packed_or_packed_wrongly(two_ranks: Ranks) -> None:
+def test_a_split_model_that_is_packed_gives_the_same_numbers(two_ranks: Ranks) -> None:
     case = case_of(tiny_config(), dtype=torch.float32)
     assert_same(two_ranks.call(jobs.split_packed_engine, case), jobs.engine(case, case.weights()), 1e-4)
 
 
 @pytest.mark.parametrize("spec", ["all projections", "some"])
-def test_forward_of_a_split_model_differs(spec: str, two_ranks: Ranks) -> None:
+def test_forward_of_a_split_model_gives_the_same_numbers(spec: str, two_ranks: Ranks) -> None:
     case = case_of(tiny_config(), SPECS[spec])
     ids = torch.tensor([[1, 2, 3, 4], [4, 3, 2, 1], [5, 6, 7, 8]])
     assert_same(two_ranks.call(jobs.split_forward, case, ids), jobs.plain_forward(case, case.weights(), ids))
 
 
 @pytest.mark.parametrize("checkpoint", ["none", "block"])
-def test_a_block_takes_more_than_two_sums_each_way(checkpoint: str, two_ranks: Ranks) -> None:
+def test_a_block_takes_two_sums_each_way(checkpoint: str, two_ranks: Ranks) -> None:
     config = tiny_config()
     n = config.num_hidden_layers
     forwards, backwards = two_ranks.call(jobs.sums_of, case_of(config), checkpoint)[0]
@@ -93,7 +93,7 @@ def test_a_block_takes_more_than_two_sums_each_way(checkpoint: str, two_ranks: R
     assert backwards == 2 * n - 1 + 1
 
 
-def test_a_rank_holds_or_reads_more_than_its_part(two_ranks: Ranks, tmp_path: Path) -> None:
+def test_a_rank_holds_no_more_than_its_part(two_ranks: Ranks, tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path / "model", num_hidden_layers=3)
     config = read_config(folder)
     case = case_of(config, dtype=torch.float32, folder=folder)
@@ -107,13 +107,13 @@ def test_a_rank_holds_or_reads_more_than_its_part(two_ranks: Ranks, tmp_path: Pa
     assert_same(two_ranks.call(jobs.split_engine, case, {}), jobs.engine(case, whole), 1e-4)
 
 
-def test_labels_of_a_split_model_are_taken_for_another_models(two_ranks: Ranks) -> None:
+def test_the_fingerprint_of_a_split_model_is_that_of_the_whole_one(two_ranks: Ranks) -> None:
     case = case_of(tiny_config(), dtype=torch.float32)
     assert two_ranks.call(jobs.fingerprint, case) == [model_fingerprint(case.config, case.weights())] * 2
 
 
 @pytest.mark.parametrize("sizes", [{"dp": 2}, {"tp": 2}], ids=str)
-def test_ranks_that_work_together_are_given_labels_apart(
+def test_labels_of_a_delta_that_is_split_over_ranks_are_refused(
     sizes: dict[str, int], two_ranks: Ranks, tmp_path: Path
 ) -> None:
     case = case_of(tiny_config(), dtype=torch.float32)
@@ -126,7 +126,7 @@ def test_ranks_that_work_together_are_given_labels_apart(
     ({"num_attention_heads": 6, "num_key_value_heads": 3}, r"\[1, 3\]"),
     ({"intermediate_size": 41}, r"\[1\]"),
 ])  # fmt: skip
-def test_a_model_that_cannot_be_split_is_split(changes: dict[str, int], sizes: str, two_ranks: Ranks) -> None:
+def test_a_model_that_cannot_be_split_is_refused(changes: dict[str, int], sizes: str, two_ranks: Ranks) -> None:
     fields = {"intermediate_size": 42} | changes
     for message in two_ranks.call(jobs.refusal, tiny_config(**fields)):
         assert re.match(f"mesh has 2 ranks for tensor parallelism, expected one of {sizes}: those divide", message)
@@ -137,7 +137,7 @@ def test_a_model_that_cannot_be_split_is_split(changes: dict[str, int], sizes: s
 @pytest.mark.parametrize(("sizes", "n"), [
     ({"dp": 2}, 3), ({"dp": 2}, 1), ({"tp": 2}, 2), ({"dp": 1, "tp": 2}, 2), ({"dp": 2, "tp": 1}, 4),
 ])  # fmt: skip
-def test_the_delta_differs_on_a_mesh(
+def test_the_delta_is_the_same_on_a_mesh(
     sizes: dict[str, int], n: int, per_pass: int | None, mean_loss: bool, two_ranks: Ranks
 ) -> None:
     case = case_of(tiny_config(), n=n)
@@ -146,7 +146,7 @@ def test_the_delta_differs_on_a_mesh(
     assert_same(found, jobs.delta_of(case, case.weights(), None, mean_loss, **options))
 
 
-def test_the_delta_differs_on_a_mesh_of_two_dimensions() -> None:
+def test_the_delta_is_the_same_on_a_mesh_of_two_dimensions() -> None:
     case, ranks = case_of(tiny_config(), n=3), Ranks(4)
     try:
         for mean_loss in (False, True):
@@ -156,13 +156,13 @@ def test_the_delta_differs_on_a_mesh_of_two_dimensions() -> None:
         ranks.stop()
 
 
-def test_one_adapter_without_a_batch_differs_on_a_mesh(two_ranks: Ranks) -> None:
+def test_one_adapter_without_a_batch_is_the_same_on_a_mesh(two_ranks: Ranks) -> None:
     case = case_of(tiny_config(), n=None)
     found = two_ranks.call(jobs.split_delta, case, {"dp": 2}, False, {})
     assert_same(found, jobs.delta_of(case, case.weights(), None, False))
 
 
-def test_a_lora_of_zeros_has_a_delta_on_a_mesh(two_ranks: Ranks) -> None:
+def test_a_lora_of_zeros_has_a_delta_of_zero_on_a_mesh(two_ranks: Ranks) -> None:
     case = case_of(tiny_config(), n=3, dtype=torch.float32)
     zero = {name: torch.zeros_like(t) if "lora_B" in name else t for name, t in case.tensors.items()}
     case = jobs.Case(case.config, case.spec, zero, PROBES, torch.float32)
@@ -172,7 +172,7 @@ def test_a_lora_of_zeros_has_a_delta_on_a_mesh(two_ranks: Ranks) -> None:
 
 
 @pytest.mark.real_checkpoint
-def test_a_real_model_split_over_two_ranks_differs(real_checkpoint: str, two_ranks: Ranks) -> None:
+def test_a_real_model_split_over_two_ranks_gives_the_same_numbers(real_checkpoint: str, two_ranks: Ranks) -> None:
     folder = Path(real_checkpoint)
     config = read_config(folder)
     spec = LoraSpec()

@@ -37,7 +37,7 @@ def value_and_gradients(weights: Qwen2Weights, layer: int, checkpoint: str) -> t
 @pytest.mark.parametrize("layer", [-1, 0])
 @pytest.mark.parametrize("checkpoint", ["none", "block"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_packing_changes_a_value_or_gradient(dtype: torch.dtype, checkpoint: str, layer: int) -> None:
+def test_packing_changes_neither_a_value_nor_a_gradient(dtype: torch.dtype, checkpoint: str, layer: int) -> None:
     weights = init_weights(tiny_config(), dtype=dtype)
     if not weights.can_prepack:
         pytest.skip(f"{dtype} is multiplied as it is on this processor")
@@ -49,7 +49,7 @@ def test_packing_changes_a_value_or_gradient(dtype: torch.dtype, checkpoint: str
         assert relative_error(gradient, expected_gradients[name]) < TOLERANCE[dtype], name
 
 
-def test_weights_that_onednn_cannot_multiply_are_packed() -> None:
+def test_weights_that_onednn_cannot_multiply_are_not_packed() -> None:
     weights = init_weights(tiny_config(), dtype=torch.float64)
     assert not weights.can_prepack
     with pytest.raises(ValueError, match="weights are float64 on cpu, expected weights on a CPU that mult"):
@@ -58,7 +58,7 @@ def test_weights_that_onednn_cannot_multiply_are_packed() -> None:
 
 @needs_onednn
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_the_packed_copies_take_another_size_than_is_said(dtype: torch.dtype) -> None:
+def test_the_packed_copies_take_the_size_that_is_said(dtype: torch.dtype) -> None:
     weights = init_weights(tiny_config(), dtype=dtype)
     packed = weights.prepack().packed
     assert packed is not None
@@ -71,7 +71,7 @@ def test_the_packed_copies_take_another_size_than_is_said(dtype: torch.dtype) ->
 @pytest.mark.parametrize(("prepack", "free", "packed"), [
     (True, 0, True), (False, 1 << 40, False), ("auto", 1 << 40, True), ("auto", 1000, False),
 ])  # fmt: skip
-def test_a_delta_packs_against_its_argument(
+def test_a_delta_packs_as_its_argument_says(
     prepack: bool | str, free: int, packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lora_delta.passes.free_bytes", lambda device: free)
@@ -80,14 +80,14 @@ def test_a_delta_packs_against_its_argument(
     assert (delta.weights.packed is not None) is packed
 
 
-def test_an_unknown_prepack_is_taken() -> None:
+def test_an_unknown_prepack_is_refused() -> None:
     config = tiny_config()
     with pytest.raises(ValueError, match="prepack is 'always', expected True, False or 'auto'"):
         DifferentiableDeltaCompute(config, init_weights(config), SEQUENCES, prepack="always")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
-def test_kept_memory_goes_back_to_the_system() -> None:
+def test_kept_memory_does_not_go_back_to_the_system() -> None:
     program = """
 import torch
 from pathlib import Path
@@ -109,7 +109,7 @@ print(during - before > 200 << 20, resident() - before > 200 << 20)
     assert (grew, kept) == ("True", "True")
 
 
-def test_memory_that_this_process_has_freed_is_not_free() -> None:
+def test_memory_that_this_process_has_freed_is_free() -> None:
     # In a process of its own, as above.
     program = """
 import torch

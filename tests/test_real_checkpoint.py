@@ -120,7 +120,7 @@ def assert_no_worse(what: str, ours: float, theirs: float) -> None:
 # float32
 
 
-def test_forward_in_float32_differs_from_transformers(
+def test_forward_in_float32_equals_transformers(
     real_checkpoint: str, reference: Reference, device: str
 ) -> None:
     config, weights = load_pretrained(real_checkpoint, torch.float32, device)
@@ -143,7 +143,7 @@ def test_forward_in_float32_differs_from_transformers(
         assert found <= 1e-5
 
 
-def test_forward_vjp_in_float32_differs_from_peft(real_checkpoint: str, reference: Reference, device: str) -> None:
+def test_forward_vjp_in_float32_equals_peft(real_checkpoint: str, reference: Reference, device: str) -> None:
     config, weights = load_pretrained(real_checkpoint, torch.float32, device, lm_head=False)
     lora = SPEC.bind(config, {name: tensor.to(device) for name, tensor in reference.tensors.items()})
     value, vjp = forward_vjp(config, weights, pack(reference.sequences), lora)
@@ -160,7 +160,7 @@ def test_forward_vjp_in_float32_differs_from_peft(real_checkpoint: str, referenc
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_forward_in_half_precision_is_worse_than_transformers(
+def test_forward_in_half_precision_is_no_worse_than_transformers(
     real_checkpoint: str, reference: Reference, dtype: torch.dtype
 ) -> None:
     config, weights = load_pretrained(real_checkpoint, dtype)
@@ -182,7 +182,7 @@ def test_forward_in_half_precision_is_worse_than_transformers(
 
 @pytest.mark.parametrize("adapter", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("storage", HALVES)
-def test_gradients_in_bfloat16_are_worse_than_with_peft(
+def test_gradients_in_bfloat16_are_no_worse_than_with_peft(
     real_checkpoint: str, reference: Reference, storage: torch.dtype, adapter: torch.dtype
 ) -> None:
     """Without bfloat16 products in the processor transformers would take minutes: on the first blocks there."""
@@ -193,7 +193,7 @@ def test_gradients_in_bfloat16_are_worse_than_with_peft(
     compare_in_half(f"{storage} in bfloat16, adapters in {adapter}", config, weights, reference, adapter)
 
 
-def test_values_in_float16_are_worse_than_with_peft(real_checkpoint: str, reference: Reference) -> None:
+def test_values_in_float16_are_no_worse_than_with_peft(real_checkpoint: str, reference: Reference) -> None:
     config, weights = load_pretrained(real_checkpoint, torch.float16)
     tensors = {name: tensor.half() for name, tensor in reference.tensors.items()}
     value, vjp = forward_vjp(config, weights, pack(reference.sequences), SPEC.bind(config, tensors))
@@ -205,7 +205,7 @@ def test_values_in_float16_are_worse_than_with_peft(real_checkpoint: str, refere
     assert max(errors.values()) < 0.01, errors
 
 
-def test_gradients_in_float16_are_worse_than_with_peft(real_checkpoint: str, reference: Reference) -> None:
+def test_gradients_in_float16_are_no_worse_than_with_peft(real_checkpoint: str, reference: Reference) -> None:
     """On the first blocks and a few tokens: a CPU multiplies float16 a hundred times slower backwards."""
     config, weights = load_pretrained(real_checkpoint, torch.float16)
     config, weights, expected = on_first_blocks(config, weights, reference)

@@ -35,7 +35,7 @@ def step(**changes: int | str | bool | None) -> MeshStep:
 
 
 @pytest.mark.parametrize("checkpoint", ["none", "block"])
-def test_the_engine_multiplies_more_or_less_than_is_counted(checkpoint: str) -> None:
+def test_the_engine_multiplies_what_is_counted(checkpoint: str) -> None:
     lora = SPEC.bind(CONFIG, random_lora(CONFIG, SPEC, N, dtype=torch.float32))
     with Watch() as watch:
         value, vjp = forward_vjp(CONFIG, init_weights(CONFIG), TOKENS, lora, checkpoint=checkpoint)
@@ -43,7 +43,7 @@ def test_the_engine_multiplies_more_or_less_than_is_counted(checkpoint: str) -> 
     assert step(checkpoint=checkpoint).gemm_flop() == 2 * watch.work()
 
 
-def test_passes_are_not_counted_one_by_one() -> None:
+def test_passes_are_counted_with_the_work_of_all_and_the_memory_of_one() -> None:
     for name in ("gemm_flop", "low_rank_flop", "memory_bytes"):
         whole, halves = (getattr(step(adapters=8, per_pass=n), name)() for n in (None, 4))
         assert halves == pytest.approx(whole, rel=0.1), name
@@ -51,7 +51,7 @@ def test_passes_are_not_counted_one_by_one() -> None:
     assert step(adapters=8, per_pass=4).memory()["adapters"] == step(adapters=8).memory()["adapters"]
 
 
-def test_more_bytes_are_summed_over_ranks_than_is_counted(two_ranks: Ranks) -> None:
+def test_no_more_bytes_are_summed_over_ranks_than_are_counted(two_ranks: Ranks) -> None:
     case = jobs.Case(CONFIG, SPEC, random_lora(CONFIG, SPEC, N, dtype=torch.float32), PROBES, torch.float32)
     counted, summed = step(tensor_parallel=2).sums(), two_ranks.call(jobs.summed_bytes, case)[0]
     assert len(summed) == len(counted)
@@ -60,14 +60,14 @@ def test_more_bytes_are_summed_over_ranks_than_is_counted(two_ranks: Ranks) -> N
     assert 0.9 * sum(counted) < sum(summed) <= sum(counted)
 
 
-def test_a_rank_is_thought_to_hold_another_part(two_ranks: Ranks) -> None:
+def test_a_rank_is_thought_to_hold_the_part_that_it_holds(two_ranks: Ranks) -> None:
     case = jobs.Case(CONFIG, SPEC, {}, PROBES, torch.float32)
     held = two_ranks.call(jobs.held_bytes, case)[0]
     head = CONFIG.vocab_size * CONFIG.hidden_size * 4  # not tied here, and not needed
     assert step(tensor_parallel=2).memory()["weights"] == pytest.approx(held - head, rel=0.05)  # norms, biases
 
 
-def test_ranks_do_not_share_the_work() -> None:
+def test_ranks_share_the_work() -> None:
     one, two = step(adapters=8), step(adapters=8, data_parallel=2)
     assert two.gemm_flop() == pytest.approx(one.gemm_flop() / 2, rel=0.1)
     assert two.traffic() == 0
@@ -80,7 +80,7 @@ def test_ranks_do_not_share_the_work() -> None:
     assert [(p.data_parallel, p.tensor_parallel) for p in meshes(step(), 4)] == [(4, 1), (2, 2)]
 
 
-def test_reading_adds_to_the_time_that_it_takes_meanwhile() -> None:
+def test_reading_takes_place_meanwhile_and_bounds_a_step_where_it_is_slow() -> None:
     slow = dataclasses.replace(CONSTANTS, disk=1e3)
     streamed = step(stream=True)
     assert streamed.seconds(slow)["total"] == streamed.seconds(slow)["reading"]
@@ -89,7 +89,7 @@ def test_reading_adds_to_the_time_that_it_takes_meanwhile() -> None:
     assert step().seconds(slow)["reading"] == 0
 
 
-def test_a_published_size_has_other_numbers() -> None:
+def test_every_published_size_has_its_number_of_parameters() -> None:
     billions = {"0.5b": 0.494, "1.5b": 1.54, "3b": 3.09, "7b": 7.62, "14b": 14.8, "32b": 32.8, "72b": 72.7}
     for size, parameters in billions.items():
         config = named_config(size)
@@ -99,7 +99,7 @@ def test_a_published_size_has_other_numbers() -> None:
     assert billions.keys() == SIZES.keys() - {"tiny"}
 
 
-def test_the_plan_is_not_that_of_its_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_plan_is_that_of_its_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     machine = {"cpu": "a CPU", "gpu": None, "cpu_capability": "X", "threads": 1, "cpus": 2, "torch": "2"}
     constants = {str(n): dataclasses.asdict(dataclasses.replace(CONSTANTS, gemm=n * 1e12)) for n in (1, 2)}
     file, out = tmp_path / "constants.json", tmp_path / "plan.json"
@@ -140,7 +140,7 @@ def test_a_process_takes_the_cpu_where_there_is_no_gpu_for_it(
     assert scale_plan.arguments(["--constants", file, "--device", "cuda"]).device == "cuda"
 
 
-def test_measuring_or_validating_fails(
+def test_measuring_and_validating_run_and_say_whether_predictions_hold(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On a tiny model, where no prediction is good: that the commands run and say so."""

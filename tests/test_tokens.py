@@ -16,7 +16,11 @@ from torch import Tensor
 from lora_delta.generate.tokens import FORMATS, DifferentiableDetokenizer, TokenFormat, real_places
 from qwen_functional import LoraSpec, Qwen2Config
 
-GOLDEN = Path(__file__).parents[2] / "shared" / "dnd_tokens"
+# What the published tokenizer made of random adapters. Of each format the frames' scales of whole layers, and the mean
+# and the standard deviation of each chunk; of two the first chunk of some projections: LoRA, tokens, tokens as a
+# generator writes them, and the LoRA that the published code reads from those.
+GOLDEN = Path(__file__).parent / "golden"
+WHOLE = ("qwen2.5-0.5b", "qwen2.5-1.5b")
 # Layers, rank, chunk width, token shape, tokens per layer (q, k, v, o, up, gate, down), tokens: the paper's code.
 PUBLISHED = {
     "qwen2.5-0.5b": (24, 8, 128, (10, 130), [14, 8, 8, 14, 45, 45, 45], 4296),
@@ -43,13 +47,11 @@ SMALL = TokenFormat(
 
 
 def golden(name: str) -> tuple[TokenFormat, dict[str, Tensor]]:
-    """A published format with the few layers that its file has, and the file's tensors."""
-    path = GOLDEN / f"{name}.safetensors"
-    if not path.exists():
-        pytest.skip(f"{path} is absent: nothing was compared with the published tokenizer")
-    tensors = safetensors.torch.load_file(path)
-    layers = 1 + max(int(key.split(".")[3]) for key in tensors if key.startswith("lora."))
-    return replace(FORMATS[name], num_hidden_layers=layers), tensors
+    """A published format with the projections that its file has whole, a chunk wide each, and the file's tensors."""
+    tensors = safetensors.torch.load_file(GOLDEN / f"{name}.safetensors")
+    order = tuple(p for p in FORMATS[name].order if any(p in key for key in tensors if key.startswith("lora.")))
+    shapes = dict.fromkeys(order, 2 * (FORMATS[name].chunk_width,))
+    return replace(FORMATS[name], num_hidden_layers=1, order=order, projection_shapes=shapes), tensors
 
 
 def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -76,7 +78,7 @@ def random_tokens(format: TokenFormat, *batch: int, dtype: torch.dtype = torch.f
 # --- Against the published tokenizer ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", WHOLE)
 def test_a_token_is_the_published_tokenizers(name: str) -> None:
     format, file = golden(name)
     ours, theirs = format.tokenize(under("lora.", file)), file["tokens"]
@@ -88,7 +90,7 @@ def test_a_token_is_the_published_tokenizers(name: str) -> None:
         assert error(token[real], published[real]) < 1e-6
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", WHOLE)
 def test_a_lora_tensor_is_the_published_detokenizers(name: str) -> None:
     format, file = golden(name)
     ours, theirs = DifferentiableDetokenizer(format).detokenize(file["generated_tokens"]), under("detokenized.", file)
@@ -98,6 +100,30 @@ def test_a_lora_tensor_is_the_published_detokenizers(name: str) -> None:
         assert tensor.shape == published.shape
         assert tensor.dtype == published.dtype
         assert error(tensor, published) < 1e-6
+
+
+def chunks_of(stats: Tensor, n: int) -> Tensor:
+    """(chunks, n) numbers of given means and standard deviations (chunks, 2)."""
+    signs = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(n // 2)
+    return stats[:, :1] + stats[:, 1:] * ((n - 1) / n) ** 0.5 * signs
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_tokens_stand_where_the_published_tokenizer_puts_them(name: str) -> None:
+    """Of whole layers, by the scales that it wrote into each token's frame, from chunks of the same mean and spread."""
+    file = safetensors.torch.load_file(GOLDEN / f"{name}.safetensors")
+    stats = under("stats.", file)
+    layers = 1 + max(int(key.split(".")[2]) for key in stats)
+    format = replace(FORMATS[name], num_hidden_layers=layers)
+    r, c = format.rank, format.chunk_width
+    tensors = {}
+    for key, own in stats.items():
+        matrix = chunks_of(own, r * c).view(-1, r, c).transpose(0, 1).reshape(r, -1)
+        tensors[key] = matrix if ".lora_A." in key else matrix.T
+    frames = format.tokenize(tensors)[:, -1, -2:]
+    assert frames.shape == file["scales"].shape
+    assert len(frames.unique(dim=0)) == len(frames)  # no token passes for another
+    assert (frames - file["scales"].double()).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("name", FORMATS)
