@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,18 @@ def test_a_run_on_texts_is_that_of_peft_one_adapter_at_a_time(
             assert metrics[name] == pytest.approx(value, rel=tolerance), (metrics["step"], name)
     for (name, found), parameter in zip(made.named_parameters(), expected.parameters(), strict=True):
         assert (found - parameter).norm() <= 10 * tolerance * parameter.norm(), name
+
+
+def test_what_a_step_has_written_is_let_go_of(tasks: TextTasks) -> None:
+    """A hook on a tensor that knows the tensor keeps it, and its tape, for good: nothing collects that circle."""
+    written = list[weakref.ref]()
+    generator = direct_generator()
+    generator.register_forward_hook(lambda module, given, made: written.extend(map(weakref.ref, made.values())))
+    history = train(generator, tasks, options(steps=2), texts=text_losses(), progress=False)
+    gc.collect()
+    assert len(history) == 2
+    assert len(written) == 2 * len(generator.shapes)
+    assert all(one() is None for one in written)
 
 
 def test_training_on_texts_lowers_their_loss(tasks: TextTasks) -> None:

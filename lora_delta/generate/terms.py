@@ -173,19 +173,11 @@ class Written:
         self.format = format
         self.tokens = _wide(output) if isinstance(output, Tensor) else None
         self._tensors = None if isinstance(output, Tensor) else {name: _wide(one) for name, one in output.items()}
-        self._norms: list[Tensor] = []
+        self.norms: list[Tensor] = []  # after the backward: of each adapter's gradient, as it was written, (B,)
+        look = partial(_add_norm, self.norms)
         for one in [self.tokens] if self.tokens is not None else (self._tensors or {}).values():
             if one.requires_grad:
-                one.register_hook(self._look)
-
-    def _look(self, gradient: Tensor) -> None:
-        norm = torch.linalg.vector_norm(gradient, dim=tuple(range(1, gradient.dim())))
-        self._norms = [torch.hypot(self._norms[0], norm) if self._norms else norm]
-
-    @property
-    def norms(self) -> list[Tensor]:
-        """After the backward: the norm (B,) of each adapter's gradient, as it was written; or nothing."""
-        return self._norms
+                one.register_hook(look)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -204,6 +196,12 @@ class Written:
         if self.format is None or tokens is None:
             raise ValueError("the generator writes tokens and there is no format, expected the format of its tokens")
         return self.format.detokenize(tokens[:n], validate=False)  # a step looks at its loss and gradient
+
+
+def _add_norm(norms: list[Tensor], gradient: Tensor) -> None:
+    """A hook; one that knew the tensor which has it would keep that for good, and the tape behind it."""
+    norm = torch.linalg.vector_norm(gradient, dim=tuple(range(1, gradient.dim())))
+    norms[:] = [torch.hypot(norms[0], norm) if norms else norm]
 
 
 def _wide(tensor: Tensor) -> Tensor:
