@@ -53,13 +53,14 @@ from qwen_functional import LoraSpec, load_pretrained, pack_each
 from qwen_functional.forward import forward_vjp
 from qwen_functional.memory import keep_freed_memory
 
+EMBEDDED = "embedded"
 TEACHER_STEPS, TEACHER_WORDS = 80, 8
 SPEC = LoraSpec(rank=8, alpha=16)
 TEXTS = 24  # of each condition; one where the prompted base writes the answers
 FIXED = 16  # words, where all texts are of the same few
 TIMED_STEPS, TIMED_ROUNDS = 20, 3
 RUN = """\
-base = "embedded"
+base = "{base}"
 dtype = "float32"
 out = "{out}"
 condition_layer = 0
@@ -69,9 +70,9 @@ kind = "additive"
 {generator}
 [training]
 steps = 1000000
-batch_size = 16
-delta_batch_size = 16
-texts_per_condition = 6
+batch_size = {batch}
+delta_batch_size = {batch}
+texts_per_condition = {texts}
 learning_rate = 3e-3
 warmup_steps = 30
 checkpoint_every = 400
@@ -138,23 +139,29 @@ def main() -> int:
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY", help=f"of {', '.join(WAYS)}")
     add("--test", action="store_true", help="judge on the test split, which is looked at once")
+    add("--base", default=EMBEDDED, metavar="FOLDER", help="a checkpoint, for ways without teachers and answers of it")
+    add("--batch", type=int, nargs=2, default=[16, 6], metavar=("CONDITIONS", "TEXTS"), help="of a step (16, 6)")
+    add("--judged", type=int, nargs=2, default=[288, 6], metavar=("CONDITIONS", "TEXTS"), help="of a split (288, 6)")
     add("--threads", type=int, default=min(2, os.cpu_count() or 1), help="of the timing (default: %(default)s)")
-    add("--jobs", type=int, help="trainings at once, of one thread each (default: as many as threads)")
+    add("--jobs", type=int, help="trainings at once (default: as many as threads)")
     options = parser.parse_args()
     keep_freed_memory()
     set_threads(options.threads)
     print(machine_line(machine_facts(options.threads)), flush=True)
     split = "test" if options.test else "validation"
     folder = options.out / f"{options.seconds:g} s"
+    of_embedded = [name for name in options.ways if WAYS[name].probes is not None or WAYS[name].data == "answered"]
+    if options.base != EMBEDDED and of_embedded:
+        parser.error(f"--base has no {of_embedded[0]!r}: name other --ways")
     todo = [(name, seed) for seed in options.seeds for name in options.ways]
-    before = {(name, seed): prepare(name, seed, folder / f"{name}, seed {seed}", options.out) for name, seed in todo}
+    before = {(name, seed): prepare(name, seed, folder / f"{name}, seed {seed}", options) for name, seed in todo}
     before = {(name, seed): min(before[name, one] for one in options.seeds) for name, seed in todo}  # a calm machine's
     times = options.out / f"seconds of a step, {options.threads} threads.json"
     known = json.loads(times.read_text()) if times.exists() else {}
     timed = {name: WAYS[name].like or name for name in options.ways}
     new = [name for name in dict.fromkeys(timed.values()) if name not in known]
     for name in new:
-        prepare(name, options.seeds[0], folder / f"{name}, seed {options.seeds[0]}", options.out)
+        prepare(name, options.seeds[0], folder / f"{name}, seed {options.seeds[0]}", options)
     for _ in range(TIMED_ROUNDS):
         for name in new:
             each = step_seconds(folder / f"{name}, seed {options.seeds[0]}")
@@ -167,18 +174,19 @@ def main() -> int:
             facts = {"steps": steps, "step_seconds": each, "seconds_before": spent}
             write_json(folder / f"{name}, seed {seed}" / "steps.json", facts)
             print(f"{name}, seed {seed}: {steps} steps of {each:.3f} s, {spent:.0f} s before", flush=True)
-    with ProcessPoolExecutor(
-        options.jobs or options.threads, multiprocessing.get_context("spawn"), _start
-    ) as pool:
-        for at, (name, seed) in enumerate(pool.map(partial(work, folder, split), todo), 1):
+    n_jobs = options.jobs or options.threads
+    # A fresh process for each, or what one keeps the next has less of.
+    context, start = multiprocessing.get_context("spawn"), partial(_start, max(1, options.threads // n_jobs))
+    with ProcessPoolExecutor(n_jobs, context, start, max_tasks_per_child=1) as pool:
+        for at, (name, seed) in enumerate(pool.map(partial(work, folder, split, Limits(*options.judged)), todo), 1):
             print(f"{at} of {len(todo)}: {name}, seed {seed}", file=sys.stderr, flush=True)
     print(table(folder, options.ways, split))
     return 0
 
 
-def prepare(name: str, seed: int, path: Path, out: Path) -> float:
+def prepare(name: str, seed: int, path: Path, options: argparse.Namespace) -> float:
     """Write the file of a run, with the data and teachers that it needs, and say how many seconds those took."""
-    way, spent, parts = WAYS[name], 0.0, []
+    way, spent, parts, out = WAYS[name], 0.0, [], options.out
     if way.data is not None:
         data, spent = write_data(out / "data", way.data, seed)
         parts.append(f'data = "{data.resolve()}"')
@@ -188,9 +196,12 @@ def prepare(name: str, seed: int, path: Path, out: Path) -> float:
         parts += [f'labels = "{labels.resolve()}"', f'prompts = "{prompts.resolve()}"']
     else:
         parts.append(f"[adapter]\nrank = {SPEC.rank}\nalpha = {SPEC.alpha}")
+        if options.base != EMBEDDED:  # all seven would be a generator of 155 million parameters at 0.5B
+            parts.append('target_modules = ["q_proj", "v_proj", "down_proj"]')
+    base = options.base if options.base == EMBEDDED else Path(options.base).resolve()
     text = RUN.format(
         out="OUT", data="\n".join(parts), generator=f'writes = "{way.writes}"\n{way.sizes}', seed=seed,
-        losses=way.losses, context=CONTEXT,
+        losses=way.losses, context=CONTEXT, batch=options.batch[0], texts=options.batch[1], base=base,
     )  # fmt: skip
     path.mkdir(parents=True, exist_ok=True)
     (path / "run.toml").write_text(text)
@@ -213,12 +224,12 @@ def step_seconds(path: Path) -> float:
     return statistics.median(each)
 
 
-def _start() -> None:
+def _start(threads: int) -> None:
     keep_freed_memory()
-    set_threads(1)
+    set_threads(threads)
 
 
-def work(folder: Path, split: str, which: tuple[str, int]) -> tuple[str, int]:
+def work(folder: Path, split: str, limits: Limits, which: tuple[str, int]) -> tuple[str, int]:
     """Train and judge a way, as far as it is not done."""
     name, seed = which
     path = folder / f"{name}, seed {seed}"
@@ -227,11 +238,11 @@ def work(folder: Path, split: str, which: tuple[str, int]) -> tuple[str, int]:
         config = RunConfig.from_toml(path / "run.toml")
         run = replace(config, out=path / "run", training=replace(config.training, steps=steps))
         train_run(run, progress=False)  # goes on, or is done
-        judge(path / "run", path, split, seed)
+        judge(path / "run", path, split, seed, limits)
     return which
 
 
-def judge(run_folder: Path, path: Path, split: str, seed: int) -> None:
+def judge(run_folder: Path, path: Path, split: str, seed: int, limits: Limits) -> None:
     """Figures of a run, in seen wordings and in others."""
     run = load_run(run_folder, lm_head=True)
     tasks = {"test": TEST, "validation": VALIDATION}[split]
@@ -242,7 +253,7 @@ def judge(run_folder: Path, path: Path, split: str, seed: int) -> None:
         for file, of in zip(data, (SEEN, tasks), strict=True):
             write_lines(file, lines(of, chance, per_condition=6, wordings=which))
         seen = frozenset(condition for task in SEEN for condition in task.conditions())
-        given: dict[str, Any] = {"encoder": run.encoder, "context": CONTEXT, "limits": Limits(288, 6), "seen": seen}
+        given: dict[str, Any] = {"encoder": run.encoder, "context": CONTEXT, "limits": limits, "seen": seen}
         cases = read_cases(data, run.folder, run.config, progress=False, **given)
         own = base_judge(run.config, run.weights, cases)
         found[wordings] = figures(cases, [judge_run(run, own, seed=seed) | judge_base(own)])
@@ -278,9 +289,9 @@ def delta_share(run: Run, seed: int, n_tasks: int = 48) -> float:
 
 
 def table(folder: Path, ways: Sequence[str], split: str) -> str:
-    """Means over seeds."""
-    rows = [f"| loss | seeds | steps | seen | held-out tasks ({split}) | in other wordings | controls, at most |"]
-    rows.append("|---|---:|---:|---:|---:|---:|---:|")
+    """Means over seeds; the nats are of held-out tasks, and the controls all but the prompted base."""
+    rows = [f"| loss | seeds | steps | seen | held-out tasks ({split}) | nats per token | in other wordings | controls |"]
+    rows.append("|---|---:|---:|---:|---:|---:|---:|---:|")
     for name in ways:
         files = sorted(folder.glob(f"{name}, seed */{split}.json"))
         each = [json.loads(file.read_text()) for file in files]
@@ -292,12 +303,13 @@ def table(folder: Path, ways: Sequence[str], split: str) -> str:
             figure["accuracy"] for one in each for way, figure in one["seen"][HELD_OUT].items()
             if way not in ("generated", "prompted base")
         ]  # fmt: skip
-        shown = " | ".join(f"{statistics.mean(own):.1%}" for own in values)
+        shown = [f"{statistics.mean(own):.1%}" for own in values]
+        shown.insert(2, f"{statistics.mean(one['seen'][HELD_OUT]['generated']['loss'] for one in each):.3f}")
         steps = statistics.mean(one["steps"] for one in each)
         if all("delta_share" in one for one in each):
             share = statistics.mean(one["delta_share"] for one in each)
             name += f" (deltas make {share:.0%} of the gradient)"
-        rows.append(f"| {name} | {len(each)} | {steps:,.0f} | {shown} | {max(controls):.1%} |")
+        rows.append(f"| {name} | {len(each)} | {steps:,.0f} | {' | '.join(shown)} | ≤ {max(controls):.1%} |")
     return "\n".join(rows)
 
 
