@@ -290,7 +290,7 @@ def delta_share(run: Run, seed: int, n_tasks: int = 48) -> float:
 
 def table(folder: Path, ways: Sequence[str], split: str) -> str:
     """Means over seeds; the nats are of held-out tasks, and the controls all but the prompted base."""
-    rows = [f"| loss | seeds | steps | seen | held-out tasks ({split}) | nats per token | in other wordings | controls |"]
+    rows = [f"| loss | seeds | steps | seen | held out ({split}) | nats per token | in other wordings | controls |"]
     rows.append("|---|---:|---:|---:|---:|---:|---:|---:|")
     for name in ways:
         files = sorted(folder.glob(f"{name}, seed */{split}.json"))
