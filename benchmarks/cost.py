@@ -136,11 +136,11 @@ class MeshStep:
         """Bytes of each sum over the tensor-parallel ranks, the gradients' last; data-parallel ones take none."""
         found: list[float] = []
         gradients = self.adapter_elements() * FLOAT32
+        # Two a block each way, and one more of those that are computed again; no dx of the first block's q, k and v.
+        n_sums = (5 if self.n_keep == 0 else 4) * self.config.num_hidden_layers - 1
         if self.tensor_parallel > 1:
             for n in self.passes:
-                found += [n * self.tokens * self.config.hidden_size * self.itemsize] * (
-                    4 * self.config.num_hidden_layers - 1
-                )
+                found += [n * self.tokens * self.config.hidden_size * self.itemsize] * n_sums
                 found.append(n * gradients)
         return [float(size) for size in found]
 

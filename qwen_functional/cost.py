@@ -113,14 +113,15 @@ class Cost:
     def _top_bytes(self) -> int:
         """Of what the highest block holds beyond the others: what q reads, which lies apart; less where few rows go on.
 
-        Where it holds less than the others it counts as they do.
+        It may be below zero, by what enters its MLP; what else it holds less than the others counts as theirs does.
         """
         if not self.few:
             return 0
         hidden, intermediate = self.config.hidden_size, self.config.intermediate_size
         beyond = self.rows * hidden - (self.tokens - self.rows) * (hidden + 2 * intermediate)
         cast = math.prod(stack_shape(self.config, "qkv")) if self.casts_weights else 0  # whole for q, and for k and v
-        return (round(self.adapters * max(0, beyond)) + cast) * self.itemsize
+        less = round(self.adapters * (self.tokens - self.rows)) * hidden * self.accumulated
+        return (round(self.adapters * max(0, beyond)) + cast) * self.itemsize - less
 
     def adapter_bytes(self) -> int:
         """Of all A and B in the compute dtype, where they are held once more, and the weights with them."""
