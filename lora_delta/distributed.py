@@ -48,7 +48,8 @@ Adapters are handed out a pass at a time, and every pass is on disk when it is d
 them, the same command goes on with any number of processes: no more than the unfinished passes are lost, and each delta
 is, to the bit, that of an uninterrupted run on that machine. A job that goes on keeps the number of threads that it
 began with, on which the last bits depend. A second job on the same folder says so and stops. With torchrun's
-``--nnodes`` several machines share the work, if all of them see the folder."""
+``--nnodes`` several machines share the work, if all of them see the folder.
+"""
 
 from __future__ import annotations
 

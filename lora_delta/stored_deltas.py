@@ -56,7 +56,7 @@ def deltas_written(path: str | Path, facts: dict[str, Any]) -> Iterator[DeltaWri
     with replaces(Path(path)) as unfinished, unfinished.open("wb") as file:
         # A header comes first, and how long the texts are is known last: its place has room for any number of rows.
         said = {"format": _FORMAT, "facts": json.dumps(facts)}
-        room = len(_header(said, "BF16", (2**62, 2, 2**20, 2**40), 2**62, 2**62))
+        room = -(-len(_header(said, "BF16", (2**62, 2, 2**20, 2**40), 2**62, 2**62)) // 8) * 8
         file.write(bytes(8 + room))
         writer = DeltaWriter(file)
         yield writer

@@ -205,6 +205,10 @@ def test_deltas_of_a_run_without_them_are_refused(
     assert main(["teach", "--quiet", "--deltas", "--out", str(folder / "no"), str(config)]) == 2
     assert "has no loss 'delta' of texts = 'own'" in capsys.readouterr().err
     assert not (folder / "no").exists()
+    config = written(folder, "none", "teacher", device, 'stored_deltas = "deltas"')
+    config.write_text(config.read_text().replace('labels = "labels"\n', ""))
+    assert main(["teach", "--quiet", "--deltas", "--out", str(folder / "no"), str(config)]) == 2
+    assert "has no labels, which the targets of teachers are read from" in capsys.readouterr().err
 
 
 # The file

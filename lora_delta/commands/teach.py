@@ -113,7 +113,8 @@ def _write_deltas(
 
     asked, labels, spec = config.training.delta, None, None
     if not config.training.delta_from_context:
-        assert config.labels is not None  # RunConfig has seen to it
+        if config.labels is None:
+            raise ValueError(f"{options.config} has no labels, which the targets of teachers are read from")
         labels = DeltaLabels(config.labels)
         check_labelled(labels, texts.conditions, f"{config.data}")
         spec = common_spec(labels, texts.conditions, None, base)

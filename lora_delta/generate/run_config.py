@@ -48,7 +48,8 @@ describes, or with ``target = "teacher"`` with those of labelled adapters. ``lor
 writes down what the teacher of ``kl`` says, for ``stored = FILE`` in ``[teacher]``, and with ``--deltas`` what
 ``delta`` compares with, for ``stored_deltas = FILE``: a step then costs what one on ``lm`` does. With ``kind =
 "additive"`` in ``[generator]`` a condition's tokens add up, each for itself, so that a new combination of known parts
-is known: choose an early ``condition_layer``, such as 0, where a text's words are not mixed yet."""
+is known: choose an early ``condition_layer``, such as 0, where a text's words are not mixed yet.
+"""
 
 from __future__ import annotations
 
