@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor
 from qwen_functional.dtypes import accumulation_dtype
 
 from .files import replaces
+from .stored import LENGTHS, StoredTexts
 
 ROWS = 256  # of logits at a time
 _FORMAT = "lora-delta top-k 1"
@@ -112,14 +112,14 @@ def save_top_k(path: str | Path, texts: Sequence[TopK], vocab_size: int) -> None
     tensors = {
         "indices": torch.cat([one.indices.int() for one in texts]).cpu(),
         "log_probs": torch.cat([one.log_probs.half() for one in texts]).cpu(),
-        "lengths": torch.tensor([len(one) for one in texts], dtype=torch.int64),
+        LENGTHS: torch.tensor([len(one) for one in texts], dtype=torch.int64),
     }
     facts = {"format": _FORMAT, "temperature": json.dumps(temperature), "vocab_size": str(vocab_size)}
     with replaces(Path(path)) as unfinished:
         unfinished.write_bytes(save(tensors, metadata=facts))
 
 
-class StoredTopK:
+class StoredTopK(StoredTexts):
     """What :func:`save_top_k` wrote, of which each text is read when it is asked for.
 
     Attributes:
@@ -131,34 +131,23 @@ class StoredTopK:
         ValueError: no such file, another one, or one of another vocabulary than ``vocab_size``.
     """
 
-    def __init__(self, path: str | Path, vocab_size: int | None = None) -> None:
-        self.path = Path(path)
-        if not self.path.is_file():  # a pipe may never open
-            raise ValueError(f"{path} is not a file, expected one of a teacher's log-probabilities")
-        with self.path.open("rb") as content:
-            self.sha256 = hashlib.file_digest(content, "sha256").hexdigest()
-        try:
-            with safe_open(str(path), "pt") as file:
-                facts = file.metadata() or {}
-                if facts.get("format") != _FORMAT:
-                    raise ValueError(f"its format is {facts.get('format')!r:.100}, expected {_FORMAT!r}")
-                size, self.temperature = int(facts["vocab_size"]), float(facts["temperature"])
-                self.lengths = file.get_tensor("lengths")
-                shapes = [tuple(file.get_slice(name).get_shape()) for name in _TENSORS]
-            if vocab_size not in (None, size):
-                raise ValueError(f"it is of a vocabulary of {size}, expected {vocab_size} as the model")
-            rows, least = int(self.lengths.sum()), int(self.lengths.min()) if len(self.lengths) else 0
-            if least < 0 or self.lengths.dim() != 1 or shapes[0] != shapes[1] or shapes[0][:1] != (rows,):
-                expected = f"({rows}, k) each for its {len(self.lengths)} texts"
-                raise ValueError(f"its shapes are {shapes}, expected {expected}")
-        except Exception as error:  # whatever garbage leads the library to
-            raise _no_file(path, error) from error
-        self.vocab_size = size
-        self._ends = self.lengths.cumsum(0)
-        self._file: Any = None
+    format, content, unit = _FORMAT, "a teacher's log-probabilities", "tokens"
 
-    def __len__(self) -> int:
-        return len(self.lengths)
+    def __init__(self, path: str | Path, vocab_size: int | None = None) -> None:
+        self._wanted_size = vocab_size
+        self._file: Any = None
+        super().__init__(path)
+
+    def _open(self, file: Any, told: Mapping[str, str]) -> None:
+        self.vocab_size, self.temperature = int(told["vocab_size"]), float(told["temperature"])
+        shapes = [tuple(file.get_slice(name).get_shape()) for name in _TENSORS]
+        if self._wanted_size not in (None, self.vocab_size):
+            found = f"it is of a vocabulary of {self.vocab_size}"
+            raise ValueError(f"{found}, expected {self._wanted_size} as the model")
+        rows, least = int(self.lengths.sum()), int(self.lengths.min()) if len(self.lengths) else 0
+        if least < 0 or self.lengths.dim() != 1 or shapes[0] != shapes[1] or shapes[0][:1] != (rows,):
+            expected = f"({rows}, k) each for its {len(self.lengths)} texts"
+            raise ValueError(f"its shapes are {shapes}, expected {expected}")
 
     def __getitem__(self, index: int) -> TopK:
         """Of a text, in float32.
@@ -166,27 +155,16 @@ class StoredTopK:
         Raises:
             ValueError: what is there is not what a teacher says.
         """
-        end = int(self._ends[range(len(self))[index]])
-        start = end - int(self.lengths[index])
+        rows = self._rows(index)
         try:
             if self._file is None:
                 self._file = safe_open(str(self.path), "pt").__enter__()
-            indices, log_probs = (self._file.get_slice(name)[start:end] for name in _TENSORS)
+            indices, log_probs = (self._file.get_slice(name)[rows] for name in _TENSORS)
             said = TopK(indices, log_probs.float(), self.temperature)
-            said.check(end - start, self.vocab_size, f"text {index}")
+            said.check(rows.stop - rows.start, self.vocab_size, f"text {index}")
         except Exception as error:
-            raise _no_file(self.path, error) from error
+            raise self._no_file(error) from error
         return said
-
-    def require_lengths(self, lengths: Tensor, what: str) -> None:
-        """Raises ``ValueError``, which says ``what``, where the texts are of other lengths."""
-        if len(lengths) != len(self.lengths):
-            raise ValueError(f"{self.path} is of {len(self.lengths)} texts, expected {len(lengths)} as {what}")
-        odd = (lengths != self.lengths).nonzero()
-        if len(odd):
-            index = int(odd[0])
-            found, wanted = int(self.lengths[index]), int(lengths[index])
-            raise ValueError(f"{self.path} has {found} tokens for text {index}, expected {wanted} as {what}")
 
 
 def load_top_k(path: str | Path, vocab_size: int | None = None) -> list[TopK]:
@@ -198,8 +176,3 @@ def load_top_k(path: str | Path, vocab_size: int | None = None) -> list[TopK]:
     """
     stored = StoredTopK(path, vocab_size)
     return [stored[index] for index in range(len(stored))]
-
-
-def _no_file(path: str | Path, error: Exception) -> ValueError:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return ValueError(f"{path} is no file of a teacher's log-probabilities: {reason}")

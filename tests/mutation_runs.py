@@ -211,8 +211,8 @@ class Tests:
         # The same examples in every run, and no time spent on smaller ones.
         phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
         hypothesis.settings.register_profile("mutations", database=None, derandomize=True, deadline=None, phases=phases)
-        options = ["-q", "--tb=line", "-p", "no:cacheprovider", "-p", "no:xdist", f"--rootdir={self.tree}"]
-        options += [f"--basetemp={self.place / 'tmp'}", "--hypothesis-profile=mutations"]
+        options = ["-q", "--tb=line", "-p", "no:cacheprovider", "-o", "addopts=", "-p", "no:xdist"]
+        options += [f"--rootdir={self.tree}", f"--basetemp={self.place / 'tmp'}", "--hypothesis-profile=mutations"]
         if not self.task.trace:
             options.append("-x")
         status = int(pytest.main([*options, *(f"tests/{name}" for name in self.task.files)], plugins=[self]))

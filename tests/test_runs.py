@@ -15,6 +15,7 @@ import peft
 import pytest
 import torch
 import transformers
+from labelled import write_labelled_teachers
 from reference import relative_error
 from safetensors.torch import load_file, save_file
 from torchrun import torchrun
@@ -26,7 +27,7 @@ from lora_delta.generate.checkpoints import CHECKPOINT, METRICS, RUN, newest_che
 from lora_delta.generate.conditions import Condition
 from lora_delta.generate.generator import AdditiveGenerator
 from lora_delta.generate.runs import load_run
-from lora_delta.peft.adapters import load_peft_adapter, save_peft_adapter
+from lora_delta.peft.adapters import load_peft_adapter
 from qwen_functional import LoraSpec, load_pretrained
 from qwen_functional.forward import forward
 
@@ -64,15 +65,7 @@ def config(device: str) -> str:
 def folder(tmp_path_factory: pytest.TempPathFactory, device: str, config: str) -> Path:
     """Three random teachers, their labels and prompts, and a trained run."""
     folder = tmp_path_factory.mktemp("runs")
-    base, _ = load_pretrained(embedded_checkpoint())
-    chance = torch.Generator().manual_seed(0)
-    for i in range(3):
-        tensors = {n: 0.1 * torch.randn(s, generator=chance) for n, s in SPEC.shapes(base).items()}
-        save_peft_adapter(folder / "teachers" / f"t{i}", SPEC, tensors, base_model=str(embedded_checkpoint()))
-    label = ["label", "--model", str(embedded_checkpoint()), "--dtype", "float32", "--device", device, "--quiet"]
-    assert main([*label, "--out", str(folder / "deltas"), str(folder / "teachers")]) == 0
-    lines = [json.dumps({"adapter": f"teachers/t{i}", "prompts": [f"task {i}", f"do {i}"]}) for i in range(3)]
-    (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+    write_labelled_teachers(folder, SPEC, device)
     (folder / "config.toml").write_text(config)
     assert main(["train", "--quiet", str(folder / "config.toml")]) == 0
     return folder

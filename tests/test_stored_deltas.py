@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
+from labelled import write_labelled_teachers
 from reference import relative_error
 from torch import Tensor
 
@@ -19,10 +20,9 @@ from lora_delta.cli import main
 from lora_delta.embedded import embedded_checkpoint
 from lora_delta.embedded.build import END
 from lora_delta.generate.checkpoints import METRICS
-from lora_delta.peft.adapters import save_peft_adapter
 from lora_delta.probes.tokenization import load_tokenizer
 from lora_delta.stored_deltas import StoredDeltas, deltas_written
-from qwen_functional import LoraSpec, load_pretrained
+from qwen_functional import LoraSpec
 from qwen_functional.safetensors_format import SafetensorsFile
 
 SPEC = LoraSpec(rank=2, alpha=4)
@@ -63,15 +63,7 @@ WORDS = ("cat", "horse", "ox", "donkey", "goose", "hen", "pig")
 def folder(tmp_path_factory: pytest.TempPathFactory, device: str) -> Path:
     """Three teachers with labels and prompts, and texts of theirs, in turn."""
     folder = tmp_path_factory.mktemp("deltas")
-    base, _ = load_pretrained(embedded_checkpoint())
-    chance = torch.Generator().manual_seed(0)
-    for i in range(3):
-        tensors = {n: 0.1 * torch.randn(s, generator=chance) for n, s in SPEC.shapes(base).items()}
-        save_peft_adapter(folder / "teachers" / f"t{i}", SPEC, tensors, base_model=str(embedded_checkpoint()))
-    label = ["label", "--model", str(embedded_checkpoint()), "--dtype", "float32", "--device", device, "--quiet"]
-    assert main([*label, "--out", str(folder / "labels"), str(folder / "teachers")]) == 0
-    lines = [json.dumps({"adapter": f"teachers/t{i}", "prompts": [f"task {i}", f"do {i}"]}) for i in range(3)]
-    (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+    write_labelled_teachers(folder, SPEC, device)
     texts = [
         {"condition": f"teachers/t{i % 3}", "prompt": f"{word}=" if i != 4 else "", "completion": word[::-1] * 2}
         for i, word in enumerate(WORDS)
@@ -86,7 +78,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, device: str) -> Path:
 
 def written(folder: Path, name: str, kind: str, device: str, stored: str = "") -> Path:
     """A run's file."""
-    teachers = 'labels = "labels"\nprompts = "prompts.jsonl"' if "teacher" in kind else 'prompts = "prompts.jsonl"'
+    teachers = 'labels = "deltas"\nprompts = "prompts.jsonl"' if "teacher" in kind else 'prompts = "prompts.jsonl"'
     text = RUN.replace("NAME", name).replace("TEACHERS", teachers).replace("DEVICE", device)
     text = text.replace("DELTA", KINDS[kind]).replace("STORED", stored)
     path = folder / f"{name}.toml"
@@ -160,7 +152,7 @@ def test_a_run_on_stored_targets_reads_no_teachers(folder: Path, device: str, tm
     for name in ("texts.jsonl", "prompts.jsonl", path.name):
         shutil.copy(folder / name, tmp_path / name)
     config = written(tmp_path, "run", "teacher", device, f'stored_deltas = "{path.name}"')
-    config.write_text(config.read_text().replace('labels = "labels"', "[adapter]\nrank = 2\nalpha = 4").replace(
+    config.write_text(config.read_text().replace('labels = "deltas"', "[adapter]\nrank = 2\nalpha = 4").replace(
         '[adapter]\nrank = 2\nalpha = 4\nprompts = "prompts.jsonl"',
         'prompts = "prompts.jsonl"\n[adapter]\nrank = 2\nalpha = 4',
     ))  # fmt: skip
@@ -206,7 +198,7 @@ def test_deltas_of_a_run_without_them_are_refused(
     assert "has no loss 'delta' of texts = 'own'" in capsys.readouterr().err
     assert not (folder / "no").exists()
     config = written(folder, "none", "teacher", device, 'stored_deltas = "deltas"')
-    config.write_text(config.read_text().replace('labels = "labels"\n', ""))
+    config.write_text(config.read_text().replace('labels = "deltas"\n', ""))
     assert main(["teach", "--quiet", "--deltas", "--out", str(folder / "no"), str(config)]) == 2
     assert "has no labels, which the targets of teachers are read from" in capsys.readouterr().err
 

@@ -125,8 +125,8 @@ def _runs(options: argparse.Namespace) -> tuple[list[Any], list[Any]]:
 
 
 def _adapters(options: argparse.Namespace) -> tuple[list[Any], list[Any]]:
+    from ..generate.bases import load_base
     from ..generate.controls import base_judge, judge_adapters, judge_base, read_cases
-    from ..generate.runs import load_base
     from ..peft.sources import find_adapters
 
     prompts = _prompts(options.prompts)

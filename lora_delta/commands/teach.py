@@ -45,9 +45,10 @@ def add(subcommands: argparse._SubParsersAction) -> None:
 def _teach(options: argparse.Namespace) -> int:
     from ..distributed import Ranks
     from ..files import clear_unfinished, folder_lock
+    from ..generate.bases import load_base
     from ..generate.prompts import read_prompts
     from ..generate.run_config import RunConfig
-    from ..generate.runs import load_base, text_sets
+    from ..generate.runs import text_sets
 
     config = dataclasses.replace(RunConfig.from_toml(options.config), evaluation=None)
     if options.out.is_dir():
@@ -103,7 +104,8 @@ def _write_deltas(
 ) -> int:
     import torch
 
-    from ..generate.runs import check_labelled, common_spec, stored_deltas_facts
+    from ..generate.bases import check_labelled, common_spec
+    from ..generate.runs import stored_deltas_facts
     from ..generate.terms import contexts_of, numbers_of, pairs_of
     from ..labelling.settings import model_fingerprint
     from ..labelling.table import DeltaLabels

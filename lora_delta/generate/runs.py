@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,27 +10,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from qwen_functional import LoraSpec, Qwen2Config, Qwen2Weights, load_pretrained
-from qwen_functional.dtypes import DTYPES
+from qwen_functional import LoraSpec, Qwen2Config, Qwen2Weights
 from qwen_functional.files import read_json_object
-from qwen_functional.hub import resolve_checkpoint
-from qwen_functional.parallel import TENSOR_PARALLEL
 
 from ..delta import DifferentiableDeltaCompute
-from ..distributed import Ranks, usable_device
-from ..embedded import embedded_checkpoint
+from ..distributed import Ranks
 from ..identity import Identity, sha256_of
-from ..labelling.settings import label_identity, label_settings, model_fingerprint, spec_facts, spec_of
+from ..labelling.settings import label_identity, model_fingerprint, spec_facts, spec_of
 from ..labelling.table import DeltaLabels
 from ..lm_loss import DifferentiableLMLoss
-from ..probes.chat import read_probes
 from ..probes.tokenization import load_tokenizer
-from ..shares import DATA_PARALLEL
 from ..stored_deltas import StoredDeltas
 from ..teachers import StoredTopK
 from ..text_delta import DifferentiableTextDelta
+from .bases import check_labelled, common_spec, delta_of, load_base, mesh_of
 from .checkpoints import RUN, Metrics, RunFolder, best_checkpoint, newest_checkpoint
 from .conditions import ConditionCache, PromptEncoder
 from .evaluation import Evaluation
@@ -272,98 +266,6 @@ def _label_facts(labels: DeltaLabels, name: str) -> list[Any]:
     """An adapter's name, the hash of its files, and that of its delta."""
     entry = labels.entry(name)
     return [entry["name"], entry["sha256"], entry.get("check")]
-
-
-def mesh_of(ranks: Ranks, tensor_parallel: int) -> DeviceMesh | None:
-    """All ranks as a mesh of ``"dp"`` and ``"tp"``; None for one alone.
-
-    Raises:
-        ValueError: the ranks are no multiple of ``tensor_parallel``.
-    """
-    if ranks.world_size % tensor_parallel:
-        raise ValueError(f"tensor_parallel is {tensor_parallel}, expected a divisor of the {ranks.world_size} ranks")
-    if ranks.world_size == 1:
-        return None
-    kind = ranks.device.type if ranks.device is not None else "cpu"
-    shape = (ranks.world_size // tensor_parallel, tensor_parallel)
-    return init_device_mesh(kind, shape, mesh_dim_names=(DATA_PARALLEL, TENSOR_PARALLEL))
-
-
-def load_base(
-    base: str,
-    dtype: str,
-    device: torch.device | str | None,
-    mesh: DeviceMesh | None = None,
-    stream: bool = False,
-    lm_head: bool = False,
-) -> tuple[Path, Qwen2Config, Qwen2Weights]:
-    """(folder, config, weights) of a hub id, a folder, or ``"embedded"``."""
-    places: dict[str, Any] = {"device": usable_device(device), "mesh": mesh, "stream": stream}
-    folder = embedded_checkpoint() if base == "embedded" else resolve_checkpoint(base)
-    config, weights = load_pretrained(folder, dtype=DTYPES[dtype], lm_head=lm_head, **places)
-    return folder, config, weights
-
-
-def delta_of(
-    labels: DeltaLabels,
-    config: Qwen2Config,
-    weights: Qwen2Weights,
-    folder: Path,
-    spec: LoraSpec,
-    adapters_per_pass: int | None = None,
-) -> tuple[DifferentiableDeltaCompute, dict[str, Any]]:
-    """The delta that the labels are of, differentiable, and its settings.
-
-    Raises:
-        ValueError: another base model or dtype than the labels'.
-    """
-    settings = labels.settings
-    probes, layer = settings["probes"], settings["layer"]
-    if isinstance(probes[0], str):
-        cut = settings["max_length"] or config.max_position_embeddings
-        variables = settings.get("chat_template_kwargs")
-        probes = read_probes(folder, probes, cut, chat=bool(settings["chat"]), chat_template_kwargs=variables)
-    delta = DifferentiableDeltaCompute(
-        config,
-        weights,
-        probes,
-        spec,
-        layer=layer if isinstance(layer, int) else tuple(layer),
-        pooling=settings["pooling"],
-        adapters_per_pass=adapters_per_pass,
-    )
-    ours = label_settings(delta)
-    advice = "Take the base model and the dtype of the labels, or labels of these."
-    label_identity(ours).require_same(label_identity(settings).facts, labels.folder, advice)
-    return delta, ours
-
-
-def check_labelled(labels: DeltaLabels, names: Iterable[str], where: str) -> None:
-    """Raises ``ValueError`` for an adapter, named in ``where``, that has no label."""
-    for name in names:
-        try:
-            labels.entry(name)
-        except KeyError:
-            raise ValueError(f"{where} names {name!r}, which has no label in {labels.folder}") from None
-
-
-def common_spec(
-    labels: DeltaLabels, names: Iterable[str], format: TokenFormat | None, config: Qwen2Config
-) -> LoraSpec:
-    """The one spec of all teachers, as the labels say it.
-
-    Raises:
-        ValueError: teachers with different specs, or one that the format cannot hold.
-    """
-    specs = {name: labels.entry(name)["spec"] for name in names}
-    first, facts = next(iter(specs.items()))
-    for name, other in specs.items():
-        if other != facts:
-            raise ValueError(f"adapters {first!r} and {name!r} have different specs, {facts} and {other}")
-    spec = spec_of(facts)
-    if format is not None and dict(spec.shapes(config)) != dict(format.shapes):
-        raise ValueError(f"the teachers' spec {spec} does not fit the token format {format.name!r}")
-    return spec
 
 
 @dataclass(frozen=True)
