@@ -1,8 +1,8 @@
-"""Losses of LoRA tensors by what they do to a frozen model, and all that trains a network on them.
+"""Losses on LoRA tensors, by what they do to a frozen model, and what it takes to train a network on them.
 
 Three differentiable functions of LoRA tensors, {PEFT name: (G, rows, columns)} for G adapters at once:
 :class:`DifferentiableDeltaCompute` reads a few probe texts under every adapter, :class:`DifferentiableTextDelta` each
-adapter's own texts, and :class:`DifferentiableLMLoss` takes the language model's loss of those. Each is made of
+adapter's own texts, and :class:`DifferentiableLMLoss` computes the language model's loss on those. Each is built from
 (config, weights) or by ``from_pretrained``, whose options are:
 
 =================================================  ==================================================================
@@ -11,26 +11,26 @@ to                                                 pass
 choose ranks, scales, modules or layers            ``spec=LoraSpec(rank=8, alpha=16, target_modules=("q_proj",))``
 use your own probes, in the chat template          ``probes=[...], chat=True``
 read out another layer, or several                 ``layer=12``, ``layer=(6, 12, -1)``
-have a delta for each probe or position            ``pooling="none"``
-hold memory to that of eight adapters              ``adapters_per_pass=8``
-compute each pass once, of a mean over adapters    ``mean_loss(tensors, ...)`` in place of the call
+get a delta for each probe or position             ``pooling="none"``
+limit memory to that of eight adapters             ``adapters_per_pass=8``
+compute each pass once, for a mean over adapters   ``mean_loss(tensors, ...)`` in place of the call
 multiply a float16 checkpoint at bfloat16's speed  ``dtype=torch.float16, compute_dtype=torch.bfloat16``
 leave a base larger than memory on disk            ``stream=True``
 split the base, or the adapters, over processes    ``mesh=...``, see :mod:`lora_delta.distributed`
 trade memory for time                              ``checkpoint="block"``, ``memory_budget=`` bytes, ``prepack=False``
 capture no CUDA graphs, or free their memory       ``graph=False``; ``release()``
-vouch for tensors without NaN and infinity         ``validate=False``
+skip the check for NaN and infinity                ``validate=False``
 =================================================  ==================================================================
 
-The rest is what a training on them needs, and each part serves alone:
+The rest is what training on them needs, and each part can be used alone:
 
-* ``generate/``: ``run_config.py`` is a run's file; ``generator.py`` has reference generators of tokens, of A and B, and
-  the additive one; ``training.py`` the loop, which takes any ``nn.Module``; ``tokens.py`` the token formats of
-  Drag-and-Drop LLMs, both ways, differentiable; ``losses.py`` losses on deltas, tokens, tensors and products;
-  ``text_lines.py`` and ``texts.py`` read texts; ``judge.py`` and ``controls.py`` are behind ``lora-delta evaluate``.
-* ``peft/`` reads and writes PEFT folders, ``labelling/`` makes labels of them, whose
-  ``DeltaLabels(folder).dataset(...)`` is a dataset for torch, ``probes/`` turns texts and chats into token ids.
-* ``teachers.py`` and ``stored_deltas.py`` keep what a teacher says in files; ``plots/`` draws.
+* ``generate/``: ``run_config.py`` reads a run's file; ``generator.py`` has reference generators of tokens, of A and B,
+  and the additive one; ``training.py`` the loop, which takes any ``nn.Module``; ``tokens.py`` the token formats of
+  Drag-and-Drop LLMs, differentiable in both directions; ``losses.py`` losses on deltas, tokens, tensors and products;
+  ``text_lines.py`` and ``texts.py`` read texts; ``judge.py`` and ``controls.py`` implement ``lora-delta evaluate``.
+* ``peft/`` reads and writes PEFT folders; ``labelling/`` computes labels, the deltas of such folders, and
+  ``DeltaLabels(folder).dataset(...)`` is a torch dataset of them; ``probes/`` turns texts and chats into token ids.
+* ``teachers.py`` and ``stored_deltas.py`` keep a teacher's outputs in files; ``plots/`` draws figures.
 """
 
 from .delta import DifferentiableDeltaCompute

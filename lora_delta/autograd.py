@@ -1,4 +1,4 @@
-"""Where autograd meets gradients written by hand: values of many adapters, mean losses of them and of tokens."""
+"""Where autograd meets hand-written gradients: values of many adapters, mean losses on them, and on tokens."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ _PART = 1 << 18  # numbers
 
 def values(passes: AdapterPasses, lora: Lora) -> Tensor:
     """The values (G, …) of all adapters, differentiable in their tensors where gradients are on."""
-    # Under no_grad autograd would still name the tensors that require gradients, and their keep be in vain.
+    # Under no_grad, needs_input_grad would still name tensors that require gradients, and a pass keep states for them.
     return _Values.apply(passes, lora, *_flat(lora)) if torch.is_grad_enabled() else passes.values(lora)
 
 
 def mean_loss(passes: AdapterPasses, lora: Lora, loss: Callable[[Tensor, slice], Tensor]) -> Tensor:
-    """The mean over adapters of ``loss(values − base, adapters)``; each pass goes back before the next one begins."""
+    """The mean over adapters of ``loss(values − base, adapters)``; each pass runs backward before the next one."""
     return _MeanLoss.apply(passes, lora, loss, torch.is_grad_enabled(), *_flat(lora))
 
 
 def tokens_mse(tokens: Tensor, targets: Sequence[Tensor]) -> Tensor:
-    """The mean square of the differences where the targets are numbers, in parts that a processor's cache holds.
+    """The mean squared difference where the targets are not NaN, in parts that fit into a processor's cache.
 
-    As temporaries of the tokens' size they would take most of a training step's memory and time.
+    With temporaries of the tokens' size it would take most of a training step's memory and time.
 
     Args:
         tokens: (L, h, w), or G of them.
@@ -44,12 +44,12 @@ def tokens_mse(tokens: Tensor, targets: Sequence[Tensor]) -> Tensor:
 
 
 def require_no_dual(tensors: Mapping[str, Tensor]) -> None:
-    """Raises ``ValueError`` for a dual number of forward-mode differentiation, which the engine does not have."""
+    """Raises ``ValueError`` for a dual number of forward-mode differentiation, which the engine does not support."""
     if forward_ad._current_level < 0:
         return
     for name, tensor in tensors.items():
         if forward_ad.unpack_dual(tensor).tangent is not None:
-            raise ValueError(f"LoRA tensor {name!r} is a dual number, expected a plain tensor: gradients go backwards")
+            raise ValueError(f"LoRA tensor {name!r} is a dual number, expected a plain tensor for reverse mode")
 
 
 def bound(
@@ -58,7 +58,7 @@ def bound(
     """LoRA tensors as the engine takes them.
 
     Raises:
-        ValueError: as :meth:`LoraSpec.bind`; tensors on another device than the base model, of a transform of
+        ValueError: as :meth:`LoraSpec.bind`; tensors on another device than the base model, inside a transform of
             ``torch.func``, or of forward-mode differentiation.
     """
     lora = spec.bind(config, tensors, validate=validate)
@@ -66,7 +66,7 @@ def bound(
     require_no_dual(lora.tensors())
     pair = next(iter(lora.pairs.values()), None)
     if pair is not None and pair.A.device != device:
-        raise ValueError(f"LoRA tensors are on {pair.A.device}, expected {device} as the base model; see its device")
+        raise ValueError(f"LoRA tensors are on {pair.A.device}, expected {device} like the base model; see its device")
     return lora
 
 
@@ -82,7 +82,7 @@ class _Values(torch.autograd.Function):
             return passes.values(ctx.lora)
         slices = passes.slices(lora.n_adapters)
         parts = [passes.run(ctx.lora, adapters, wanted=())[0] for adapters in slices[:-1]]
-        if slices:  # memory for one pass is there: the last one keeps
+        if slices:  # there is memory for one pass: the last one keeps its states
             value, ctx.vjp = passes.run(ctx.lora, slices[-1], ctx.wanted)
             parts.append(value)
         return passes.whole(parts, lora.n_adapters)
@@ -95,7 +95,7 @@ class _Values(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def _gradients(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        # saved_tensors raises where a tensor was changed in place since the forward.
+        # saved_tensors raises if a tensor was changed in place since the forward.
         passes, lora = ctx.passes, _refilled(ctx.lora, ctx.saved_tensors)
         parts: list[dict[str, Tensor]] = []
         for adapters in reversed(passes.slices(lora.n_adapters)):
@@ -108,7 +108,7 @@ class _Values(torch.autograd.Function):
 
 
 class _MeanLoss(torch.autograd.Function):
-    """The loss, with its gradients computed on the way forwards."""
+    """The loss, with its gradients computed in the forward."""
 
     @staticmethod
     def forward(
@@ -148,7 +148,7 @@ class _MeanLoss(torch.autograd.Function):
     @once_differentiable
     def _gradients(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
-            raise RuntimeError("mean_loss went backwards already, expected one backward for each")
+            raise RuntimeError("mean_loss has already run backward, expected one backward per call")
         gradients, ctx.gradients = ctx.gradients, None
         scaled = {name: gradient.mul_(cotangent) for name, gradient in gradients.items()}
         return (None, None, None, None, *(scaled.get(name) for name in ctx.names))
@@ -164,7 +164,7 @@ class _TokensMSE(torch.autograd.Function):
         for ours, theirs in zip(_parts(tokens), _parts(*targets), strict=True):
             error = (ours - theirs).flatten()
             square = torch.dot(error, error)
-            # On a GPU a look at the value would wait for it.
+            # On a GPU, looking at the value would synchronize.
             ctx.padded.append(tokens.is_cuda or not bool(square.isfinite()))
             if ctx.padded[-1]:
                 error, kept = _known(ours, theirs)
@@ -180,11 +180,11 @@ class _TokensMSE(torch.autograd.Function):
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         tokens, count, *targets = ctx.saved_tensors
         scale = (2 * cotangent / count).to(tokens.dtype)
-        if torch.is_grad_enabled():  # of higher order
+        if torch.is_grad_enabled():  # for gradients of higher order
             target = torch.stack(list(targets)).view(tokens.shape)
             gradient = _known(tokens, target)[0] * scale
         else:
-            gradient = torch.empty_like(tokens)  # strided as they are
+            gradient = torch.empty_like(tokens)  # of the same strides
             parts = zip(_parts(gradient), _parts(tokens), _parts(*targets), ctx.padded, strict=True)
             for out, ours, theirs, padded in parts:
                 error = _known(ours, theirs)[0] if padded else ours - theirs
@@ -195,7 +195,7 @@ class _TokensMSE(torch.autograd.Function):
 
 
 def _known(tokens: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """The difference, and where the target is a number: elsewhere it is 0."""
+    """The difference, 0 where the target is NaN, and where the target is a number."""
     kept = ~target.isnan()
     return torch.where(kept, tokens - target, 0.0), kept
 
@@ -210,7 +210,7 @@ def _parts(*stacks: Tensor) -> Iterator[Tensor]:
 def _marked(cotangent: Tensor) -> Tensor:
     """``once_differentiable`` refuses second derivatives only where the cotangent requires a gradient.
 
-    With create_graph it must, or those of a loss that is linear in the delta would count as zero.
+    With create_graph it must require one, or those of a loss that is linear in the delta would count as zero.
     """
     if torch.is_grad_enabled() and not cotangent.requires_grad:
         return cotangent.detach().requires_grad_()

@@ -1,4 +1,4 @@
-"""The sanity check: do gradients flow, does the delta respond, does memory stay flat, do half dtypes agree."""
+"""The sanity check: do gradients flow, does the delta respond, does memory stay flat, does half precision agree."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from qwen_functional.memory import give_back_freed_memory
 from .delta import DifferentiableDeltaCompute
 from .embedded import embedded_checkpoint
 
-# A half-precision delta is a small difference of rounded numbers; these are far below what a mistake gives.
+# A half-precision delta is a small difference of rounded numbers; a mistake gives cosines far below these.
 HALF_DELTA_COSINE, HALF_GRADIENT_COSINE = 0.98, 0.95
-_FIRST_STEPS = 3  # may make what later ones use again, such as plans and a GPU's workspaces
+_FIRST_STEPS = 3  # may allocate what later ones reuse, such as plans and a GPU's workspaces
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class CheckResult:
 def random_lora(
     shapes: Mapping[str, tuple[int, int]], seed: int, device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
-    """One float32 adapter, all of it nonzero: A as ``1/sqrt(in)`` normal, B normal with 0.02; the same per seed."""
+    """One float32 adapter, nonzero throughout, fixed by the seed: A normal with std ``1/sqrt(in)``, B with 0.02."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, shape in shapes.items():
@@ -52,7 +52,7 @@ def random_lora(
 class SmallGenerator(nn.Module):
     """A stand-in for a generator: a condition (32,) through an MLP to one head per projection and side.
 
-    A layer's embedding is added to the condition, so that heads are shared by all layers.
+    A layer's embedding is added to the condition, so that all layers share the heads.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, int]], width: int = 32) -> None:
@@ -203,7 +203,7 @@ def _flat_memory(delta: DifferentiableDeltaCompute, steps: int) -> tuple[bool, s
     for _ in range(steps):
         _value_and_gradient(delta)
         resident.append(_memory(delta.weights.device))
-    # What is made once is made in the first steps; then the mean of the last quarter is held against the second's.
+    # What is allocated once is allocated in the first steps; then the last quarter's mean is compared to the second's.
     early, late = sum(resident[quarter : 2 * quarter]) / quarter, sum(resident[-quarter:]) / quarter
     growth = late / early - 1
     detail = f"{steps} steps: {early / 2**20:.0f} MiB early, {late / 2**20:.0f} MiB late ({growth:+.2%})"
@@ -211,7 +211,7 @@ def _flat_memory(delta: DifferentiableDeltaCompute, steps: int) -> tuple[bool, s
 
 
 def _memory(device: torch.device) -> int:
-    """Bytes in use: allocated on a GPU, resident on a CPU, without what the allocator holds for the next step."""
+    """Bytes in use: allocated on a GPU, resident on a CPU, without what the allocator keeps for reuse."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return torch.cuda.memory_allocated(device)
@@ -221,7 +221,7 @@ def _memory(device: torch.device) -> int:
         return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # the peak, where the present is not to be had
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # the peak, where the current value cannot be obtained
 
 
 def _autocast(delta: DifferentiableDeltaCompute) -> tuple[bool, str]:

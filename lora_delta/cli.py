@@ -1,4 +1,4 @@
-"""The command line: ``lora-delta SUBCOMMAND``, and the one door through which every command goes out."""
+"""The command line, ``lora-delta SUBCOMMAND``, and the one place where every command ends."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ import torch
 from .commands import check, demo, evaluate, generate, label, plot, teach, train
 
 _EXIT_STATUS = """exit status:
-  0    all well
-  1    it ran, but a check failed, or an adapter has no label in the end
-  2    it could not be run as asked: one line says why
-  3    something that was not foreseen: one line names a file with the traceback
+  0    success
+  1    it ran, but a check failed, or an adapter could not be labelled
+  2    it could not run as asked: one line says why
+  3    unexpected error: one line names a file with the traceback
   130  interrupted by Ctrl-C
   143  terminated by SIGTERM
 """
@@ -33,18 +33,18 @@ _FORESEEN = (ValueError, ImportError, OSError, MemoryError, torch.OutOfMemoryErr
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, such as a preempted job gets: what handles Ctrl-C handles it too."""
+    """SIGTERM, as a preempted job receives it: whatever handles Ctrl-C handles it too."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns its exit status, which ``lora-delta --help`` explains. Errors are a line on stderr."""
+    """Run a subcommand; returns its exit status, see ``lora-delta --help``. An error is one line on stderr."""
     options = _parser().parse_args(arguments)
     with _terminated_by_exception(), _warnings_in_a_line(options.subcommand):
         try:
             status = options.run(options)
             print(end="", flush=True)
             return status
-        except BrokenPipeError:  # who read the output has gone: `lora-delta … | head`
+        except BrokenPipeError:  # the reader of the output has gone: `lora-delta … | head`
             _drop_stdout()
             return _PIPE_CLOSED
         except KeyboardInterrupt as error:
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _FAILED
         except Exception as error:
             kind = type(error).__name__
-            _say(options.subcommand, f"not foreseen, {kind}: {_words(error)}; the traceback is {_kept_traceback()}")
+            _say(options.subcommand, f"unexpected error, {kind}: {_words(error)}; the traceback is {_kept_traceback()}")
             return _UNFORESEEN
 
 
@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
 def _say(subcommand: str, message: str) -> None:
     rank = os.environ.get("RANK", "0")
     where = f"{subcommand} (rank {rank})" if rank != "0" else subcommand
-    with suppress(OSError):  # there may be nobody to read it
+    with suppress(OSError):  # stderr may be closed
         print(f"lora-delta {where}: {_one_line(message)}", file=sys.stderr, flush=True)
 
 
@@ -89,13 +89,13 @@ def _words(error: BaseException) -> str:
 
 
 def _one_line(message: str) -> str:
-    """Without what moves a terminal's cursor, and without the middle of a value that fills pages."""
+    """A message on one line, without control characters, and without the middle if it is very long."""
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(message.split()))
     return line if len(line) <= 2 * _HALF_A_LINE else f"{line[:_HALF_A_LINE]} … {line[-_HALF_A_LINE:]}"
 
 
 def _kept_traceback() -> str:
-    """Writes the traceback of the current exception to a file; where it is, in words."""
+    """Write the traceback of the current exception to a file; says where it is."""
     text = traceback.format_exc()
     for folder in (tempfile.gettempdir(), Path.cwd()):
         with suppress(OSError):
@@ -109,7 +109,7 @@ def _kept_traceback() -> str:
 
 
 def _drop_stdout(flush: bool = False) -> None:
-    """Let the interpreter's last flush of stdout not fail where nobody reads it, or its disk is full."""
+    """Keep the interpreter's last flush of stdout from failing if nobody reads it or its disk is full."""
     with suppress(OSError, ValueError):
         if flush:
             with suppress(OSError):
@@ -122,7 +122,7 @@ def _drop_stdout(flush: bool = False) -> None:
 
 @contextmanager
 def _terminated_by_exception() -> Iterator[None]:
-    """SIGTERM raises :class:`Terminated` in the main thread, once: a second one does not disturb the way out."""
+    """SIGTERM raises :class:`Terminated` in the main thread, once: a second one does not disturb the cleanup."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -140,7 +140,7 @@ def _terminated_by_exception() -> Iterator[None]:
 
 @contextmanager
 def _warnings_in_a_line(subcommand: str) -> Iterator[None]:
-    """Warnings without the line of code that raised them, which tells a user nothing."""
+    """Print warnings without the line of code that raised them, which does not help a user."""
 
     def in_a_line(
         message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None

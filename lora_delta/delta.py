@@ -28,40 +28,40 @@ POOLINGS = ("mean", "none")
 class DifferentiableDeltaCompute(Frozen):
     """Maps LoRA tensors to their delta, with gradients: ``delta(θ) = mean over probes of v(base + θ) − v(base)``.
 
-    v is the hidden state of a probe's last token. All adapters run at once, on packed probes; the base model has
-    no parameters here, is never changed and gets no gradient. A LoRA of zeros has a delta of exactly zero.
+    v is the hidden state of a probe's last token. All adapters run at once, on packed probes; the base model is not
+    among the module's parameters, is never changed and gets no gradient. A LoRA of zeros has a delta of exactly zero.
 
-    In a function under ``torch.compile`` a call is where the graph breaks: numbers are those of eager torch. In the
-    transforms of ``torch.func`` it is an error: many adapters go in as one batch.
+    Under ``torch.compile`` a call is a graph break, and its numbers are those of eager torch. Under the transforms of
+    ``torch.func`` it is an error: pass many adapters as one batch.
 
     Args:
-        config, weights: the base model, from :func:`qwen_functional.load_pretrained`. They stay on their device and
-            in their dtype: :meth:`to` refuses others, also within a module that is moved; within one whose dtype is
-            changed they stay as they are.
-        probes: token ids of each probe; or :class:`Probes`, which know more of them.
+        config, weights: the base model, from :func:`qwen_functional.load_pretrained`. The weights keep their device
+            and dtype: :meth:`to` refuses others, and so does moving a module that contains this one; changing the
+            dtype of such a module leaves them as they are.
+        probes: token ids of each probe; or :class:`Probes`, which also hold where the ids come from.
         spec: the LoRA; by default rank 16, alpha 32, all seven projections.
         layer: after which block to read out, from 0; −1 is after the last block and the final norm. A sequence
             reads out several.
         pooling: ``"mean"`` averages over the probes, ``"none"`` returns a delta for each.
-        adapters_per_pass: how many adapters to run at once; None for all. With more adapters than that, the
-            activation memory is that of one pass: the gradient computes all passes but one again, unless the loss is
-            a mean over adapters, see :meth:`mean_loss`.
-        checkpoint, memory_budget, graph: see :func:`qwen_functional.forward.forward_vjp`. What a step depends on
-            besides values is made at the first call with adapters of some number and structure, and kept.
-        validate: whether LoRA tensors are looked through for NaN and infinity, see :meth:`LoraSpec.bind`.
+        adapters_per_pass: how many adapters to run at once; None for all. With more adapters than that, activation
+            memory is that of one pass, and the backward recomputes all passes but one, unless the loss is a mean over
+            adapters, see :meth:`mean_loss`.
+        checkpoint, memory_budget, graph: see :func:`qwen_functional.forward.forward_vjp`. What a step needs apart
+            from values is built at the first call with a given number and structure of adapters, and kept.
+        validate: whether LoRA tensors are checked for NaN and infinity, see :meth:`LoraSpec.bind`.
         prepack: whether to hold a second form of the weights that a CPU multiplies faster, see
-            :meth:`qwen_functional.Qwen2Weights.prepack`; ``"auto"`` does where it takes at most a quarter of the
+            :meth:`qwen_functional.Qwen2Weights.prepack`; ``"auto"`` does so if it takes at most a quarter of the
             free memory.
-        mesh: its dimension named ``"dp"`` splits the adapters of a call over ranks: all of them go in and come out
-            whole on every rank, and so do gradients. Without it, such as where every rank has adapters of its own, a
-            rank computes what it is given. The weights know of a ``"tp"`` dimension themselves.
+        mesh: its dimension named ``"dp"`` splits the adapters of a call over ranks: every rank passes in all adapters
+            and gets all deltas and all gradients. Without it, as where each rank has its own adapters, a rank computes
+            what it is given. A ``"tp"`` dimension is known to the weights.
 
-    Shapes: one adapter gives (H,), G of them (G, H). Several layers put a dimension before H, and without pooling
-    the probes put one before H: (G, layers, probes, H) with both. float32 (float64 for float64 weights).
+    Shapes: one adapter gives (H,), G of them (G, H). Several layers add a dimension before H, and without pooling
+    the probes add one before H: (G, layers, probes, H) with both. float32 (float64 for float64 weights).
 
     Raises:
         ValueError: no probes, an empty probe, ids outside the vocabulary, a probe longer than the model's
-            positions, or another argument that is off.
+            positions, or another invalid argument.
     """
 
     def __init__(
@@ -138,13 +138,13 @@ class DifferentiableDeltaCompute(Frozen):
             model: hub id or folder.
             probes: texts; by default the five of :func:`create_generic_probes`.
             device: by default a GPU where there is one, else the CPU.
-            max_length: longer probes are cut to so many tokens; ``truncated_probes`` says which were.
+            max_length: longer probes are cut to this many tokens; ``truncated_probes`` says which were.
             compute_dtype: of the matrix multiplications, see :meth:`qwen_functional.Qwen2Weights.compute_in`; by
-                default ``dtype``, but float32 on a CPU that has no fast products in it.
+                default ``dtype``, but float32 on a CPU without fast matrix products in it.
             mesh: of several processes: ``"tp"`` splits the model, ``"dp"`` the adapters.
-            stream: leave the base on ``"disk"`` (True) or in the ``"host"``'s memory, see ``load_pretrained``.
-            chat: put each probe, as a user's message, into the checkpoint's own chat template, with the variables of
-                ``chat_template_kwargs`` if there are some, such as Qwen3's ``{"enable_thinking": False}``.
+            stream: leave the base on ``"disk"`` (True) or in ``"host"`` memory, see ``load_pretrained``.
+            chat: put each probe, as a user message, into the checkpoint's own chat template, with the variables in
+                ``chat_template_kwargs`` if any, such as Qwen3's ``{"enable_thinking": False}``.
             options: the keyword arguments of the constructor.
 
         Raises:
@@ -161,9 +161,9 @@ class DifferentiableDeltaCompute(Frozen):
         return cls(config, weights, read, spec, mesh=mesh, **options)
 
     def on(self, weights: Qwen2Weights) -> DifferentiableDeltaCompute:
-        """The same delta of other weights of the same config: packed or not, in another dtype, on another device.
+        """The same delta with other weights of the same config: packed or not, in another dtype, on another device.
 
-        They are taken as they are (nothing is packed); what was computed and kept for this delta's own stays with it.
+        They are used as they are (nothing is packed); what this delta has computed and kept is not shared.
         """
         return DifferentiableDeltaCompute(
             self.config, weights, self.probes, self.spec, prepack=False, **self._options
@@ -171,7 +171,7 @@ class DifferentiableDeltaCompute(Frozen):
 
     @property
     def base_activation(self) -> Tensor:
-        """What the bare model gives where the delta of one adapter would stand; (H,) by default. Computed once."""
+        """The bare model's hidden states, in the shape of one adapter's delta: (H,) by default. Computed once."""
         return self._pooled(self._passes.bare[None], batched=False)
 
     @property
@@ -186,16 +186,16 @@ class DifferentiableDeltaCompute(Frozen):
 
     @property
     def is_split(self) -> bool:
-        """Whether several ranks have to make each call together: the model or the adapters are split over them."""
+        """Whether several ranks must make each call together, as the model or the adapters are split over them."""
         return self.weights.parallel is not None or self._passes.shares.size > 1
 
     @property
     def checkpoint_used(self) -> str | None:
-        """What ``checkpoint`` came to in the latest call with gradients, as ``Vjp.checkpoint`` says it."""
+        """The checkpointing chosen in the latest call with gradients, as in ``Vjp.checkpoint``."""
         return self._passes.checkpoint_used
 
     def release(self) -> None:
-        """Let go of what is kept for further calls: plans, and on a GPU the memory of their graphs."""
+        """Free what is kept for later calls: plans, and on a GPU the memory of their graphs."""
         self._passes.plans.release()
 
     @opaque
@@ -206,30 +206,30 @@ class DifferentiableDeltaCompute(Frozen):
             tensors: as :meth:`LoraSpec.bind` takes them.
 
         Raises:
-            ValueError: as :meth:`LoraSpec.bind`; tensors on another device than the base model, or of a transform of
-                ``torch.func``.
+            ValueError: as :meth:`LoraSpec.bind`; tensors on another device than the base model, or inside a transform
+                of ``torch.func``.
         """
         lora = self._bound(tensors)
         return self._pooled(autograd.values(self._passes, lora) - self._passes.base(lora), lora.batched)
 
     @opaque
     def deltas(self, lora: Lora) -> Tensor:
-        """The deltas (G, …) of adapters that are bound already, of any spec, without gradients; nothing is kept."""
+        """The deltas (G, …) of already bound adapters, of any spec, without gradients; nothing is kept."""
         with torch.no_grad():
             return self._pooled(self._passes.values(lora) - self._passes.base(lora), batched=True)
 
     @opaque
     def mean_loss(self, tensors: Mapping[str, Tensor], loss: Callable[[Tensor, slice], Tensor]) -> Tensor:
-        """The mean over adapters of a loss of their deltas: each pass goes forwards and back before the next one.
+        """The mean over adapters of a loss on their deltas: each pass runs forward and backward before the next one.
 
-        The number and the gradients are those of ``loss(self(tensors), slice(0, G))``. In several passes that would
-        compute nearly all of them twice, since no pass can go back before the loss is known; this computes each once.
+        The value and the gradients are those of ``loss(self(tensors), slice(0, G))``. With several passes that would
+        compute nearly all of them twice, since no backward can start before the loss is known; this computes each once.
 
         Args:
             tensors: of G adapters, as :meth:`forward` takes them.
-            loss: from the deltas (g, …) of the adapters in a slice to a scalar, their mean. It must be linear in the
-                mean: adapters that are compared with each other do not fit. Of what it depends on only the deltas
-                get gradients.
+            loss: maps the deltas (g, …) of the adapters in a slice to a scalar, the mean of their losses. It must be
+                such a mean: a loss that compares adapters with each other does not qualify. Only the deltas get
+                gradients, not what else it depends on.
 
         Raises:
             ValueError: one adapter without a leading G, a loss that is not a scalar, or as :meth:`forward`.

@@ -1,9 +1,9 @@
-"""The whole story on the embedded checkpoint, in four minutes: adapters for tasks that no one trained on.
+"""The whole method on the embedded checkpoint, in four minutes: adapters for tasks that nobody trained on.
 
 A task is an operation on words and a decoration ("reverse then add ing"); 120 of them are seen in training and 24
-others are not, though their parts are. Two generators learn to write adapters from instructions, by files and runs as
-anyone's: one by the cross-entropy of the seen tasks' answers, one by deltas alone, whose targets are how the bare
-model's hidden states move when it reads the instruction. Then both are judged, beside controls.
+others are not, though their parts are. Two generators learn to write adapters from instructions, with the same files
+and runs as any user's: one from the cross-entropy of the seen tasks' answers, one from deltas alone, whose targets are
+how the bare model's hidden states move when it reads the instruction. Then both are judged against controls.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LOSSES = {
 RUN = """\
 base = "embedded"
 dtype = "float32"
-data = "train.jsonl"              # conditions, questions, answers of the tasks that are seen
+data = "train.jsonl"              # conditions, questions and answers of the seen tasks
 out = "runs/{name}"
 condition_layer = 0               # early: the words of an instruction are not mixed yet
 [adapter]
@@ -56,7 +56,7 @@ seed = {seed}
 [teacher]
 context = "{context}"
 [evaluation]
-data = "validation.jsonl"         # the tasks that are not
+data = "validation.jsonl"         # the held-out tasks
 every = {every}
 conditions = 48
 texts = 4
@@ -79,12 +79,12 @@ def run_demo(
     """Run the demo; writes data, runs, pictures and ``verdict.json`` to ``out``.
 
     Args:
-        steps: of each training.
-        device: by default a GPU where there is one, else the CPU.
-        say: is given what there is to tell, line by line.
+        steps: for each training run.
+        device: by default a GPU if there is one, else the CPU.
+        say: called with each line of output.
 
     Returns:
-        What ``verdict.json`` holds: the figures, the metrics of each training, and seconds by part.
+        The contents of ``verdict.json`` (tasks, figures, and seconds by part), and the metrics of each training run.
     """
     out, started = Path(out), time.perf_counter()
     seconds: dict[str, float] = {}
@@ -124,13 +124,13 @@ def run_demo(
 
 
 def write_lines(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
-    """Write JSON lines, whole or not at all."""
+    """Write JSON lines atomically."""
     with replaces(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
 
 
 def judged(runs: Mapping[str, Run], out: Path, seed: int, *, progress: bool) -> dict[str, dict[str, dict[str, Any]]]:
-    """The figures of each run's adapters and their controls, as ``lora-delta evaluate`` has them."""
+    """The figures of each run's adapters and their controls, as in ``lora-delta evaluate``."""
     ways: dict[str, list[Verdict | None]] = {}
     base: dict[str, list[Verdict | None]] = {}
     cases = None
@@ -149,7 +149,7 @@ def judged(runs: Mapping[str, Run], out: Path, seed: int, *, progress: bool) -> 
 
 
 def task_deltas(run: Run, tasks: Sequence[Task], seed: int = 0) -> Tensor:
-    """The delta (tasks, H) of an adapter written for each task: its mean over the tokens of answers to some words."""
+    """The delta (tasks, H) of the adapter written for each task: its mean over the tokens of answers to some words."""
     chance, tokenizer = random.Random(seed), run.encoder.tokenizer
     words = [word(chance) for _ in range(_PROBES)]
     examples = [
@@ -186,10 +186,10 @@ def draw(
     return [
         plot_deltas(
             task_deltas(run, tasks), kinds, marks=operations, path=out / "deltas.png",
-            title="Adapters written for tasks that were never seen, by what they do",
+            title="Adapters written for unseen tasks, by what they do",
         ),
         plot_loss_curves(
-            curves, out / "accuracy.png", title="Answers of held-out tasks that are right",
+            curves, out / "accuracy.png", title="Right answers on held-out tasks",
             ylabel="%", xlabel="seconds of training", log=False,
         ),
         plot_verdict({HELD_OUT: found[HELD_OUT]}, out / "verdict.png"),

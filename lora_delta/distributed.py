@@ -1,8 +1,8 @@
-"""Several processes on one job, as ``torchrun`` starts them: who is who, and what they tell each other.
+"""Several processes on one job, as ``torchrun`` starts them: their ranks, and what they exchange.
 
-torch.distributed does the work: gloo on CPUs, NCCL on GPUs. What is written for several ranks runs unchanged in a
-single process. A mesh has up to two dimensions: ``"dp"`` splits the adapters, ``"tp"`` the base model, by heads and
-neurons, with two sums over its ranks per block each way. LoRA tensors go in whole, deltas and gradients come out whole,
+torch.distributed does the work: gloo on CPUs, NCCL on GPUs. Code written for several ranks runs unchanged in a single
+process. A mesh has up to two dimensions: ``"dp"`` splits the adapters, ``"tp"`` the base model, by heads and neurons,
+with two sums over its ranks per block in each direction. LoRA tensors go in whole, deltas and gradients come out whole,
 the same bits on every rank::
 
     # torchrun --nproc-per-node 2 this_file.py
@@ -23,32 +23,32 @@ the same bits on every rank::
     main()
     torch.distributed.destroy_process_group()
 
-A mesh, and a delta on it, must be gone when the script ends, as they are here when ``main`` returns: as long as
-something holds a gloo group its threads run on, and one that lets go of a Python object while Python shuts down aborts
-the process (pytorch/pytorch#190489): with ``mesh`` and ``delta`` global, 12 of 25 runs of this example did; as it is,
-none of 25. DistributedDataParallel holds a group for good: :func:`process_group`, in place of the last lines, gives the
-threads time at its end, and none of 25 runs aborted with ``mesh`` and ``delta`` global.
+A mesh, and a delta on it, must be gone when the script ends, as they are here when ``main`` returns. As long as
+something holds a gloo group, its threads keep running, and a thread that releases a Python object while Python shuts
+down aborts the process (pytorch/pytorch#190489): with ``mesh`` and ``delta`` global, 12 of 25 runs of this example
+aborted; as written, none of 25. DistributedDataParallel never releases its group: :func:`process_group`, in place of
+the last lines, gives the threads time at its end, and none of 25 runs aborted with ``mesh`` and ``delta`` global.
 
-**Training.** If the base model and a pass of adapters fit on one GPU, let each GPU have its own part of every batch::
+**Training.** If the base model and a pass of adapters fit on one GPU, give each GPU its own part of every batch::
 
     torchrun --nproc-per-node 8 -m lora_delta train run.toml
 
-Losses, parameters and checkpoints are those of one process, and a run goes on with any number of processes;
+Losses, parameters and checkpoints are those of one process, and a run can be resumed with any number of processes;
 ``batch_size`` and ``delta_batch_size`` must be multiples of the number of parts. If the base does not fit, write
-``tensor_parallel = 8`` (or 4, or 2) into ``run.toml``: so many processes hold it together, and the others share the
-batch. The number must divide the model's key-value heads: 2 in Qwen2.5 up to 3B, 4 in 7B, 8 from 14B on. If it still
-does not fit, ``stream = true`` leaves the base on disk and brings one block after the other to the GPU.
-``benchmarks/scale_plan.py`` says beforehand what a step takes on which mesh.
+``tensor_parallel = 8`` (or 4, or 2) into ``run.toml``: each group of this many processes holds it together, and the
+groups share the batch. The number must divide the model's key-value heads: 2 in Qwen2.5 up to 3B, 4 in 7B, 8 from 14B
+on. If it still does not fit, ``stream = true`` leaves the base on disk and brings one block at a time to the GPU.
+``benchmarks/scale_plan.py`` predicts what a step takes on which mesh.
 
-**Labels.** One process per GPU, or ``OMP_NUM_THREADS`` cores each on a CPU, by default one::
+**Labels.** One process per GPU; on a CPU, each process has ``OMP_NUM_THREADS`` cores, by default one::
 
     torchrun --nproc-per-node 8 -m lora_delta label --model Qwen/Qwen2.5-7B --out deltas 'teachers/*'
 
-Adapters are handed out a pass at a time, and every pass is on disk when it is done. When a process is killed, or all of
-them, the same command goes on with any number of processes: no more than the unfinished passes are lost, and each delta
-is, to the bit, that of an uninterrupted run on that machine. A job that goes on keeps the number of threads that it
-began with, on which the last bits depend. A second job on the same folder says so and stops. With torchrun's
-``--nnodes`` several machines share the work, if all of them see the folder.
+Adapters are handed out one pass at a time, and every pass is on disk when it is done. If one process is killed, or all
+of them, the same command resumes the job with any number of processes: only the unfinished passes are lost, and each
+delta is, to the bit, that of an uninterrupted run on that machine. A resumed job keeps the number of threads it began
+with, as the last bits depend on it. A second job on the same folder says so and stops. With torchrun's ``--nnodes``
+several machines share the work, if all of them see the folder.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Ranks:
     Attributes:
         rank: of this process, from 0.
         world_size: how many there are.
-        device: what :func:`process_group` gives this process to compute on; None elsewhere.
+        device: the one on which :func:`process_group` has this process compute; None elsewhere.
     """
 
     rank: int = 0
@@ -92,7 +92,7 @@ class Ranks:
         return cls(device=device)
 
     def gather(self, value: T) -> list[T]:
-        """The values of all ranks, in all ranks. Anything that pickle takes."""
+        """The values of all ranks, on all ranks: anything that can be pickled."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -100,7 +100,7 @@ class Ranks:
         return values
 
     def first(self, function: Callable[[], T]) -> T:
-        """What a function gives that rank 0 alone calls; an exception there is raised in all ranks."""
+        """The result of a function that only rank 0 calls; an exception there is raised on all ranks."""
         if self.world_size == 1:
             return function()
         answer: list[Any] = [None, None]
@@ -118,7 +118,7 @@ class Ranks:
         return answer[0]
 
     def counters(self) -> Counters:
-        """New counts, at zero, that all ranks share. A collective call; the counts live as long as rank 0's."""
+        """New counts, at zero, that all ranks share. A collective call; the counts live as long as those of rank 0."""
         if self.world_size == 1:
             return Counters(None)
         store = None
@@ -136,7 +136,7 @@ class Counters:
         self._store, self._own = store, Counter[str]()
 
     def add(self, name: str, amount: int = 1) -> int:
-        """Add to a count, which begins at 0; what it is then."""
+        """Add to a count, which begins at 0; returns what it is then."""
         if self._store is not None:
             return self._store.add(name, amount)
         self._own[name] += amount
@@ -161,7 +161,7 @@ def as_told(rank: int, words: Told) -> BaseException:
 
 @contextmanager
 def process_group(device: torch.device | str | None = None) -> Iterator[Ranks]:
-    """torch.distributed's default group for a command that ``torchrun`` has started, and its end afterwards.
+    """torch.distributed's default group for a command that ``torchrun`` has started; destroyed at the end.
 
     gloo on CPUs; on GPUs NCCL, with gloo for what is not on a GPU. Without ``torchrun`` (RANK and WORLD_SIZE are not
     in the environment) the process is alone, and there is no group.
@@ -184,13 +184,13 @@ def process_group(device: torch.device | str | None = None) -> Iterator[Ranks]:
     ranks = Ranks.current(device)
     try:
         yield ranks  # after an exception the others may be anywhere: torchrun ends them when this process has ended
-        with suppress(RuntimeError):  # one that is gone is not waited for
-            ranks.gather(None)  # torchrun ends all when one ends with another status than 0: not before all are done
+        with suppress(RuntimeError):  # a rank that is gone is not waited for
+            ranks.gather(None)  # torchrun ends all when one exits with a nonzero status: not before all are done
     finally:
-        # A gloo thread drops a collective's tensors after the collective has returned, and needs the interpreter for
-        # that: where it has ended, the thread aborts the process (pytorch/pytorch#190489). Destroying a group waits for
-        # its threads only if nothing else holds it, and torch does: DistributedDataParallel its group, even when it is
-        # gone, and DTensor's cached plans their mesh. While this thread sleeps those have their turn.
+        # A gloo thread releases a collective's tensors after the collective has returned, and needs the interpreter for
+        # that: if it has shut down, the thread aborts the process (pytorch/pytorch#190489). Destroying a group waits
+        # for its threads only if nothing else holds it, but torch does: DistributedDataParallel holds its group, even
+        # when it is itself gone, and DTensor's cached plans hold their mesh. While this thread sleeps, they can end.
         time.sleep(0.1)
         dist.destroy_process_group()
 
@@ -204,12 +204,12 @@ def usable_device(device: torch.device | str | None = None) -> torch.device:
     """A device by its name, by default :func:`default_device`.
 
     Raises:
-        ValueError: neither the CPU nor a GPU that is there.
+        ValueError: neither the CPU nor an existing GPU.
     """
     found = _named_device(device)
     there = torch.cuda.device_count() if found.type == "cuda" else 1
     if (found.index or 0) >= there:
-        what = "GPU" if found.type == "cuda" else "CPU"
+        what = "GPU(s)" if found.type == "cuda" else "CPU"
         raise ValueError(f"device is {str(device)!r}, and there {'is' if there == 1 else 'are'} {there} {what} here")
     return found
 
@@ -229,7 +229,7 @@ def _own_device(device: torch.device | str | None, under_torchrun: bool) -> torc
         rank = int(os.environ.get("LOCAL_RANK", 0))
         ranks = max(rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 0)))
         gpus = torch.cuda.device_count()
-        if ranks > gpus:  # all of them say so, or those that have one would wait for the others
+        if ranks > gpus:  # an error on all ranks, or those that have a GPU would wait for the others
             fewer = f"fewer (torchrun --nproc-per-node {gpus}), or all " if gpus else "them "
             raise ValueError(
                 f"there are {ranks} processes on this machine and {gpus} GPU{'' if gpus == 1 else 's'}, expected a GPU "

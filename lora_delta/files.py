@@ -21,13 +21,13 @@ UNFINISHED = ".unfinished"
 
 @contextmanager
 def replaces(path: str | Path, *, sync: bool = True) -> Iterator[Path]:
-    """A name beside ``path`` to write to: in the end what is there becomes ``path``, whole; after an error, nothing.
+    """A name next to ``path`` to write to: at the end that file becomes ``path``, whole; after an error, it is removed.
 
-    The folder is made if need be. Without ``sync``, for what can be made again and is checked when it is read, a power
-    cut may leave a file that is not whole.
+    The folder is made if needed. Without ``sync``, for what can be made again and is checked when it is read, a power
+    cut may leave an incomplete file.
 
     Raises:
-        OSError: it cannot be written, such as on a full disk, also where torch and safetensors say so by other errors.
+        OSError: it cannot be written, such as on a full disk, also where torch and safetensors raise other errors.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,7 @@ def replaces(path: str | Path, *, sync: bool = True) -> Iterator[Path]:
         yield unfinished
         if sync:
             with unfinished.open("rb") as handle:
-                os.fsync(handle.fileno())  # or a power cut could leave the new name with nothing in it
+                os.fsync(handle.fileno())  # or a power cut could leave an empty file under the new name
         unfinished.replace(path)
         if sync:
             sync_folder(path.parent)
@@ -44,7 +44,7 @@ def replaces(path: str | Path, *, sync: bool = True) -> Iterator[Path]:
         cause = error
         if isinstance(error, Exception) and not isinstance(error, (OSError, ValueError)):
             cause = _not_written(unfinished, error) or error
-        with suppress(OSError):  # the error that counts is the first
+        with suppress(OSError):  # the first error is the one that counts
             unfinished.unlink(missing_ok=True)
         if isinstance(cause, OSError) and cause.errno and cause.filename in (None, str(unfinished)):
             cause.filename = str(path)
@@ -54,7 +54,7 @@ def replaces(path: str | Path, *, sync: bool = True) -> Iterator[Path]:
 
 
 def _not_written(path: Path, error: Exception) -> OSError | None:
-    """What the system says where a file cannot be written: safetensors passes its number on, torch does not."""
+    """The system's error if a file cannot be written: safetensors passes its number on, torch does not."""
     number = re.search(r"\(os error (\d+)\)", str(error))
     if number is not None:
         return OSError(int(number[1]), os.strerror(int(number[1])))
@@ -69,7 +69,7 @@ def _not_written(path: Path, error: Exception) -> OSError | None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Put the names of a folder on disk: a power cut forgets a rename until then. Does nothing where it cannot."""
+    """Put the names in a folder on disk: until then a power cut may undo a rename. Does nothing if this fails."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -79,16 +79,16 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write a value as readable JSON, by :func:`replaces`."""
+    """Write a value as readable JSON, with :func:`replaces`."""
     with replaces(path) as unfinished:
         unfinished.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 @contextmanager
 def folder_lock(folder: str | Path) -> Iterator[None]:
-    """Hold a folder, which is made if need be, and clear what killed jobs have left half written in it.
+    """Hold a folder, which is made if needed, and remove what killed jobs have left half written in it.
 
-    The lock is the operating system's: it ends with its process in any case. Where there are none, a warning says so.
+    The lock is the operating system's: it always ends with its process. Where there are no locks, a warning says so.
 
     Raises:
         ValueError: another process holds it, which the message names; ``folder`` is a file.
@@ -103,7 +103,7 @@ def folder_lock(folder: str | Path) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise ValueError(f"{folder} is in use by another job, {_holder(holder)}: wait until it ends") from None
-    except NotImplementedError:  # some file systems of a network
+    except NotImplementedError:  # some network file systems
         warnings.warn(f"{folder} cannot be locked on this system: run one job on it at a time", stacklevel=3)
         yield
         return
@@ -113,15 +113,15 @@ def folder_lock(folder: str | Path) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            holder.unlink()  # while it is held: filelock sees that a file which it has locked is gone, and begins again
+            holder.unlink()  # while it is held: a filelock that locks a file which is gone notices, and starts over
         lock.release()
 
 
 def clear_unfinished(folder: Path, name: str = "") -> None:
-    """Remove what a killed process was writing by :func:`replaces` in ``folder``, files and folders; of one name alone
-    where it is given.
+    """Remove the files and folders that a killed process was writing by :func:`replaces` in ``folder``; with a name,
+    only those of that name.
 
-    The caller holds the folder, or who may write that name: nothing that is being written now goes.
+    The caller holds the folder, or the right to write that name: nothing that is being written now is removed.
     """
     for path in folder.iterdir():
         if path.name.endswith(UNFINISHED) and path.name.startswith(f"{name}." if name else ""):
@@ -136,4 +136,4 @@ def _holder(lock: Path) -> str:
         facts = json.loads(lock.read_text(encoding="utf-8"))
         return f"process {facts['pid']} on {facts['host']}"
     except (OSError, ValueError, KeyError, TypeError):
-        return "a process that has just begun"
+        return "a process that has just started"

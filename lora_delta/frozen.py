@@ -1,4 +1,4 @@
-"""A module whose tensors stay where they are, as they are."""
+"""A module whose tensors keep their device and dtype."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def load_frozen(
     compute_dtype: torch.dtype | None,
     **options: Any,
 ) -> tuple[Qwen2Config, Qwen2Weights]:
-    """A base model as the ``from_pretrained`` of such modules load it.
+    """A base model, loaded as in ``from_pretrained`` of such modules.
 
     Args:
         device: by default a GPU where there is one, else the CPU.
@@ -34,17 +34,18 @@ def load_frozen(
 
 
 class Frozen(nn.Module):
-    """A module with a base model that is not its parameters: torch would move nothing, and not say so.
+    """A module whose base model is not among its parameters: torch would silently not move it.
 
-    To another device it cannot be moved, nor within a module that is. To another dtype it cannot either; but within a
-    module that is it stays as it is, as a frozen base should where a network beside it trains in another dtype.
+    Moving it to another device is an error, also as part of a larger module. Changing its dtype is an error, too; but
+    when a larger module changes its dtype, this one stays as it is: the dtype of a frozen base need not be that of a
+    network trained on it.
     """
 
     weights: Qwen2Weights
 
     @property
     def device(self) -> torch.device:
-        """Where the LoRA tensors are expected, and what is made of them comes out."""
+        """Where the LoRA tensors are expected, and where results are."""
         return self.weights.device
 
     @property
@@ -53,7 +54,7 @@ class Frozen(nn.Module):
         return self.weights.dtype
 
     def to(self: Self, *args: Any, **kwargs: Any) -> Self:
-        """Itself, where that is the device and dtype it has.
+        """This module, if it has that device and dtype.
 
         Raises:
             ValueError: another device or dtype.
@@ -61,7 +62,7 @@ class Frozen(nn.Module):
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
         if dtype not in (None, self.dtype):
             name = self._get_name()
-            raise ValueError(f"{name} is of {self.dtype}, which is not changed to {dtype}; load it in {dtype}")
+            raise ValueError(f"{name} has dtype {self.dtype}, which is not changed to {dtype}; load it in {dtype}")
         return super().to(device=device)
 
     def half(self: Self) -> Self:
@@ -80,7 +81,7 @@ class Frozen(nn.Module):
         return self.to(torch.empty(0).type(dst_type))
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """What torch calls here, and in whatever module holds this one, for each move."""
+        """Called by torch for each move, of this module or of one that contains it."""
         to = fn(torch.empty(0, device=self.device)).device
         if to != self.device:
             raise ValueError(f"{self._get_name()} is on {self.device} and is not moved to {to}; load it on {to}")

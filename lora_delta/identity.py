@@ -1,4 +1,4 @@
-"""What a result depends on, as one value with one comparison: of labels, of runs, of whatever is kept on disk."""
+"""What a result on disk depends on, be it labels or a run, as one value with one comparison."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _NAMED = 6  # differences in a message
 
 @dataclass(frozen=True)
 class Identity:
-    """Facts that decide a result to the bit, as JSON holds them; nested ones have dotted names, ``training.steps``.
+    """Facts that decide a result to the bit, as JSON; nested ones have dotted names, such as ``training.steps``.
 
     Args:
         facts: {name: JSON value, or a mapping of further facts}. Long ones (probes, data) go in as their sha256, with
             what a reader would rather see in ``shown``.
-        shown: {name of a fact: what an error shows beside it}, such as the model's name beside its sha256. It takes no
-            part in comparisons.
+        shown: {name of a fact: what an error shows next to it}, such as the model's name next to its sha256. It takes
+            no part in comparisons.
 
     Raises:
-        TypeError: a fact that JSON does not hold.
+        TypeError: a fact that JSON cannot represent.
     """
 
     facts: Mapping[str, Any]
@@ -42,7 +42,7 @@ class Identity:
         return list(_differences("", there, self.facts))
 
     def require_same(self, there: Mapping[str, Any], where: object, advice: str) -> None:
-        """Refuse to go on with what was made of other facts.
+        """Refuse to continue with what was made from other facts.
 
         Args:
             there: the facts that were written with the result.
@@ -61,7 +61,7 @@ class Identity:
             words.append(f"{name} is {_short(theirs)} there and {_short(ours)} here{also}")
         if len(differing) > _NAMED:
             words.append(f"and {len(differing) - _NAMED} more")
-        raise ValueError(f"{where} was made otherwise: {'; '.join(words)}. {advice}")
+        raise ValueError(f"{where} was made differently: {'; '.join(words)}. {advice}")
 
 
 def sha256_of(value: Any) -> str:

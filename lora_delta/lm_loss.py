@@ -1,4 +1,4 @@
-"""The language model's loss of each adapter's own texts, differentiable in the LoRA tensors."""
+"""The language model's loss on each adapter's own texts, differentiable in the LoRA tensors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .own_texts import Column, Examples, OverTexts, OwnTexts
 from .teachers import States, TopK
 
 REDUCTIONS = ("token", "example")
-Teacher = Sequence[Sequence[TopK | States]]  # of each example, one kind for all
+Teacher = Sequence[Sequence[TopK | States]]  # for each example; one kind for all
 
 
 class Score(NamedTuple):
@@ -28,8 +28,8 @@ class Score(NamedTuple):
 
     Attributes:
         nats: the sum of −log p over its tokens.
-        n_tokens: of it.
-        right: whether greedy decoding writes it as a whole.
+        n_tokens: how many they are.
+        right: whether greedy decoding writes the whole completion.
     """
 
     nats: float
@@ -44,23 +44,23 @@ def _mean(losses: Tensor, adapters: slice) -> Tensor:
 class DifferentiableLMLoss(OverTexts):
     """Maps LoRA tensors to the loss of the adapted model on each adapter's own examples, with gradients.
 
-    The loss is of the completions' tokens alone. All adapters run at once, nothing is padded, prompts that an adapter's
-    examples share are computed once for it, and logits are made for a few rows at a time: see ``heads.py`` of
-    ``qwen_functional``. The base model has no parameters here, is never changed and gets no gradient. Under
-    torch.compile and torch.func as :class:`DifferentiableDeltaCompute`.
+    Only the completions' tokens count. All adapters run at once, nothing is padded, prompts that an adapter's examples
+    share are computed once for it, and logits are computed for a few rows at a time: see ``heads.py`` of
+    ``qwen_functional``. The base model is not among the module's parameters, is never changed and gets no gradient. For
+    torch.compile and torch.func see :class:`DifferentiableDeltaCompute`.
 
     Args:
         config, weights: the base model with its lm_head, from :func:`qwen_functional.load_pretrained`.
         spec: the LoRA; by default rank 16, alpha 32, all seven projections.
         label_smoothing: of the cross-entropy, as in ``torch.nn.functional.cross_entropy``.
-        reduction: within an adapter ``"token"`` is the mean over all tokens of its completions, ``"example"`` the mean
-            over its examples of the mean over an example's.
+        reduction: within an adapter, ``"token"`` averages over all tokens of its completions, ``"example"`` over the
+            tokens of each example and then over its examples.
         adapters_per_pass: how many adapters to run at once; None for all. See :meth:`mean_loss`.
         checkpoint, memory_budget: see :func:`qwen_functional.forward.forward_vjp`.
         validate, prepack, mesh: as for :class:`DifferentiableDeltaCompute`; every rank is given all examples.
 
     Raises:
-        ValueError: weights without an lm_head, or another argument that is off.
+        ValueError: weights without an lm_head, or another invalid argument.
     """
 
     def __init__(
@@ -101,17 +101,17 @@ class DifferentiableLMLoss(OverTexts):
         """The loss (G,) of each adapter on its examples, in nats; float32, or float64 for float64 weights.
 
         Args:
-            tensors: as :meth:`LoraSpec.bind` takes them; of one adapter without a leading G the loss is a scalar.
-            examples: of each adapter, (prompt ids, completion ids) pairs. Where a prompt is empty, the completion's
-                first token is no target, as nothing is before it.
-            teacher: for each example what a teacher says of the completion's tokens, :meth:`states` or :meth:`top_k`;
-                the loss is then KL(teacher ‖ adapted model). What a top k leaves out does not count: the value can be
-                below zero.
-            cross_entropy: with a teacher, give (G, 2): the KL, and beside it the cross-entropy, of the same pass.
+            tensors: as :meth:`LoraSpec.bind` takes them; for one adapter without a leading G the loss is a scalar.
+            examples: for each adapter, (prompt ids, completion ids) pairs. Where a prompt is empty, the completion's
+                first token is not a target, as nothing precedes it.
+            teacher: for each example, a teacher's predictions of the completion's tokens, from :meth:`states` or
+                :meth:`top_k`; the loss is then KL(teacher ‖ adapted model). Tokens outside a top k do not count, so
+                the value can be below zero.
+            cross_entropy: with a teacher, return (G, 2): the KL and the cross-entropy, from the same pass.
 
         Raises:
             ValueError: adapters without examples, an empty completion, ids outside the vocabulary, a text longer than
-                the model's positions, a teacher of other examples; or as :meth:`LoraSpec.bind`.
+                the model's positions, a teacher for other examples; or as :meth:`LoraSpec.bind`.
         """
         lora, texts = self.bound(tensors, examples), OwnTexts(self.config, examples)
         passes = self.passes(texts, self.columns(texts, teacher, cross_entropy=cross_entropy))
@@ -130,22 +130,22 @@ class DifferentiableLMLoss(OverTexts):
         over: str = "adapters",
         n_tokens: float | None = None,
     ) -> Tensor:
-        """The mean loss of all adapters, a scalar: each pass goes forwards and back before the next one begins.
+        """The mean loss over all adapters, a scalar: each pass runs forward and backward before the next one.
 
-        The number and the gradients are those of ``self(tensors, examples, teacher).mean()``, whose backward in several
-        passes computes nearly all of them twice.
+        The value and the gradients are those of ``self(tensors, examples, teacher).mean()``, whose backward, with
+        several passes, computes nearly all of them twice.
 
         Args:
             cross_entropy: as in :meth:`forward`.
-            loss: a scalar, the mean over some adapters, of their losses (g,) or (g, 2), and of which adapters they are:
-                such as a weighted sum of KL and cross-entropy.
-            over: ``"adapters"``, or ``"tokens"`` for the mean over all completions' tokens of the batch, whatever
+            loss: maps the losses (g,) or (g, 2) of some adapters, and the slice of these adapters, to a scalar, the
+                mean over them: of a weighted sum of KL and cross-entropy, for example.
+            over: ``"adapters"``, or ``"tokens"`` for the mean over all completion tokens of the batch, whatever
                 ``reduction`` is.
-            n_tokens: for the latter, by how many to divide: of all batches that are accumulated, say. By default those
-                of this call, :meth:`n_targets`.
+            n_tokens: with ``"tokens"``, the number to divide by, such as that of all accumulated batches. By default
+                that of this call, :meth:`n_targets`.
 
         Raises:
-            ValueError: as :meth:`forward`; a word that is neither.
+            ValueError: as :meth:`forward`; another ``over``.
         """
         if over not in ("adapters", "tokens"):
             raise ValueError(f"over is {over!r}, expected 'adapters' or 'tokens'")
@@ -158,7 +158,7 @@ class DifferentiableLMLoss(OverTexts):
 
     @staticmethod
     def n_targets(examples: Examples) -> int:
-        """How many tokens of the completions a loss is taken of."""
+        """How many completion tokens the loss is taken over."""
         return sum(len(completion) - (not len(prompt)) for own in examples for prompt, completion in own)
 
     def top_k(
@@ -169,13 +169,13 @@ class DifferentiableLMLoss(OverTexts):
         *,
         temperature: float = 1.0,
     ) -> list[list[TopK]]:
-        """What the model says of each example's completion: its k likeliest tokens and their log-probabilities.
+        """The model's predictions of each completion's tokens: the k likeliest ones and their log-probabilities.
 
-        As a teacher: of the bare model, or of adapters. With the same completions behind prompts that say more, a
-        document or an instruction, it is what context distillation learns from.
+        These serve as a teacher: the bare model, or adapters. With the same completions after prompts that say more, a
+        document or an instruction, they are what context distillation learns from.
 
         Args:
-            examples: as for :meth:`forward`; of the bare model in groups of any kind.
+            examples: as for :meth:`forward`; for the bare model, grouped in any way.
             tensors: of one adapter for each group of examples; None for the bare model.
             temperature: by which logits are divided.
 
@@ -193,10 +193,10 @@ class DifferentiableLMLoss(OverTexts):
     def states(
         self, examples: Examples, tensors: Mapping[str, Tensor] | None = None, *, temperature: float = 1.0
     ) -> list[list[States]]:
-        """What :meth:`top_k` gives, whole: the states of which the head makes each token's distribution.
+        """Like :meth:`top_k`, but the whole distributions, as the states from which the lm_head computes them.
 
-        A teacher that is there takes as much memory so as its hidden states, whatever the vocabulary; the loss makes
-        both models' logits a few rows at a time.
+        A teacher then takes only the memory of its hidden states, whatever the vocabulary; the loss computes both
+        models' logits a few rows at a time.
 
         Args, Raises: as :meth:`top_k`.
         """
@@ -210,9 +210,9 @@ class DifferentiableLMLoss(OverTexts):
     def scores(
         self, examples: Examples, tensors: Mapping[str, Tensor] | None = None
     ) -> list[list[Score]]:
-        """How well the model does on each example, of one forward pass: of adapters, or the bare model.
+        """How well the model does on each example, from one forward pass: with adapters, or bare.
 
-        Greedy decoding writes a completion exactly where every token of it is the likeliest one behind those before.
+        Greedy decoding writes a completion exactly if each of its tokens is the likeliest one after those before it.
 
         Args, Raises: as :meth:`top_k`.
         """
@@ -222,7 +222,7 @@ class DifferentiableLMLoss(OverTexts):
         return [self.scored(one[0], texts.completions[index]) for index, one in enumerate(read)]
 
     def scored(self, states: Tensor, completions: Sequence[Tensor]) -> list[Score]:
-        """The same of states (T, H) after the final norm that predict the tokens of some completions."""
+        """The same from states (T, H), after the final norm, that predict the tokens of some completions."""
         assert self.weights.lm_head is not None
         E = self.weights.lm_head.to(self.weights.compute_dtype)
         tokens = torch.cat(list(completions)).long().to(E.device)
@@ -240,14 +240,15 @@ class DifferentiableLMLoss(OverTexts):
         cross_entropy: bool = False,
         n_tokens: float | None = None,
     ) -> list[Column]:
-        """What one pass through texts is to give: the cross-entropy; or the KL, and the cross-entropy after it.
+        """What one pass over texts computes: the cross-entropy; or the KL, followed by the cross-entropy if asked for.
 
         Args:
             teacher, cross_entropy: as in :meth:`forward`.
-            n_tokens: the losses are then sums over tokens divided by it, times the adapters, whatever ``reduction`` is.
+            n_tokens: if given, the losses are sums over tokens divided by it, times the number of adapters, whatever
+                ``reduction`` is.
 
         Raises:
-            ValueError: a teacher of other examples; ``cross_entropy`` without a teacher.
+            ValueError: a teacher for other examples; ``cross_entropy`` without a teacher.
         """
         if teacher is None and cross_entropy:
             raise ValueError("cross_entropy is True without a teacher, expected False: the loss is the cross-entropy")
@@ -263,11 +264,11 @@ class DifferentiableLMLoss(OverTexts):
 
 @dataclass(frozen=True)
 class _TokenColumn:
-    """Cross-entropy, or the KL to a teacher."""
+    """The cross-entropy, or the KL from a teacher."""
 
     teacher: Teacher | None
     reduction: str
-    n_tokens: float | None  # by which sums over tokens are divided instead
+    n_tokens: float | None  # if given, sums over tokens are divided by it instead
     smoothing: float
     temperature: float
 
@@ -303,7 +304,7 @@ class _TokenColumn:
 def as_teacher(
     states: Sequence[Tensor], texts: OwnTexts, dtype: torch.dtype, temperature: float
 ) -> list[list[States]]:
-    """What was read (1, T, H) of each adapter's completions, by example."""
+    """The states (1, T, H) read from each adapter's completions, split by example."""
     parts = [one[0].to(dtype).split(texts.lengths(index)) for index, one in enumerate(states)]
     return [[States(part, temperature) for part in own] for own in parts]
 
@@ -312,20 +313,20 @@ def _checked(texts: OwnTexts, teacher: Teacher, config: Qwen2Config) -> float:
     """The temperature of a teacher.
 
     Raises:
-        ValueError: one of other examples, or of several kinds or temperatures.
+        ValueError: a teacher for other examples, or one of several kinds or temperatures.
     """
     if len(teacher) != len(texts):
-        raise ValueError(f"teacher is of {len(teacher)} adapters, expected {len(texts)} as the examples")
+        raise ValueError(f"teacher is for {len(teacher)} adapters, expected {len(texts)} to match the examples")
     for index, said in enumerate(teacher):
         lengths = texts.lengths(index)
         if len(said) != len(lengths):
-            raise ValueError(f"teacher of adapter {index} is of {len(said)} examples, expected {len(lengths)}")
+            raise ValueError(f"teacher of adapter {index} is for {len(said)} examples, expected {len(lengths)}")
         for example, (one, n) in enumerate(zip(said, lengths, strict=True)):
             size = config.vocab_size if isinstance(one, TopK) else config.hidden_size
             one.check(n, size, f"teacher of adapter {index}, example {example}")
     if len({type(one) for said in teacher for one in said}) > 1:
-        raise ValueError("teacher is of states and of top k, expected one kind for all examples")
+        raise ValueError("teacher mixes states and top k, expected one kind for all examples")
     temperatures = {one.temperature for said in teacher for one in said}
     if len(temperatures) > 1:
-        raise ValueError(f"teacher is of temperatures {sorted(temperatures)}, expected one")
+        raise ValueError(f"teacher has temperatures {sorted(temperatures)}, expected one for all examples")
     return temperatures.pop()

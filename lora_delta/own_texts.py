@@ -1,4 +1,4 @@
-"""Texts that each adapter has for itself, through the engine: what is read of them, and losses of it, side by side."""
+"""Each adapter's own texts through the engine: hidden states read from them, and several losses from one pass."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class OwnTexts:
 
     Args:
         examples: (prompt ids, completion ids) pairs of each adapter.
-        positions: which will be read: ``"completion"``, the tokens that predict the completions'; ``"last"``, each
-            text's last one; ``"all"``, every one. A completion's last token predicts nothing, and is left out where
-            the first kind is all that is read.
+        positions: which will be read: ``"completion"``, the tokens that predict those of the completions; ``"last"``,
+            each text's last token; ``"all"``, every token. A completion's last token predicts nothing, and is left out
+            if only the first kind is read.
 
     Attributes:
-        trees: (G,) packed, one adapter's each.
-        completions: (G,) lists, the tokens of each completion that are predicted.
+        trees: (G,) packed texts, those of one adapter each.
+        completions: (G,) lists, the predicted tokens of each completion.
 
     Raises:
         ValueError: adapters without examples, an empty completion, ids outside the vocabulary, a text longer than
@@ -65,24 +65,24 @@ class OwnTexts:
         return len(self.trees)
 
     def lengths(self, adapter: int) -> list[int]:
-        """How many tokens of each of its completions are predicted."""
+        """How many tokens of each of an adapter's completions are predicted."""
         return [len(completion) for completion in self.completions[adapter]]
 
     def counts(self, adapter: int, positions: str) -> list[int]:
-        """How many rows of each of its examples are read."""
+        """How many rows of each of an adapter's examples are read."""
         if positions == "completion":
             return self.lengths(adapter)
         return [1] * len(self.completions[adapter]) if positions == "last" else list(self.trees[adapter].lengths)
 
     def all_counts(self, positions: str) -> list[list[int]]:
-        """The same of all adapters."""
+        """The same for all adapters."""
         return [self.counts(index, positions) for index in range(len(self))]
 
     def rows(self, adapter: int, positions: str, counts: Sequence[int] | None = None) -> Tensor:
         """The nodes that are read, one example after the other.
 
         Args:
-            counts: of ``"all"`` so many of each example, the last ones.
+            counts: with ``"all"``, how many nodes of each example to read, counted from its end.
         """
         paths, firsts = self.trees[adapter].paths, self._firsts[adapter]
         if positions == "completion":
@@ -95,7 +95,7 @@ class OwnTexts:
 def _packed(
     examples: Sequence[Example], adapter: int, whole: bool
 ) -> tuple[list[Tensor], list[int], list[Tensor]]:
-    """Of one adapter: what the model reads, where the first prediction is, and what is predicted, of each example."""
+    """For each example of an adapter: what the model reads, where the first prediction is, and what is predicted."""
     if isinstance(examples, (str, bytes)) or not isinstance(examples, Sequence) or not examples:
         empty = isinstance(examples, Sequence) and not examples
         what = "no examples" if empty else f"a {type(examples).__name__} of examples"
@@ -104,7 +104,7 @@ def _packed(
     for index, example in enumerate(examples):
         where = f"adapter {adapter}, example {index}:"
         if not isinstance(example, Sequence) or isinstance(example, str) or len(example) != 2:
-            raise ValueError(f"{where} is no pair, expected (prompt ids, completion ids)")
+            raise ValueError(f"{where} is not a pair, expected (prompt ids, completion ids)")
         prompt = token_row(f"{where} the prompt", example[0], 0)
         completion = token_row(f"{where} the completion", example[1], 1 if len(prompt) else 2)
         sequences.append(torch.cat((prompt, completion if whole else completion[:-1])))
@@ -114,21 +114,21 @@ def _packed(
 
 
 class Column(Protocol):
-    """A loss of each adapter's texts: what it reads of them, and what it makes of that."""
+    """A loss on each adapter's texts: what it reads from them, and how it computes losses from that."""
 
     def head(self, texts: OwnTexts, adapters: slice) -> Head:
-        """What reads the texts of the adapters in a slice."""
+        """The head that reads the texts of the adapters in a slice."""
 
     def losses(self, read: Tensor, texts: OwnTexts, adapters: slice) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """The losses (g,) of what the head gave, and the way back from their cotangent to that of ``read``."""
+        """The losses (g,) of what the head read, and the vjp from their cotangent to that of ``read``."""
 
 
 class TextPasses(AdapterPasses):
-    """The losses of one call's adapters, all of one pass: (G,) of one column, or (G, columns).
+    """The losses of one call's adapters, with all columns from one pass: (G,) for one column, else (G, columns).
 
     Args:
         adapters_per_pass, mesh: see :class:`AdapterPasses`.
-        engine: what :func:`forward_vjp` takes besides.
+        engine: further arguments of :func:`forward_vjp`.
     """
 
     def __init__(
@@ -181,7 +181,7 @@ def read_states(
     adapters_per_pass: int | None = None,
     **engine: Any,
 ) -> list[list[Tensor]]:
-    """Hidden states of texts without gradients, of one pass: for each ask, of each adapter, (layers, rows, H).
+    """Hidden states on texts, without gradients, from one pass: for each ask and each adapter, (layers, rows, H).
 
     Args:
         lora: None for the bare model.
@@ -206,19 +206,19 @@ def read_states(
 
 
 def in_context(examples: Examples, contexts: Contexts, positions: str) -> list[list[tuple[Tensor, Tensor]]]:
-    """The examples as a teacher reads them, each behind its context.
+    """The examples as a teacher reads them, each after its context.
 
-    Where a prompt is empty, the completion's first token is no target, and part of the context.
+    Where a prompt is empty, the completion's first token is not a target, and becomes part of the context.
 
     Raises:
-        ValueError: contexts of other examples; with ``"all"`` positions one that does not end with the prompt.
+        ValueError: contexts for other examples; with ``"all"`` positions, one that does not end with the prompt.
     """
     if len(contexts) != len(examples):
-        raise ValueError(f"contexts are of {len(contexts)} adapters, expected {len(examples)} as the examples")
+        raise ValueError(f"contexts are for {len(contexts)} adapters, expected {len(examples)} to match the examples")
     found = []
     for adapter, (own, before) in enumerate(zip(examples, contexts, strict=True)):
         if len(own) != len(before):
-            raise ValueError(f"contexts of adapter {adapter} are of {len(before)} examples, expected {len(own)}")
+            raise ValueError(f"contexts of adapter {adapter} are for {len(before)} examples, expected {len(own)}")
         behind = []
         for index, ((prompt_ids, completion_ids), context_ids) in enumerate(zip(own, before, strict=True)):
             prompt, completion, context = (
@@ -226,7 +226,7 @@ def in_context(examples: Examples, contexts: Contexts, positions: str) -> list[l
             )
             if positions == "all" and not torch.equal(context[len(context) - len(prompt) :], prompt):
                 where = f"the context of adapter {adapter}, example {index},"
-                raise ValueError(f"{where} does not end with its prompt, expected so where all positions are read")
+                raise ValueError(f"{where} does not end with its prompt, expected it to where all positions are read")
             first = 0 if len(prompt) else 1
             behind.append((torch.cat((context, completion[:first])), completion[first:]))
         found.append(behind)
@@ -234,7 +234,7 @@ def in_context(examples: Examples, contexts: Contexts, positions: str) -> list[l
 
 
 class OverTexts(Frozen):
-    """A differentiable function of LoRA tensors, over texts that each adapter has for itself.
+    """A differentiable function of LoRA tensors on each adapter's own texts.
 
     Args:
         config, weights: the base model.
@@ -290,7 +290,7 @@ class OverTexts(Frozen):
             device: by default a GPU where there is one, else the CPU.
             compute_dtype: of the matrix multiplications, see :meth:`qwen_functional.Qwen2Weights.compute_in`.
             mesh: of several processes: ``"tp"`` splits the model, ``"dp"`` the adapters.
-            stream: leave the base on ``"disk"`` (True) or in the ``"host"``'s memory, see ``load_pretrained``.
+            stream: leave the base on ``"disk"`` (True) or in ``"host"`` memory, see ``load_pretrained``.
             options: the keyword arguments of the constructor.
 
         Raises:
@@ -308,25 +308,25 @@ class OverTexts(Frozen):
         asks: Sequence[Ask],
         counts: Sequence[Sequence[int]] | None = None,
     ) -> list[list[Tensor]]:
-        """Hidden states of texts, see :func:`read_states`."""
+        """Hidden states on texts, see :func:`read_states`."""
         return read_states(
             self.config, self.weights, texts, lora, asks, counts=counts, adapters_per_pass=self.adapters_per_pass,
             **self.engine,
         )  # fmt: skip
 
     def passes(self, texts: OwnTexts, columns: Sequence[Column]) -> TextPasses:
-        """Texts through the engine, as this runs them."""
+        """The passes of texts through the engine, with this object's options."""
         return TextPasses(self.config, self.weights, texts, columns, self.adapters_per_pass, self.mesh, **self.engine)
 
     def bound(self, tensors: Mapping[str, Tensor], examples: Examples) -> Lora:
         """LoRA tensors as the engine takes them.
 
         Raises:
-            ValueError: as :meth:`LoraSpec.bind`; examples of another number of adapters.
+            ValueError: as :meth:`LoraSpec.bind`; examples for another number of adapters.
         """
         lora = autograd.bound(self.spec, self.config, tensors, self.device, validate=self._validate)
         n = lora.n_adapters
         if not isinstance(examples, Sequence) or isinstance(examples, str) or len(examples) != n:
-            found = f"of {len(examples)}" if isinstance(examples, Sequence) else f"a {type(examples).__name__}"
-            raise ValueError(f"examples are {found}, expected a list for each of {n} adapters")
+            found = f"length {len(examples)}" if isinstance(examples, Sequence) else f"type {type(examples).__name__}"
+            raise ValueError(f"examples are of {found}, expected a list for each of {n} adapters")
         return lora

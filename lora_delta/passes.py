@@ -1,4 +1,4 @@
-"""Adapters through the engine, pass by pass, each rank its share; what serves further calls is kept."""
+"""Adapters through the engine, pass by pass, each rank its share; what later calls can use is kept."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _BASES_KEPT = 8
 
 
 class AdapterPasses(ABC):
-    """A value of each of many adapters, and its vjp, ``adapters_per_pass`` at a time.
+    """A value for each of many adapters, and its vjp, ``adapters_per_pass`` at a time.
 
     Args:
         adapters_per_pass: None for all of this rank's at once.
@@ -46,7 +46,7 @@ class AdapterPasses(ABC):
     @property
     @abstractmethod
     def one(self) -> Tensor:
-        """A value as of one adapter, for its shape, dtype and device."""
+        """A tensor with the shape, dtype and device of one adapter's value."""
 
     def slices(self, n_adapters: int) -> list[slice]:
         """The adapters of each pass on this rank."""
@@ -55,7 +55,7 @@ class AdapterPasses(ABC):
         return [slice(start, min(start + step, own.stop)) for start in range(own.start, own.stop, step)]
 
     def values(self, lora: Lora) -> Tensor:
-        """The values (G, …) of all adapters, pass by pass, nothing kept."""
+        """The values (G, …) of all adapters, pass by pass; nothing is kept."""
         parts = [self.run(lora, adapters, wanted=())[0] for adapters in self.slices(lora.n_adapters)]
         return self.whole(parts, lora.n_adapters)
 
@@ -66,7 +66,7 @@ class AdapterPasses(ABC):
         return self.shares.whole(own, (n_adapters, *one.shape), one.dtype, one.device)
 
     def gathered(self, parts: Sequence[dict[str, Tensor]], lora: Lora, wanted: Sequence[str]) -> dict[str, Tensor]:
-        """The gradients {PEFT name: (G, …)} of all ranks from those of this rank's passes, which it takes apart."""
+        """The gradients {PEFT name: (G, …)} of all ranks from those of this rank's passes, which it consumes."""
         joined = _joined(parts)
         if self.shares.size == 1:
             return joined
@@ -81,11 +81,11 @@ class Passes(AdapterPasses):
         config, weights, tokens: of every pass.
         adapters_per_pass: None for all of this rank's at once.
         mesh: its dimension ``"dp"`` splits the adapters over ranks.
-        engine: what a :class:`Plan` takes besides; ``layer`` as a sequence.
+        engine: further arguments of :class:`Plan`; ``layer`` as a sequence.
 
     Attributes:
         bare: (layers, P, H), the values of the bare model, on every rank.
-        checkpoint_used: what ``checkpoint`` came to in the latest pass with gradients, see :attr:`Vjp.checkpoint`.
+        checkpoint_used: the checkpointing chosen in the latest pass with gradients, see :attr:`Vjp.checkpoint`.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Passes(AdapterPasses):
         super().__init__(adapters_per_pass, mesh)
         self.config, self.weights, self.tokens = config, weights, tokens
         self.checkpoint_used: str | None = None
-        # A bound method here would be a cycle: this, and the groups of the mesh, would outlive their last user.
+        # A bound method would make a reference cycle: self, and the mesh's groups, would outlive their last user.
         self.plans = Plans(partial(Plan, config, weights, tokens, **engine))
         self._bases: OrderedDict[tuple, Tensor] = OrderedDict()
         self._ranks_decide = choose(config, weights, Lora({}, 1, batched=False)).ranks_decide
@@ -121,12 +121,12 @@ class Passes(AdapterPasses):
         return value, vjp
 
     def base(self, lora: Lora) -> Tensor:
-        """The bare model's values (G, layers, P, H), computed in passes of the very shapes that the adapters take.
+        """The bare model's values (G, layers, P, H), computed in passes of the same shapes as the adapters'.
 
-        GEMMs of other shapes may add in another order: with these the delta of a zero LoRA is zero to the bit. Below
-        the first adapted block all adapters share one row of tokens, above it they have one each: which modules of
-        that block are adapted decides every shape, and nearly all adapters have the same base. Where ranks decide as
-        well, the base has those of the adapters.
+        GEMMs of other shapes may sum in another order; with the same ones the delta of a zero LoRA is exactly zero.
+        Below the first adapted block all adapters share one row of tokens, above it they have one each: which modules
+        of that block are adapted decides every shape, and nearly all adapters have the same base. Where the order of
+        sums depends on LoRA ranks as well, the base has those of the adapters.
         """
         first = min((layer for layer, _ in lora.pairs), default=None)
         least = {key: pair for key, pair in lora.pairs.items() if key[0] == first}
@@ -149,7 +149,7 @@ class Passes(AdapterPasses):
 
 
 def zero_lora(lora: Lora) -> Lora:
-    """Zeros of the same structure, in the memory of one number each."""
+    """A LoRA of zeros with the same structure; each tensor takes the memory of one number."""
     pairs = {key: LoraPair(_zeros(pair.A), _zeros(pair.B), pair.scaling) for key, pair in lora.pairs.items()}
     return Lora(pairs, lora.n_adapters, batched=True)
 
@@ -170,7 +170,7 @@ def prepacked(weights: Qwen2Weights, prepack: bool | str) -> Qwen2Weights:
 
 
 def check_pass_options(adapters_per_pass: int | None, prepack: bool | str) -> None:
-    """Raises ``ValueError`` for one that is no number of adapters, or none of the ways to prepack."""
+    """Raises ``ValueError`` if one of them is invalid."""
     if prepack not in (True, False, "auto"):
         raise ValueError(f"prepack is {prepack!r}, expected True, False or 'auto'")
     n = adapters_per_pass
@@ -179,7 +179,7 @@ def check_pass_options(adapters_per_pass: int | None, prepack: bool | str) -> No
 
 
 def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The gradients of all passes together. Takes them out of the parts one by one: they are never there twice."""
+    """The gradients of all passes joined; taken out of the parts one by one, so that memory never holds two copies."""
     if len(parts) == 1:
         return parts[0]
     return {name: torch.cat([part.pop(name) for part in parts]) for name in list(parts[0] if parts else ())}

@@ -1,4 +1,4 @@
-"""Which adapters of a batch a rank computes, and how all ranks come by the rest."""
+"""Which adapters of a batch a rank computes, and how all ranks get the rest."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ DATA_PARALLEL = "dp"  # the mesh dimension
 
 @dataclass(frozen=True)
 class Shares:
-    """Adapters split over the ``"dp"`` dimension of a mesh, as evenly as can be; ``mesh`` None is one rank."""
+    """Adapters split over the ``"dp"`` dimension of a mesh, as evenly as possible; ``mesh`` None is one rank."""
 
     mesh: DeviceMesh | None = None
 
     @classmethod
     def of(cls, mesh: DeviceMesh | None) -> Shares:
-        """The ``"dp"`` dimension of a mesh; of one without it, this rank alone.
+        """The ``"dp"`` dimension of a mesh; without one, this rank alone.
 
         Raises:
-            ValueError: not a mesh, or one without names.
+            ValueError: not a mesh, or one whose dimensions have no names.
         """
         if mesh is None:
             return cls()
@@ -44,14 +44,14 @@ class Shares:
         return 0 if self.mesh is None else self.mesh.get_local_rank()
 
     def own(self, n: int) -> slice:
-        """Which of n adapters are this rank's; none where there are fewer than ranks."""
+        """Which of n adapters are this rank's; possibly none if there are fewer adapters than ranks."""
         return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
 
     def balanced(self, costs: Sequence[float]) -> list[int]:
-        """Which of some items are this rank's, in their order: of n a rank each n / size, and costs as even as can be.
+        """Which of n items are this rank's, in their order: each rank gets n / size of them, at about the same cost.
 
-        As even as giving the largest ones first, each to the rank that has least, makes them. Where nothing costs,
-        they are those of :meth:`own`.
+        Greedy: the most expensive items go first, each to the rank that has the least so far and room for it. If all
+        costs are zero, the items are those of :meth:`own`.
         """
         n = len(costs)
         if self.size == 1 or not any(costs):
@@ -66,7 +66,7 @@ class Shares:
         return sorted(given[self.rank])
 
     def whole(self, part: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """All ranks' rows (n, ...), of this rank's, which may be none."""
+        """All ranks' rows (n, ...) from this rank's, which may be none."""
         if self.mesh is None and part is not None:
             return part
         total = torch.zeros(shape, dtype=dtype, device=device)
@@ -75,7 +75,7 @@ class Shares:
         return self.sum_(total)
 
     def whole_gradients(self, parts: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """{name: (n, ...)} of all ranks from {name: this rank's rows}, in one sum; ``like`` has the whole shapes."""
+        """{name: (n, ...)} of all ranks from {name: this rank's rows}, one sum per dtype; ``like`` has the shapes."""
         if self.mesh is None:
             return dict(parts)
         gradients: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""Files of what is said of texts, in their order: rows of all of them, and how many each has."""
+"""Files of a teacher's outputs on texts, in order: the rows of all texts, and how many each text has."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ LENGTHS = "lengths"
 
 
 class StoredTexts(ABC):
-    """A file of one format, of which each text is read when it is asked for.
+    """A file of one format, of which each text is read on demand.
 
     Attributes:
         lengths: (N,) rows of each text.
         sha256: of the file.
 
     Raises:
-        ValueError: no such file, or another one.
+        ValueError: no such file, or a file of something else.
     """
 
     format: ClassVar[str]
-    content: ClassVar[str]  # what it is a file of, for messages
-    unit: ClassVar[str]  # what a row is of
+    content: ClassVar[str]  # what the file holds, for messages
+    unit: ClassVar[str]  # what a row stands for
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        if not self.path.is_file():  # a pipe may never open
+        if not self.path.is_file():  # opening a pipe may block forever
             raise ValueError(f"{path} is not a file, expected one of {self.content}")
         with self.path.open("rb") as content:
             self.sha256 = hashlib.file_digest(content, "sha256").hexdigest()
@@ -42,26 +42,26 @@ class StoredTexts(ABC):
                     raise ValueError(f"its format is {told.get('format')!r:.100}, expected {self.format!r}")
                 self.lengths: Tensor = file.get_tensor(LENGTHS)
                 self._open(file, told)
-        except Exception as error:  # whatever garbage leads the library to
+        except Exception as error:  # on garbage the library may raise anything
             raise self._no_file(error) from error
         self._ends = self.lengths.cumsum(0)
 
     @abstractmethod
     def _open(self, file: Any, told: Mapping[str, str]) -> None:
-        """Look at the rest of the file, and at its metadata; raises where it is off."""
+        """Read the rest of the file and its metadata; raises if they are invalid."""
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def _rows(self, index: int) -> slice:
-        """Of a text."""
+        """The rows of a text."""
         end = int(self._ends[range(len(self))[index]])
         return slice(end - int(self.lengths[index]), end)
 
     def require_lengths(self, lengths: Tensor, what: str) -> None:
-        """Raises ``ValueError``, which says ``what``, where the texts are of other lengths."""
+        """Raises ``ValueError``, which mentions ``what``, if the texts have other lengths."""
         if len(lengths) != len(self.lengths):
-            raise ValueError(f"{self.path} is of {len(self.lengths)} texts, expected {len(lengths)} as {what}")
+            raise ValueError(f"{self.path} holds {len(self.lengths)} texts, expected {len(lengths)} as {what}")
         odd = (lengths != self.lengths).nonzero()
         if len(odd):
             index = int(odd[0])
@@ -70,4 +70,4 @@ class StoredTexts(ABC):
 
     def _no_file(self, error: Exception) -> ValueError:
         reason = " ".join(str(error).split()) or type(error).__name__
-        return ValueError(f"{self.path} is no file of {self.content}: {reason}")
+        return ValueError(f"{self.path} is not a file of {self.content}: {reason}")

@@ -1,7 +1,7 @@
-"""What deltas of texts should be, computed once and kept in a file: the states of the bare model, and the wanted ones.
+"""Targets of deltas on texts, computed once and kept in a file: the bare model's states, and the wanted ones.
 
-A step that asks the prompted base runs the bare model twice, on the texts and behind their contexts; one that reads
-this file does neither.
+A step whose target is the prompted base runs the bare model twice, on the texts alone and after their contexts; one
+that reads this file does neither.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _NAMES = {dtype: name for name, dtype in DISK_DTYPES.items()}
 
 
 class DeltaWriter:
-    """Takes the targets of texts one after the other."""
+    """Writes the targets of texts one after the other."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.lengths, self.shape = file, list[int](), tuple[int, ...]()
         self.dtype: torch.dtype | None = None
 
     def write(self, base: Tensor, wanted: Tensor) -> None:
-        """Of a text, (layers, P, H) each, in the same dtype as all."""
+        """Write the states of a text, (layers, P, H) each, in one dtype for all texts."""
         states = torch.stack((base, wanted)).permute(2, 0, 1, 3).contiguous().cpu()  # (P, 2, layers, H)
         self.lengths.append(len(states))
         self.shape, self.dtype = tuple(states.shape[1:]), states.dtype
@@ -44,23 +44,23 @@ class DeltaWriter:
 
 @contextmanager
 def deltas_written(path: str | Path, facts: dict[str, Any]) -> Iterator[DeltaWriter]:
-    """A file of targets that is there, whole, when all are written.
+    """A file of targets, which appears, whole, once all are written.
 
     Args:
-        facts: JSON; what the targets depend on.
+        facts: what the targets depend on, as JSON.
 
     Raises:
         ValueError: no text was written.
     """
     with replaces(Path(path)) as unfinished, unfinished.open("wb") as file:
-        # A header comes first, and how long the texts are is known last: its place has room for any number of rows.
+        # The header comes first, but the lengths of the texts are known last: it gets room for any number of rows.
         said = {"format": _FORMAT, "facts": json.dumps(facts)}
         room = -(-len(_header(said, "BF16", (2**62, 2, 2**20, 2**40), 2**62, 2**62)) // 8) * 8
         file.write(bytes(8 + room))
         writer = DeltaWriter(file)
         yield writer
         if not writer.lengths or writer.dtype is None:
-            raise ValueError(f"no text was written to {path}, expected some")
+            raise ValueError(f"no text was written to {path}, expected at least one")
         lengths = torch.tensor(writer.lengths, dtype=torch.int64)
         file.write(lengths.numpy().data)
         shape = (int(lengths.sum()), *writer.shape)
@@ -77,7 +77,7 @@ def _header(said: dict[str, str], dtype: str, shape: Sequence[int], n_bytes: int
 
 
 class StoredDeltas(StoredTexts):
-    """What ``lora-delta teach --deltas`` wrote; the target of each text is read when it is asked for.
+    """What ``lora-delta teach --deltas`` wrote; the target of each text is read on demand.
 
     Attributes:
         lengths: (N,) positions of each text.
@@ -85,7 +85,7 @@ class StoredDeltas(StoredTexts):
         sha256: of the file.
 
     Raises:
-        ValueError: no such file, or another one.
+        ValueError: no such file, or a file of something else.
     """
 
     format, content, unit = _FORMAT, "targets of deltas", "positions"
@@ -96,7 +96,7 @@ class StoredDeltas(StoredTexts):
         self._states = self._file.tensors[_STATES]
         shape, rows = self._states.shape, int(self.lengths.sum())
         if len(shape) != 4 or shape[:2] != (rows, 2) or self.lengths.dim() != 1 or int(self.lengths.min()) < 1:
-            raise ValueError(f"its states are of shape {shape}, expected ({rows}, 2, layers, H) as its lengths say")
+            raise ValueError(f"its states have shape {shape}, expected ({rows}, 2, layers, H) from its lengths")
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """The bare model's states of a text and the wanted ones, (layers, P, H) each.
@@ -111,15 +111,15 @@ class StoredDeltas(StoredTexts):
         return base, wanted
 
     def target(self, texts: Sequence[Sequence[int]], device: torch.device) -> DeltaTarget:
-        """Of the texts of each adapter, by their numbers."""
+        """The target of each adapter's texts, which are given by their numbers."""
         each = [[self[number] for number in own] for own in texts]
         base, wanted = ([torch.cat([one[k] for one in own], 1).to(device) for own in each] for k in (0, 1))
         return DeltaTarget(base, wanted)
 
     def require(self, facts: Mapping[str, Any], lengths: Tensor, what: str) -> None:
-        """Raises ``ValueError``, which says ``what`` the texts are of, where it was made of something else."""
+        """Raises ``ValueError``, which mentions ``what``, if the file was made from something else."""
         for name, value in facts.items():
             if self.facts.get(name) != value:
                 found = f"{self.path} has {name} {self.facts.get(name)!r:.100}"
-                raise ValueError(f"{found}, expected {value!r:.100} as here: lora-delta teach --deltas makes it anew")
+                raise ValueError(f"{found}, expected {value!r:.100} as here: lora-delta teach --deltas makes a new one")
         self.require_lengths(lengths, what)

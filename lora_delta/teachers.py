@@ -1,4 +1,4 @@
-"""What a teacher says of a text's next tokens: its states, or the likeliest ones and their log-probabilities."""
+"""A teacher's predictions of a text's next tokens: its states, or the likeliest tokens and their log-probabilities."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _TENSORS = ("indices", "log_probs")
 
 @dataclass(frozen=True)
 class TopK:
-    """Of T tokens that follow each other.
+    """Predictions of T consecutive tokens: the k likeliest ones.
 
     Attributes:
-        indices: (T, k) integer, tokens.
+        indices: (T, k) integer, token ids.
         log_probs: (T, k) float, at most 0: of the softmax over the whole vocabulary at that temperature.
         temperature: by which logits were divided.
     """
@@ -52,23 +52,23 @@ class TopK:
         return cls(torch.cat(indices), torch.cat(log_probs), temperature)
 
     def split(self, lengths: Sequence[int]) -> list[TopK]:
-        """Several texts' own."""
+        """Split into those of several texts."""
         parts = zip(self.indices.split(list(lengths)), self.log_probs.split(list(lengths)), strict=True)
         return [TopK(indices, log_probs, self.temperature) for indices, log_probs in parts]
 
     def check(self, n_tokens: int, vocab_size: int, name: str) -> None:
-        """Raises ``ValueError``, which says ``name``, where it is not of so many tokens of such a vocabulary."""
+        """Raises ``ValueError``, which mentions ``name``, unless it fits this many tokens and this vocabulary."""
         shape = tuple(self.indices.shape)
         if len(shape) != 2 or shape[0] != n_tokens or tuple(self.log_probs.shape) != shape or not shape[1]:
             found = f"indices {shape} and log_probs {tuple(self.log_probs.shape)}"
-            raise ValueError(f"{name} has {found}, expected ({n_tokens}, k) each, as the completion has tokens")
+            raise ValueError(f"{name} has {found}, expected ({n_tokens}, k) each, a row per token of the completion")
         if self.indices.is_floating_point() or self.indices.dtype == torch.bool:
             raise ValueError(f"{name} has indices of {self.indices.dtype}, expected integers")
         low, high = int(self.indices.min()), int(self.indices.max())
         if low < 0 or high >= vocab_size:
             bad = low if low < 0 else high
-            raise ValueError(f"{name} names token {bad}, expected 0 to {vocab_size - 1}: is it of another tokenizer?")
-        # −inf is a probability of 0; NaN is nothing.
+            raise ValueError(f"{name} names token {bad}, expected 0 to {vocab_size - 1}: is it from another tokenizer?")
+        # −inf is a probability of 0; NaN is invalid.
         if bool(self.log_probs.isnan().any()) or float(self.log_probs.max()) > 0:
             raise ValueError(f"{name} has log_probs up to {float(self.log_probs.max()):.3g}, expected at most 0")
         if not self.temperature > 0:
@@ -77,7 +77,7 @@ class TopK:
 
 @dataclass(frozen=True)
 class States:
-    """Of T tokens that follow each other, the states from which the model's own head makes the whole distribution.
+    """Predictions of T consecutive tokens: the states from which the model's own lm_head computes the distributions.
 
     Attributes:
         states: (T, H), after the final norm.
@@ -91,23 +91,23 @@ class States:
         return len(self.states)
 
     def check(self, n_tokens: int, hidden_size: int, name: str) -> None:
-        """Raises ``ValueError``, which says ``name``, where it is not of so many tokens of such a model."""
+        """Raises ``ValueError``, which mentions ``name``, unless it fits this many tokens and this hidden size."""
         if tuple(self.states.shape) != (n_tokens, hidden_size):
             shape = tuple(self.states.shape)
-            raise ValueError(f"{name} has states {shape}, expected {(n_tokens, hidden_size)}, as the completion")
+            raise ValueError(f"{name} has states {shape}, expected {(n_tokens, hidden_size)} to match the completion")
         if not self.temperature > 0:
             raise ValueError(f"{name} has temperature {self.temperature!r}, expected above 0")
 
 
 def save_top_k(path: str | Path, texts: Sequence[TopK], vocab_size: int) -> None:
-    """Write what a teacher says of some texts to one file, whole or not at all: safetensors, float16 and int32.
+    """Write a teacher's predictions of some texts to one file, whole or not at all: safetensors, float16 and int32.
 
     Raises:
-        ValueError: no texts, or of different k or temperature.
+        ValueError: no texts, or texts of different k or temperature.
     """
     kinds = {(one.indices.shape[1], one.temperature) for one in texts}
     if len(kinds) != 1:
-        raise ValueError(f"texts are of (k, temperature) {sorted(kinds)}, expected one")
+        raise ValueError(f"texts have (k, temperature) {sorted(kinds)}, expected one for all")
     ((_, temperature),) = kinds
     tensors = {
         "indices": torch.cat([one.indices.int() for one in texts]).cpu(),
@@ -120,7 +120,7 @@ def save_top_k(path: str | Path, texts: Sequence[TopK], vocab_size: int) -> None
 
 
 class StoredTopK(StoredTexts):
-    """What :func:`save_top_k` wrote, of which each text is read when it is asked for.
+    """What :func:`save_top_k` wrote; each text is read on demand.
 
     Attributes:
         lengths: (N,) tokens of each text.
@@ -128,7 +128,7 @@ class StoredTopK(StoredTexts):
         sha256: of the file.
 
     Raises:
-        ValueError: no such file, another one, or one of another vocabulary than ``vocab_size``.
+        ValueError: no such file, a file of something else, or one for another vocabulary than ``vocab_size``.
     """
 
     format, content, unit = _FORMAT, "a teacher's log-probabilities", "tokens"
@@ -142,18 +142,18 @@ class StoredTopK(StoredTexts):
         self.vocab_size, self.temperature = int(told["vocab_size"]), float(told["temperature"])
         shapes = [tuple(file.get_slice(name).get_shape()) for name in _TENSORS]
         if self._wanted_size not in (None, self.vocab_size):
-            found = f"it is of a vocabulary of {self.vocab_size}"
-            raise ValueError(f"{found}, expected {self._wanted_size} as the model")
+            found = f"its vocabulary size is {self.vocab_size}"
+            raise ValueError(f"{found}, expected {self._wanted_size} as in the model")
         rows, least = int(self.lengths.sum()), int(self.lengths.min()) if len(self.lengths) else 0
         if least < 0 or self.lengths.dim() != 1 or shapes[0] != shapes[1] or shapes[0][:1] != (rows,):
             expected = f"({rows}, k) each for its {len(self.lengths)} texts"
             raise ValueError(f"its shapes are {shapes}, expected {expected}")
 
     def __getitem__(self, index: int) -> TopK:
-        """Of a text, in float32.
+        """The predictions of one text, in float32.
 
         Raises:
-            ValueError: what is there is not what a teacher says.
+            ValueError: the content is not valid predictions.
         """
         rows = self._rows(index)
         try:
@@ -171,8 +171,8 @@ def load_top_k(path: str | Path, vocab_size: int | None = None) -> list[TopK]:
     """What :func:`save_top_k` wrote, text by text, in float32.
 
     Raises:
-        ValueError: no such file, another one, or one of another vocabulary than ``vocab_size``; what it holds is not
-            what a teacher says.
+        ValueError: no such file, a file of something else, or one for another vocabulary than ``vocab_size``; its
+            content is not valid predictions.
     """
     stored = StoredTopK(path, vocab_size)
     return [stored[index] for index in range(len(stored))]

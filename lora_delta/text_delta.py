@@ -1,4 +1,4 @@
-"""How a LoRA moves a frozen model's hidden states of texts that each adapter has for itself, differentiable."""
+"""How a LoRA moves a frozen model's hidden states on each adapter's own texts, differentiable in the LoRA tensors."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ AdaptersLoss = Callable[[Tensor, Tensor, Tensor, int], Tensor]  # see adapters_d
 
 @dataclass(frozen=True)
 class DeltaTarget:
-    """What the deltas of some texts should be.
+    """What the deltas on some texts should be.
 
     Attributes:
-        base: of each adapter (layers, P, H), the bare model's hidden states of its texts.
-        wanted: those that an adapter should give; their difference is the target.
+        base: for each adapter, the bare model's hidden states (layers, P, H) on its texts.
+        wanted: those that the adapted model should have; the target is their difference from ``base``.
     """
 
     base: list[Tensor]
@@ -44,26 +44,26 @@ class DeltaTarget:
 
 
 class DifferentiableTextDelta(OverTexts):
-    """Maps LoRA tensors to their deltas on texts, with gradients: ``h(base + θ) − h(base)`` of each position.
+    """Maps LoRA tensors to their deltas on texts, with gradients: ``h(base + θ) − h(base)`` at each position.
 
-    Unlike :class:`DifferentiableDeltaCompute`, which reads a few probes that are the same for all adapters and all
-    steps, each adapter has texts of its own, and each call may have others. What they should be is read of a teacher's
-    adapter, or of the *prompted base*: the bare model that reads the same completions behind a context which says more,
-    an instruction or a document, so that no teacher is needed. A LoRA of zeros has deltas of exactly zero.
+    Unlike in :class:`DifferentiableDeltaCompute`, which reads the same few probes for all adapters and all steps, each
+    adapter has its own texts, which may differ from call to call. The target comes from a teacher's adapter, or from
+    the *prompted base*: the bare model reading the same completions after a context that says more, an instruction or
+    a document, so that no teacher is needed. A LoRA of zeros has deltas of exactly zero.
 
     Args:
         config, weights: the base model, from :func:`qwen_functional.load_pretrained`; the lm_head is not read.
         spec: the LoRA; by default rank 16, alpha 32, all seven projections.
         layer: after which block to read, from 0; −1 is after the last block and the final norm. A sequence reads
             several.
-        positions: ``"completion"``: the tokens that predict those of the completions, where prompt and answer meet
-            and what follows; ``"last"``: each text's last token; ``"all"``: every token.
-        pooling: ``"none"`` gives a delta for each position, ``"mean"`` their mean over all of an adapter's.
+        positions: ``"completion"``: the tokens that predict those of the completion, from the prompt's last token on;
+            ``"last"``: each text's last token; ``"all"``: every token.
+        pooling: ``"none"`` gives a delta for each position, ``"mean"`` the mean over all positions of an adapter.
         adapters_per_pass, mesh, prepack, validate: as for :class:`DifferentiableDeltaCompute`.
         checkpoint, memory_budget: see :func:`qwen_functional.forward.forward_vjp`.
 
     Raises:
-        ValueError: an argument that is off.
+        ValueError: an invalid argument.
     """
 
     reads_lm_head = False
@@ -97,14 +97,14 @@ class DifferentiableTextDelta(OverTexts):
 
     @opaque
     def forward(self, tensors: Mapping[str, Tensor], examples: Examples) -> Tensor:
-        """The deltas of G adapters, (G, P, H): P is that of the adapter with most positions, the others' rest is zero.
+        """The deltas (G, P, H) of G adapters; P is the most positions of any adapter, the others are padded with zeros.
 
-        Several layers put a dimension before P; with ``pooling="mean"`` there is no P. Of one adapter without a
+        Several layers add a dimension before P; with ``pooling="mean"`` there is no P. For one adapter without a
         leading G the delta has none either. float32, or float64 for float64 weights.
 
         Args:
             tensors: as :meth:`LoraSpec.bind` takes them.
-            examples: of each adapter, (prompt ids, completion ids) pairs; see :meth:`DifferentiableLMLoss.forward`.
+            examples: for each adapter, (prompt ids, completion ids) pairs; see :meth:`DifferentiableLMLoss.forward`.
 
         Raises:
             ValueError: as :meth:`DifferentiableLMLoss.forward`.
@@ -123,15 +123,15 @@ class DifferentiableTextDelta(OverTexts):
         target: DeltaTarget,
         loss: AdaptersLoss = adapters_delta_loss,
     ) -> Tensor:
-        """The mean over adapters of a loss of their deltas, a scalar; each pass goes back before the next one begins.
+        """The mean over adapters of a loss on their deltas, a scalar; each pass runs backward before the next one.
 
         Args:
             target: from :meth:`target`, of the same examples.
-            loss: from deltas and targets (layers, V, H) of some adapters, whose each vector is (V,), and how many they
-                are (g), to their losses (g,); with ``pooling="mean"`` there is one vector of each.
+            loss: maps the deltas and targets (layers, V, H) of some adapters, the adapter (V,) of each vector, and
+                the number g of adapters to their losses (g,); with ``pooling="mean"`` each adapter has one vector.
 
         Raises:
-            ValueError: as :meth:`forward`; a target of other examples.
+            ValueError: as :meth:`forward`; a target for other examples.
         """
         lora, texts = self.bound(tensors, examples), self.texts(examples)
         passes = self.passes(texts, [self.column(texts, target, loss)])
@@ -148,15 +148,15 @@ class DifferentiableTextDelta(OverTexts):
 
         Args:
             examples: as in :meth:`forward`.
-            tensors: of the teachers; there may be both.
-            contexts: for each example the ids that the teacher reads in the place of its prompt, and with
-                ``positions="all"`` they end as the prompt does. Without a prompt the completion follows them whole.
+            tensors: of the teachers; may be combined with ``contexts``.
+            contexts: for each example, the ids that the teacher reads in place of its prompt; with ``positions="all"``
+                they must end with the prompt. Without a prompt the whole completion follows them.
 
         Raises:
-            ValueError: neither, contexts of other examples, or ones that do not end with the prompt where they have to.
+            ValueError: neither, contexts for other examples, or ones that do not end with the prompt where they must.
         """
         if tensors is None and contexts is None:
-            raise ValueError("tensors and contexts are both None, expected what a teacher has more than the base")
+            raise ValueError("tensors and contexts are both None, expected at least one of them")
         texts = self.texts(examples)
         base = self._states(texts, None)
         return DeltaTarget(base, self.wanted(examples, tensors=tensors, contexts=contexts))
@@ -168,7 +168,7 @@ class DifferentiableTextDelta(OverTexts):
         tensors: Mapping[str, Tensor] | None = None,
         contexts: Contexts | None = None,
     ) -> list[Tensor]:
-        """The teacher's states of :meth:`target`, of each adapter (layers, P, H)."""
+        """The teacher's states for :meth:`target`, (layers, P, H) for each adapter."""
         lora, texts = None if tensors is None else self.bound(tensors, examples), self.texts(examples)
         if contexts is None:
             return self._states(texts, lora)
@@ -176,28 +176,28 @@ class DifferentiableTextDelta(OverTexts):
         return self._states(behind, lora, texts.all_counts(self.positions))
 
     def column(self, texts: OwnTexts, target: DeltaTarget, loss: AdaptersLoss = adapters_delta_loss) -> Column:
-        """The loss of the deltas as one of several of one pass, see :class:`lora_delta.own_texts.TextPasses`.
+        """The loss on the deltas as one column of a pass, see :class:`lora_delta.own_texts.TextPasses`.
 
         Raises:
-            ValueError: a target of other texts.
+            ValueError: a target for other texts.
         """
         for name, states in (("base", target.base), ("wanted", target.wanted)):
             if len(states) != len(texts):
-                raise ValueError(f"target is of {len(states)} adapters, expected {len(texts)} as the examples")
+                raise ValueError(f"target is for {len(states)} adapters, expected {len(texts)} to match the examples")
             for index, one in enumerate(states):
                 expected = len(self.layers), sum(texts.counts(index, self.positions)), self.config.hidden_size
                 if tuple(one.shape) != expected:
                     found = f"{name} of adapter {index} has shape {tuple(one.shape)}"
-                    raise ValueError(f"target: {found}, expected {expected} as its examples")
+                    raise ValueError(f"target: {found}, expected {expected} to match its examples")
         return _DeltaColumn(self, target, loss)
 
     def head(self, texts: OwnTexts, adapters: slice) -> Hidden:
-        """What reads the texts of the adapters in a slice."""
+        """The head that reads the texts of the adapters in a slice."""
         own = range(len(texts))[adapters]
         return Hidden(self.layers, [texts.rows(index, self.positions) for index in own])
 
     def texts(self, examples: Examples) -> OwnTexts:
-        """Examples as this reads them; raises as :class:`OwnTexts` does."""
+        """The examples, packed for what this reads; raises as :class:`OwnTexts` does."""
         return OwnTexts(self.config, examples, [self.positions])
 
     def _states(
@@ -207,7 +207,7 @@ class DifferentiableTextDelta(OverTexts):
 
 
 class _DeltaColumn:
-    """A loss of the deltas of each adapter."""
+    """A loss on the deltas of each adapter."""
 
     def __init__(self, delta: DifferentiableTextDelta, target: DeltaTarget, loss: AdaptersLoss) -> None:
         self.delta, self.target, self.loss = delta, target, loss
@@ -231,7 +231,7 @@ class _DeltaColumn:
 
 
 class _DeltaPasses(AdapterPasses):
-    """Hidden states (G, layers, P, H), or their means (G, layers, H), of adapters' own texts."""
+    """Hidden states (G, layers, P, H), or their means (G, layers, H), on the adapters' own texts."""
 
     def __init__(self, delta: DifferentiableTextDelta, texts: OwnTexts) -> None:
         super().__init__(delta.adapters_per_pass, delta.mesh)
@@ -246,7 +246,7 @@ class _DeltaPasses(AdapterPasses):
         return torch.zeros(len(delta.layers), *rows, delta.config.hidden_size, dtype=dtype, device=delta.device)
 
     def base(self, lora: Lora) -> Tensor:
-        """The bare model's, computed as the adapters are: the delta of a zero LoRA is zero to the bit."""
+        """Those of the bare model, computed as the adapters' are: the delta of a zero LoRA is exactly zero."""
         delta = self.delta
         as_adapters = choose(delta.config, delta.weights, lora).ranks_decide
         bare = zero_lora(lora) if as_adapters else Lora({}, lora.n_adapters, batched=True)
@@ -278,6 +278,6 @@ class _DeltaPasses(AdapterPasses):
 
 
 def _means(vectors: Tensor, of: Tensor, counts: Tensor) -> Tensor:
-    """(layers, V, H) to the mean (layers, g, H) of each adapter's."""
+    """The mean (layers, g, H) of each adapter's vectors (layers, V, H)."""
     sums = vectors.new_zeros(len(vectors), len(counts), vectors.shape[-1]).index_add(1, of, vectors)
     return sums / counts.to(vectors)[:, None]

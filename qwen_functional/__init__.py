@@ -10,30 +10,30 @@ This package never imports ``lora_delta``::
     config = Qwen2Config(vocab_size=300, **sizes)
     weights = init_weights(config)  # or config, weights = load_pretrained("Qwen/Qwen2.5-0.5B", dtype=torch.bfloat16)
     spec = LoraSpec(rank=4)
-    tensors = {name: torch.randn(8, *shape) for name, shape in spec.shapes(config).items()}  # of eight adapters
+    tensors = {name: torch.randn(8, *shape) for name, shape in spec.shapes(config).items()}  # for eight adapters
     lora = spec.bind(config, tensors)
 
     tokens = pack([[1, 2, 3, 4], [1, 2, 5]])  # a prefix tree: 5 tokens are computed, not 7
     value, vjp = qwen_functional.forward.forward_vjp(config, weights, tokens, lora)  # (8, 2, 64)
     gradients = vjp(torch.ones_like(value))  # {PEFT name: gradient}
 
-    plan = Plan(config, weights, tokens, lora)  # what a step depends on besides values, for many steps
+    plan = Plan(config, weights, tokens, lora)  # all that a step depends on besides values, for many steps
     value, vjp = qwen_functional.forward.forward_vjp(config, weights, tokens, lora, plan=plan)
 
     out = qwen_functional.forward.forward(config, weights, torch.tensor([[1, 2, 3, 4]]))  # plain differentiable torch
     out.logits, out.last_hidden_state
 
-* ``architecture.py``: the table of projections: nothing else names one
+* ``architecture.py``: the table of projections; nothing else names one
 * ``config.py``, ``checkpoint.py``, ``weights.py``: a checkpoint's fields, files and tensors
-* ``lora.py``, ``stacking.py``: names and scales of LoRA tensors; how the engine stacks them and takes gradients apart
+* ``lora.py``, ``stacking.py``: names and scales of LoRA tensors; how the engine stacks them and splits gradients
 * ``packing.py``: token sequences as a prefix tree: one for all adapters, or one for each
-* ``plan.py``, ``tables.py``, ``cost.py``: what a step depends on besides values, made once; its bytes and FLOP
-* ``parallel.py``, ``streaming.py``: a model split over ranks; weights that are read when they are used
-* ``ops/``: an operation per file, its formula and its vjp side by side
+* ``plan.py``, ``tables.py``, ``cost.py``: all that a step depends on besides values, made once; its bytes and FLOP
+* ``parallel.py``, ``streaming.py``: a model split over ranks; weights that are read only when used
+* ``ops/``: one operation per file, its formula and its vjp side by side
 * ``backends/``: how a chip runs them: a CPU (oneDNN, a few adapters at a time), a GPU (Triton kernels, CUDA graphs)
-* ``block.py``, ``engine.py``: a decoder block and the whole model, forwards and back
-* ``heads.py``: what is made of its last hidden states: themselves, cross-entropy, KL; each with its vjp
-* ``forward.py``: the same model as plain torch, the shape transformers' users know
+* ``block.py``, ``engine.py``: a decoder block and the whole model, forward and backward
+* ``heads.py``: what is computed from hidden states: the states themselves, cross-entropy, KL; each with its vjp
+* ``forward.py``: the same model as plain torch, with the interface that users of transformers know
 """
 
 from .checkpoint import load_pretrained

@@ -1,7 +1,7 @@
 """The table of a decoder block's projections, and of the model families. Nothing else names a projection.
 
-Whoever needs "the projections that read one input", "the tensors of a block in a checkpoint" or "which half of a LoRA
-is split over ranks" derives it from here. A new family is a row.
+Code that needs "the projections that read one input", "the tensors of a block in a checkpoint" or "which half of a LoRA
+is split over ranks" derives it from here. A new family is one more row.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ class Projection:
     Attributes:
         name: the module's own name, such as ``q_proj``.
         parent: the module of the block that holds it.
-        rows, columns: the config's attributes that say how many outputs and inputs it has.
-        stack: projections of one stack read the same input, and their weights lie one below the other.
+        rows, columns: the config's attributes that give its number of outputs and of inputs.
+        stack: projections of one stack read the same input; their weights are stacked row-wise.
         split: which dimension of the weight tensor parallelism splits: 0, by outputs, or 1, by inputs
             (arXiv 1909.08053, section 3).
-        token: its place in a block's tokens of Drag-and-Drop LLMs, where up comes before gate.
+        token: its place among a block's tokens in Drag-and-Drop LLMs, where up comes before gate.
     """
 
     name: str
@@ -35,15 +35,15 @@ class Projection:
 
     @property
     def path(self) -> str:
-        """Where it is in a block."""
+        """Its module path within a block."""
         return f"{self.parent}.{self.name}"
 
     def shape(self, sizes: Any) -> tuple[int, int]:
-        """(outputs, inputs) of the weight, by a config or anything else that has its sizes as attributes."""
+        """(outputs, inputs) of the weight, for a config or any other object with its sizes as attributes."""
         return getattr(sizes, self.rows), getattr(sizes, self.columns)
 
 
-# In the order of every dict of LoRA tensors.
+# The order of every dict of LoRA tensors.
 PROJECTIONS: Mapping[str, Projection] = {
     projection.name: projection
     for projection in (
@@ -57,12 +57,12 @@ PROJECTIONS: Mapping[str, Projection] = {
     )
 }
 TOKEN_ORDER = tuple(sorted(PROJECTIONS, key=lambda name: PROJECTIONS[name].token))
-# {stack: its projections}, in the order in which a block multiplies by them.
+# {stack: its projections}, in the order in which a block applies them.
 STACKS: Mapping[str, tuple[str, ...]] = {
     stack: tuple(name for name, projection in PROJECTIONS.items() if projection.stack == stack)
     for stack in dict.fromkeys(projection.stack for projection in PROJECTIONS.values())
 }
-# Of a block, and the module whose input each makes.
+# {norm of a block: the module whose input it produces}.
 NORMS: Mapping[str, str] = {"input_layernorm": "self_attn", "post_attention_layernorm": "mlp"}
 
 
@@ -71,8 +71,8 @@ class Family:
     """What sets one family of models apart.
 
     Attributes:
-        biased: its projections with a bias; a stack's have one all, or none.
-        head_norms: {norm over each head's numbers: the projection that it follows}, before positions are put in.
+        biased: its projections with a bias; in each stack, either all have one or none.
+        head_norms: {norm of each head: the projection that it follows}, applied before the rotary embedding.
     """
 
     model_type: str
@@ -96,7 +96,7 @@ def projection_shape(sizes: Any, projection: str) -> tuple[int, int]:
 
 
 def stack_shape(sizes: Any, stack: str) -> tuple[int, int]:
-    """(outputs, inputs) of a stack's weights, one below the other."""
+    """(outputs, inputs) of a stack's weights, stacked row-wise."""
     shapes = [projection_shape(sizes, name) for name in STACKS[stack]]
     return sum(rows for rows, _ in shapes), shapes[0][1]
 

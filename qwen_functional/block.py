@@ -1,8 +1,9 @@
 """One decoder block: ``x_mid = x + o(attention(qkv(norm(x))))``, then ``x_mid + down(swiglu(gate_up(norm(x_mid))))``.
 
-The residual stream is (G, S, H) in the accumulation dtype, of the adapters of one chunk; G is 1 below the first adapted
-block, where all adapters still share one stream. What a block adds to it last, the next norm adds: a stream is a pair
-(x, y). Each half has its vjp right below it: the same lines, upside down. A backend does the operations.
+The residual stream is (G, S, H) in the accumulation dtype, for the adapters of one chunk; G is 1 below the first
+adapted block, where all adapters still share one stream. A stream is a pair (x, y): y, what a block adds last, is added
+to x only by the next norm. Each half has its vjp right below it: the same lines, in reverse. A backend does the
+operations.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ class Block:
     layer: int
     input_layernorm: Tensor
     post_attention_layernorm: Tensor
-    qkv: Stack  # of k|v alone where q is apart
+    qkv: Stack  # k|v alone where q is apart
     q: Stack | None
     o: Stack
     gate_up: Stack
     down: Stack
-    q_norm: Tensor | None = None  # (head_dim,), where the family has one, as k_norm
+    q_norm: Tensor | None = None  # (head_dim,) where the family has one; likewise k_norm
     k_norm: Tensor | None = None
 
     @property
@@ -65,7 +66,7 @@ class Block:
         *,
         q_apart: bool,
     ) -> Block:
-        """The block of a layer, in the dtype ``compute``; its packed matrices where there are any.
+        """The block of a layer, in the dtype ``compute``; with its packed matrices where there are any.
 
         ``q_apart``: for a block that is read out at a few rows, which needs k and v of all rows but not q.
         """
@@ -98,7 +99,7 @@ class Block:
         return cls(config, layer, *norms, qkv, q, stack("o"), stack("gate_up"), stack("down"), *heads)
 
     def __getitem__(self, adapters: slice) -> Block:
-        """The adapters of a slice."""
+        """The block with a slice of the adapters."""
         if all(stack[adapters] is stack for stack in self.stacks):
             return self
         parts = {name: getattr(self, name)[adapters] for name in ("qkv", "o", "gate_up", "down")}
@@ -107,30 +108,30 @@ class Block:
 
 @dataclass
 class KeptAttention:
-    """What the first half leaves for the vjp."""
+    """What the first half keeps for the vjp."""
 
     x: Tensor  # (G, S, H), the block's input
     h: Input  # norm(x), and its rstd
     rstd: Tensor
-    attended: Any  # a backend's own
+    attended: Any  # in a backend's own form
     o: Input
 
 
 @dataclass
 class KeptMlp:
-    """What the second half leaves for the vjp."""
+    """What the second half keeps for the vjp."""
 
     x_mid: Tensor  # (G, S or R, H), its input
     h: Input  # norm(x_mid), and its rstd
     rstd: Tensor
-    gated: Any  # a backend's own
+    gated: Any  # in a backend's own form
     a: Input
 
 
 def attention_half(
     backend: Plain, block: Block, x: Tensor, y: Product | None, row: Row, *, keep: bool, overwrite: bool = False
 ) -> KeptAttention:
-    """From ``x + y`` to what o_proj reads. With ``overwrite`` x may be written over."""
+    """From ``x + y`` to what o_proj reads. With ``overwrite``, x may be overwritten."""
     norm, eps = block.input_layernorm, block.config.rms_norm_eps
     x, h, rstd = backend.add_norm(x, y, norm, eps, block.qkv, overwrite=overwrite)
     o, attended = backend.attend(h, block, row, keep=keep)
@@ -149,9 +150,9 @@ def attention_half_vjp(
     *,
     need_dx: bool,
 ) -> tuple[Tensor, Cotangent] | None:
-    """The cotangent of ``x``, also as that of what ``below`` gave; None where nothing needs it.
+    """The cotangent of ``x``, and the same as the cotangent of the output of ``below``; None where not needed.
 
-    ``dx_mid`` (G, S or R, H) is that of ``x_mid``, and written over; ``dy`` the same as o_proj's.
+    ``dx_mid`` (G, S or R, H) is the cotangent of ``x_mid``, and is overwritten; ``dy`` is the same for o_proj's output.
     """
     need_attention = need_dx or gradients.every.wants_any(block.layer, "qkv")
     do = backend.product_vjp(dy, block.o, kept.o, gradients, need_dx=need_attention)
@@ -168,7 +169,7 @@ def mlp_half(
 ) -> KeptMlp:
     """From ``x + o_proj(o)`` to what down_proj reads.
 
-    ``again``: down_proj has read it already, and what it reads is needed as far as the vjp does.
+    ``again``: down_proj has run already, so only what the vjp needs is computed.
     """
     norm, eps = block.post_attention_layernorm, block.config.rms_norm_eps
     x_mid, h, rstd = backend.add_norm(x, backend.product(o, block.o), norm, eps, block.gate_up)
@@ -186,9 +187,10 @@ def mlp_half_vjp(
     *,
     need_dx: bool,
 ) -> tuple[Tensor, Cotangent] | None:
-    """The cotangent of ``x_mid``, also as that of what o_proj gave; None where nothing needs it.
+    """The cotangent of ``x_mid``, and the same as the cotangent of o_proj's output; None where not needed.
 
-    ``dx`` (G, S or R, H) is that of the block's output, and written over; ``dy`` the same as down_proj's.
+    ``dx`` (G, S or R, H) is the cotangent of the block's output, and is overwritten; ``dy`` is the same for down_proj's
+    output.
     """
     need_gate_up = need_dx or gradients.every.wants_any(block.layer, "gate_up")
     da = backend.product_vjp(dy, block.down, kept.a, gradients, need_dx=need_gate_up)

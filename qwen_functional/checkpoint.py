@@ -1,4 +1,4 @@
-"""A checkpoint to ``(config, weights)``: every check first, then each tensor to its place."""
+"""From a checkpoint to ``(config, weights)``: every check first, then each tensor is copied to its place."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from .weights import BlockWeights, Qwen2Weights, block_views, empty_block, empty
 
 STORAGE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-PIECE_BYTES = 1 << 20  # that are read at once: they are still in the cache when they are converted and looked at
+PIECE_BYTES = 1 << 20  # read at once: still in the cache when they are converted and checked
 _MOST_INDEX = 1 << 24  # bytes
 _SHARD = re.compile(r"[^/\\\x00-\x1f]{1,200}\.safetensors")
 
 
 class _Entry(NamedTuple):
-    """Where a tensor lies, as the header of its file says."""
+    """Where a tensor is, according to the header of its file."""
 
     file: SafetensorsFile
     name: str
@@ -61,23 +61,23 @@ def load_pretrained(
 
     Args:
         model: a hub id, or a folder; an existing folder wins.
-        dtype: float32, float64, bfloat16 or float16. None: as the config says (``dtype``, formerly
-            ``torch_dtype``), else as ``embed_tokens`` is on disk.
+        dtype: float32, float64, bfloat16 or float16. None: that of the config (``dtype``, formerly
+            ``torch_dtype``), else that of ``embed_tokens`` on disk.
         device: where the weights are put.
         revision: branch, tag or commit on the hub; not used for a folder.
         local_files_only: take a hub id from the local cache only.
-        lm_head: whether to read a separate ``lm_head.weight``, which only the logits of ``forward`` need.
-        mesh: of the processes that hold the model together: its dimension named ``"tp"``, or its only one. Each
-            reads its own part of the blocks' matrices, and everything else.
-        stream: keep the weights on ``"disk"`` (True) or in the ``"host"``'s memory, and bring one block after the
-            other to the device, the next while the present one computes. Of the embedding only the rows in use are
-            read. Blocks on disk are checked to be finite when they are first read.
+        lm_head: whether to read a separate ``lm_head.weight``, which only logits and losses on tokens need.
+        mesh: the processes that share the model: its dimension named ``"tp"``, or its only one. Each process
+            reads its own part of the blocks' matrices, and everything else whole.
+        stream: keep the weights on ``"disk"`` (True) or in the ``"host"``'s memory, and move one block after
+            another to the device, the next while the current one computes. Of the embedding, only the rows in use
+            are read. Blocks on disk are checked to be finite when they are first read.
 
     Raises:
         ValueError: the checkpoint cannot be found, is incomplete, corrupt or not a dense Qwen2 or Qwen3; a tensor is
-            missing, unexpected, of another shape, of no floating-point dtype, or not finite (on disk or once
+            missing, unexpected, of another shape, not of a floating-point dtype, or not finite (on disk or once
             in ``dtype``); a tied ``lm_head.weight`` differs from the embedding; ``dtype`` or ``device`` is
-            not supported; the model cannot be split over so many ranks.
+            not supported; the model cannot be split over this many ranks.
     """
     if dtype is not None and dtype not in STORAGE_DTYPES:
         raise ValueError(f"dtype is {dtype!r}, expected None or one of {STORAGE_DTYPES}")
@@ -93,7 +93,7 @@ def load_pretrained(
     entries = _matched_entries(folder, config, lm_head)
     if dtype is None:
         dtype = _dtype_on_disk(folder, entries["model.embed_tokens.weight"])
-    # Under a caller's inference mode the weights would be unusable for autograd for ever after.
+    # Weights made under a caller's inference mode could never be used with autograd.
     with torch.inference_mode(False), torch.no_grad():
         parallel = None if mesh is None else TensorParallel.of(mesh, config)
         if config.tie_word_embeddings and "lm_head.weight" in entries:
@@ -115,7 +115,7 @@ def _streamed(
     lm_head: bool,
     parallel: TensorParallel | None,
 ) -> Qwen2Weights:
-    """Weights that stay on disk but for the final norm."""
+    """Weights that stay on disk, except for the final norm."""
     local = config if parallel is None else parallel.local_config(config)
     checked: set[int] = set()
 
@@ -185,7 +185,7 @@ def _dtype_on_disk(folder: Path, embed_tokens: _Entry) -> torch.dtype:
 
 
 def _matched_entries(folder: Path, config: Qwen2Config, lm_head: bool) -> dict[str, _Entry]:
-    """Every tensor that the config asks for, under its full name; an ``lm_head.weight`` that is not if present."""
+    """Every tensor that the config requires, under its full name; also an unneeded ``lm_head.weight`` if present."""
     found = _tensors_of(folder)
     required = empty_weights(config, device="meta", lm_head=lm_head).named_views(config)
     expected = {name: tuple(view.shape) for name, view in required.items()}
@@ -206,12 +206,12 @@ def _matched_entries(folder: Path, config: Qwen2Config, lm_head: bool) -> dict[s
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         shape = expected[missing[0]]
-        raise ValueError(f"tensor {missing[0]}{more} is missing in {folder}, expected it with shape {shape}")
+        raise ValueError(f"tensor {missing[0]}{more} is missing from {folder}, expected it with shape {shape}")
     return entries
 
 
 def _tensors_of(folder: Path) -> dict[str, _Entry]:
-    """All tensors of the folder's one file, or of the shards that its index names."""
+    """All tensors of the folder's single file, or of the shards that its index names."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         found = _read_header(single)
@@ -230,7 +230,7 @@ def _tensors_of_index(index: Path) -> dict[str, _Entry]:
     for name, shard in weight_map.items():
         if not name.isprintable():
             raise ValueError(f"{index} names {name!r:.100}, expected names of tensors")
-        # The name decides, not where it leads: a hub snapshot's own files are links to ../../blobs.
+        # The name is checked, not where it leads: a hub snapshot's own files are links to ../../blobs.
         if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
             raise ValueError(f"{index} puts {name:.200} into {shard!r:.200}, expected a .safetensors file beside it")
     shards = {shard: index.parent / shard for shard in sorted(set(weight_map.values()))}
@@ -240,12 +240,12 @@ def _tensors_of_index(index: Path) -> dict[str, _Entry]:
     headers = {shard: _read_header(file) for shard, file in shards.items()}
     for name, shard in weight_map.items():
         if name not in headers[shard]:
-            raise ValueError(f"tensor {name:.200} is missing in {shards[shard]}, expected it there by {index}")
+            raise ValueError(f"tensor {name:.200} is missing from {shards[shard]}, expected it there, see {index}")
     found: dict[str, _Entry] = {}
     for shard, header in headers.items():
         for name, entry in header.items():
             if weight_map.get(name) != shard:
-                raise ValueError(f"tensor {name} in {entry.file} is unexpected there, says {index}")
+                raise ValueError(f"tensor {name} in {entry.file} is unexpected there according to {index}")
             found[name] = entry
     return found
 
@@ -256,7 +256,7 @@ def _read_header(path: Path) -> dict[str, _Entry]:
 
 
 def _no_weights(folder: Path) -> str:
-    names = sorted(path.name for path in folder.iterdir() if path.is_file())  # a broken link is no file
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())  # a broken link is not a file
     pickles = [name for name in names if name.endswith(PICKLES)]
     others = [name for name in names if name.endswith(".safetensors")]
     if pickles and not others:
@@ -272,7 +272,7 @@ def _no_weights(folder: Path) -> str:
 
 
 def _copy(entry: _Entry, view: Tensor, parallel: TensorParallel | None = None, *, check: bool = True) -> None:
-    """A tensor, or this rank's part of it, to its place."""
+    """Copy a tensor, or this rank's part of it, to its place."""
     whole = tuple(slice(0, size) for size in entry.shape)
     rows, *columns = whole if parallel is None else parallel.of_weight(entry.name, entry.shape)
     straight = view.is_cpu and view.is_contiguous() and view.dtype == DISK_DTYPES[entry.stored.dtype]
@@ -299,11 +299,11 @@ def _check_tied(entry: _Entry, embed_tokens: _Entry, dtype: torch.dtype) -> None
         own, tied = (e.file.read_rows(e.stored, rows).to(dtype) for e in (entry, embed_tokens))
         if not torch.equal(own, tied):
             raise ValueError(
-                f"tensor {entry.name} in {entry.file} differs from the embedding, expected the same values "
-                "as config field tie_word_embeddings is true; set it to false to use the separate lm_head"
+                f"tensor {entry.name} in {entry.file} differs from the embedding, expected the same values because "
+                "config field tie_word_embeddings is true; set it to false to use the separate lm_head"
             )
 
 
 def _all_finite(tensor: Tensor) -> bool:
-    low, high = torch.aminmax(tensor)  # both are nan where any is; no temporary as isfinite has
+    low, high = torch.aminmax(tensor)  # both are nan if any entry is; needs no temporary, unlike isfinite
     return bool(torch.isfinite(low) & torch.isfinite(high))

@@ -13,7 +13,7 @@ from .files import read_json_object
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 ROPE_TYPES = ("default", "linear", "yarn")
-# {size: the most that is read}, far above any Qwen2's: more is a mistake, and costs memory before files are compared.
+# {size: largest accepted value}, far above any Qwen2's: more is a mistake, and takes memory before files are checked.
 SIZES = {
     "vocab_size": 1 << 24,
     "hidden_size": 1 << 20,
@@ -24,7 +24,7 @@ SIZES = {
 }
 _MOST_HEAD_DIM = 1 << 16
 _LARGEST = 3.4e38
-_MOST_TOKENS = 1 << 40  # of a context or a window
+_MOST_TOKENS = 1 << 40  # in a context or a window
 _MOST_BYTES = 1 << 24  # of config.json
 
 C = TypeVar("C", bound="Qwen2Config")
@@ -107,7 +107,7 @@ class Qwen2Config:
         elif not _is_integer(self.sliding_window, 1) or self.sliding_window > _MOST_TOKENS:
             raise ValueError(
                 f"config field sliding_window is {self.sliding_window!r:.100}, expected a positive integer of at most "
-                f"{_MOST_TOKENS:,} as use_sliding_window is true"
+                f"{_MOST_TOKENS:,} because use_sliding_window is true"
             )
         if not _is_integer(self.max_window_layers, 0):
             raise ValueError(
@@ -137,12 +137,12 @@ class Qwen2Config:
             )
         return types
 
-    def __hash__(self) -> int:  # of less than equality compares: rope's parameters are a dict
+    def __hash__(self) -> int:  # from fewer fields than equality compares: rope's parameters are a dict
         return hash((self.vocab_size, self.hidden_size, self.intermediate_size, self.num_hidden_layers, self.head_dim))
 
     @property
     def family(self) -> Family:
-        """Of which family of models it is."""
+        """The family of models that it belongs to."""
         return FAMILIES[self.model_type]
 
     @property
@@ -163,12 +163,12 @@ class Qwen2Config:
     def from_dict(cls: type[C], fields: Mapping[str, Any]) -> C:
         """Read the fields of a ``config.json``, in the older or the newer spelling of rope.
 
-        Fields that do not touch the computation (token ids, dtypes, versions, dropout of a frozen model) are
-        left aside. Missing fields have transformers' defaults, but sizes must be given: a default that does
+        Fields that do not affect the computation (token ids, dtypes, versions, dropout of a frozen model) are
+        ignored. Missing fields take transformers' defaults, but sizes must be given: a default that does
         not fit the others would only surface as a tensor of the wrong shape.
 
         Raises:
-            ValueError: ``model_type`` is another, a size is missing, or a value is not supported.
+            ValueError: ``model_type`` is not this class's, a size is missing, or a value is not supported.
         """
         model_type = fields.get("model_type")
         if model_type != cls.model_type:
@@ -187,7 +187,7 @@ class Qwen2Config:
             raise ValueError(f"config field rope_parameters is {rope!r:.100}, expected an object")
         rope = dict(rope)
         rope.setdefault("rope_theta", fields.get("rope_theta", 10000.0))
-        if "original_max_position_embeddings" in fields:  # transformers prefers it to the one within
+        if "original_max_position_embeddings" in fields:  # transformers prefers it to the nested one
             rope["original_max_position_embeddings"] = fields["original_max_position_embeddings"]
         return cls(**values, rope_parameters=rope)
 
@@ -201,9 +201,9 @@ class Qwen2Config:
 
 @dataclass(frozen=True)
 class Qwen3Config(Qwen2Config):
-    """Sizes and constants of a dense Qwen3 model: as Qwen2's, but queries and keys have norms and nothing a bias.
+    """Sizes and constants of a dense Qwen3 model: like Qwen2's, but queries and keys have norms and nothing has a bias.
 
-    ``head_dim`` is 128 where it is not given; None is resolved as in a Qwen2.
+    ``head_dim`` defaults to 128; None is resolved as for Qwen2.
     """
 
     model_type: ClassVar[str] = "qwen3"
@@ -218,11 +218,11 @@ CONFIGS: Mapping[str, type[Qwen2Config]] = {kind.model_type: kind for kind in (Q
 
 
 def read_config(folder: str | Path) -> Qwen2Config:
-    """The ``config.json`` in a checkpoint's folder, by its ``model_type``.
+    """The ``config.json`` in a checkpoint's folder, as the class that its ``model_type`` selects.
 
     Raises:
-        ValueError: no such file, a ``model_type`` that is not in :data:`CONFIGS`, or as :meth:`Qwen2Config.from_dict`;
-            it names the file.
+        ValueError: the file does not exist, its ``model_type`` is not in :data:`CONFIGS`, or as for
+            :meth:`Qwen2Config.from_dict`; the message names the file.
     """
     path = Path(folder) / "config.json"
     fields = read_json_object(path, "the config.json of a Qwen2 or Qwen3", _MOST_BYTES)
@@ -242,7 +242,7 @@ def _is_integer(value: Any, least: int) -> TypeGuard[int]:
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
-    """Whether it is one that float32 can hold; an integer, one that torch takes."""
+    """Whether it is a float that float32 can hold, or an integer that torch accepts."""
     if isinstance(value, int):
         return not isinstance(value, bool) and -(1 << 63) <= value < 1 << 63
     return isinstance(value, float) and -_LARGEST <= value <= _LARGEST
@@ -253,7 +253,7 @@ def _checked_rope(rope: Mapping[str, Any], max_position_embeddings: int) -> dict
     rope = dict(rope)
     nested = [key for key in LAYER_TYPES if key in rope]
     if nested:
-        raise ValueError(f"config field rope_parameters has entries for {nested}, expected one for all")
+        raise ValueError(f"config field rope_parameters has entries for {nested}, expected one set for all layers")
     kind = rope.setdefault("rope_type", rope.pop("type", "default"))
     rope.pop("type", None)
     rope.setdefault("rope_theta", 10000.0)

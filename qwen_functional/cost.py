@@ -1,4 +1,4 @@
-"""What a step computes and holds: one arithmetic of FLOP and bytes for ``checkpoint="auto"``, benchmarks and plans."""
+"""What a step computes and holds: one count of FLOP and bytes for ``checkpoint="auto"``, benchmarks and plans."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ ACCUMULATED = 4  # bytes of the residual stream's numbers; 8 for float64
 
 @dataclass(frozen=True)
 class Cost:
-    """Of G adapters on S tokens each, R of which are read out, in one pass; on average where they have texts of their
-    own.
+    """The cost of G adapters on S tokens each, R of which are read out, in one pass; S and R are averages where
+    adapters have texts of their own.
 
     Attributes:
-        config: of what one rank holds.
-        itemsize: bytes of what is multiplied.
-        ranks: of each adapted (layer, projection).
+        config: that of one rank's part of the model.
+        itemsize: bytes of the numbers that are multiplied.
+        ranks: the LoRA rank of each adapted (layer, projection).
         top, lowest: the highest block that is computed, and the lowest that the gradient passes through.
         kept_numbers: how many numbers a block that is kept whole holds for each adapter, in the accumulation and in the
             compute dtype; see :meth:`Plain.kept_numbers`.
-        copies_adapters: whether A and B of all blocks are held once more in the compute dtype.
-        bound: which halves of its adapters a kept block holds once more, where not all blocks do: A, which is scaled
-            and stacked, and B, where its dtype is not the compute dtype; none where weights are streamed.
-        casts_weights: whether a block that is held holds its weights once more, in the compute dtype.
-        own_texts: whether adapters share no token, also where none has been adapted yet.
+        copies_adapters: whether A and B of all blocks are held a second time, in the compute dtype.
+        bound: which of its adapters' A and B a kept block holds a second time, where not all blocks do: A, which is
+            scaled and stacked, and B, where its dtype is not the compute dtype; none where weights are streamed.
+        casts_weights: whether a block that is held holds its weights a second time, in the compute dtype.
+        own_texts: whether adapters share no token, not even below the first adapted block.
     """
 
     config: Qwen2Config
@@ -56,17 +56,17 @@ class Cost:
 
     @property
     def few(self) -> bool:
-        """Whether the highest block computes the read-out rows alone, but for k and v."""
+        """Whether the highest block computes the read-out rows only, except for k and v."""
         return self.rows < self.tokens
 
     # Elements
 
     def base_elements(self) -> int:
-        """Of a block's weight matrices."""
+        """Elements of a block's weight matrices."""
         return sum(math.prod(stack_shape(self.config, stack)) for stack in STACKS)
 
     def adapter_elements(self, halves: str = "AB") -> int:
-        """Of the A, the B or both of one adapter."""
+        """Elements of the A, the B or both of one adapter."""
         return sum(self._elements(halves).values())
 
     def _elements(self, halves: str) -> dict[int, int]:
@@ -81,19 +81,19 @@ class Cost:
     # Bytes
 
     def input_bytes(self) -> int:
-        """Of what is kept in any case: the inputs of blocks that the gradient passes through, and what is read out."""
+        """Bytes that are always kept: the inputs of blocks that the gradient passes through, and what is read out."""
         if not self.n_blocks:
             return 0
         rows = round(self.adapters * (self.n_blocks * self.tokens + self.rows))
         return rows * self.config.hidden_size * self.accumulated
 
     def block_bytes(self) -> int:
-        """Of what a block that is kept whole holds beside its input; of the layer with most adapters.
+        """Bytes that a block kept whole holds besides its input; for the layer with the largest adapters.
 
-        The adapters as it multiplies by them count where they are there for its sake.
+        Its copies of the adapters count where they are held for it alone.
         """
         accumulated, computed = self.kept_numbers
-        accumulated += 2 * self.tokens  # of its norms
+        accumulated += 2 * self.tokens  # for rstd of its norms
         ranks: dict[int, int] = {}
         for (layer, _), rank in self.ranks.items():
             ranks[layer] = ranks.get(layer, 0) + rank
@@ -111,43 +111,43 @@ class Cost:
         return max((n for layer, n in by_layer.items() if self.lowest <= layer <= self.top), default=0)
 
     def _top_bytes(self) -> int:
-        """Of what the highest block holds beyond the others: what q reads, which lies apart; less where few rows go on.
+        """Bytes by which the highest block exceeds the others: what q reads separately, less what its few rows save.
 
-        It may be below zero, by what enters its MLP; what else it holds less than the others counts as theirs does.
+        The result may be negative, as fewer rows enter its MLP; its other savings only offset what q reads.
         """
         if not self.few:
             return 0
         hidden, intermediate = self.config.hidden_size, self.config.intermediate_size
         beyond = self.rows * hidden - (self.tokens - self.rows) * (hidden + 2 * intermediate)
-        cast = math.prod(stack_shape(self.config, "qkv")) if self.casts_weights else 0  # whole for q, and for k and v
+        cast = math.prod(stack_shape(self.config, "qkv")) if self.casts_weights else 0  # cast whole for q, and for k|v
         less = round(self.adapters * (self.tokens - self.rows)) * hidden * self.accumulated
         return (round(self.adapters * max(0, beyond)) + cast) * self.itemsize - less
 
     def adapter_bytes(self) -> int:
-        """Of all A and B in the compute dtype, where they are held once more, and the weights with them."""
+        """Bytes of all A and B in the compute dtype, where they are held a second time, and the weights with them."""
         if not self.copies_adapters:
             return 0
         return self.adapters * self.adapter_elements() * self.itemsize + (self.top + 1) * self._cast_bytes()
 
     def kept_bytes(self, n_keep: int | None = None) -> int:
-        """Of what the way back needs, where ``n_keep`` blocks are kept whole, the highest ones; by default all."""
+        """Bytes that the way back needs, where the ``n_keep`` highest blocks are kept whole; by default all."""
         n_keep = self.n_blocks if n_keep is None else n_keep
         whole = n_keep * self.block_bytes() + self._top_bytes() if n_keep else 0
         return self.input_bytes() + self.adapter_bytes() + whole
 
     def blocks_within(self, budget: int) -> int:
-        """How many blocks can be kept whole."""
+        """How many blocks can be kept whole in ``budget`` bytes."""
         left = max(0, budget - self.kept_bytes(0) - self._top_bytes())
         return min(self.n_blocks, left // max(1, self.block_bytes()))
 
     # FLOP
 
     def base_flop(self, n_keep: int | None = None, *, forwards: bool = True, backwards: bool = True) -> int:
-        """Of products with base weights, on the way there and back; of a backend that has q apart.
+        """FLOP of products with base weights, forward and backward, on a backend that computes q separately.
 
-        All adapters share what is read by the first adapted stack and below it. The highest block multiplies by all but
-        k and v for the read-out rows alone. On the way back nothing below the lowest adapted stack is needed; and
-        blocks that are not among the ``n_keep`` highest multiply again, but for down_proj: no vjp reads what it gives.
+        All adapters share the products of the first adapted stack and below. The highest block multiplies only the
+        read-out rows, except for k and v. On the way back nothing below the lowest adapted stack is needed; and blocks
+        that are not among the ``n_keep`` highest multiply again, except for down_proj, whose output no vjp reads.
         """
         n_keep = self.n_blocks if n_keep is None else n_keep
         first = min((layer for layer, _ in self.ranks), default=self.top + 1)
@@ -175,5 +175,5 @@ class Cost:
             yield self.tokens if name in others else rows, math.prod(projection_shape(self.config, name))
 
     def low_rank_flop(self) -> int:
-        """Of the adapters' own products: two forwards and four back."""
+        """FLOP of the adapters' own products: two forward and four backward."""
         return round(6 * self.adapter_elements() * self.adapters * self.tokens)

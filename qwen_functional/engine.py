@@ -1,7 +1,7 @@
 """The whole model on packed tokens, many adapters at once, with its gradient written by hand.
 
-No autograd and no vocabulary logits. What the forward keeps, how much of it, and how many adapters go through a block
-at a time is in the plan; what a block computes is in ``block.py``; how a chip does it, in ``backends/``.
+No autograd; only heads that need logits compute any. The plan says what the forward keeps and how many adapters go
+through a block at a time, ``block.py`` what a block computes, and ``backends/`` how a chip does it.
 """
 
 from __future__ import annotations
@@ -55,39 +55,39 @@ def forward_vjp(
 
     Args:
         tokens: P sequences that all adapters read, from :func:`pack`; or those that each reads, from :func:`pack_each`.
-        lora: G adapters, from :meth:`LoraSpec.bind`; None for the bare model, with G = 1, or once for the texts of each
-            of G adapters.
-        checkpoint: ``"none"`` keeps all that the vjp needs; ``"block"`` keeps what enters a block and computes the
-            rest again; ``"auto"`` keeps as many blocks whole as ``memory_budget`` allows, the last ones first.
+        lora: G adapters, from :meth:`LoraSpec.bind`; None for the bare model, with G = 1, or once for each of G sets of
+            texts.
+        checkpoint: ``"none"`` keeps all that the vjp needs; ``"block"`` keeps the input of each block and recomputes
+            the rest; ``"auto"`` keeps as many blocks whole as ``memory_budget`` allows, the last ones first.
         layer: after which block to read out, from 0; −1 is after the last block and the final norm. A sequence
-            reads out several. Blocks above the highest one are not computed.
+            reads out after several. Blocks above the highest one are not computed.
         read: ``"last"`` reads each sequence's last token; ``"all"`` every token, one sequence after the other: P is
             then the sum of their lengths.
-        heads: what is to be made of hidden states instead, see ``heads.py``: the value is then a tuple, that of each
-            head, and so is the vjp's cotangent. ``layer`` and ``read`` say nothing then.
-        wrt: names of the LoRA tensors whose gradients are wanted; None for all. The others cost nothing.
+        heads: what to compute from hidden states instead, see ``heads.py``. The value is then a tuple, with one entry
+            for each head, and so is the vjp's cotangent; ``layer`` and ``read`` are ignored.
+        wrt: names of the LoRA tensors whose gradients are wanted; None for all. Only these are computed.
         memory_budget: bytes that ``"auto"`` may spend on what it keeps; by default half of what is free.
-        graph: on a GPU, whether a plan that is used again is captured in CUDA graphs: ``"auto"`` where nothing stands
-            in the way, True as well, False never.
-        plan: made before for the same arguments, and kept: what does not depend on values is then not made again.
-            With it the arguments after ``lora`` are the plan's own. Its tables are of the tokens that it was made for
-            or :meth:`Plan.fill` gave it last; ``tokens`` are not read.
+        graph: on a GPU, whether a plan that is used again is captured in CUDA graphs: ``"auto"`` and True where
+            possible, False never.
+        plan: made earlier for the same arguments, so that what does not depend on values is reused. The plan's own
+            arguments then replace those after ``lora``. Its tables hold the tokens that it was made for, or that
+            :meth:`Plan.fill` gave it last; the values of ``tokens`` are not read.
 
     Returns:
         value: (G, P, H), or (G, len(layer), P, H) for a sequence of layers; float32 (float64 for float64 weights).
-            Where each adapter reads texts of its own (ΣP, H) or (len(layer), ΣP, H), one adapter's after the other's.
+            Where each adapter reads texts of its own, (ΣP, H) or (len(layer), ΣP, H), one adapter after the other.
         vjp: see :class:`Vjp`.
 
     Raises:
-        ValueError: token ids outside the vocabulary, a sequence longer than the model's positions, a layer that
-            the model lacks, an unknown option, a name in ``wrt`` that ``lora`` lacks, another device, tensors of a
-            transform of ``torch.func``, a plan that was made for other sizes, texts of fewer or more adapters than
-            ``lora`` has, a head without what it needs.
+        ValueError: token ids outside the vocabulary, a sequence longer than max_position_embeddings, a layer that
+            the model lacks, an unknown option, a name in ``wrt`` that ``lora`` lacks, tensors on another device or
+            inside a transform of ``torch.func``, a plan that was made for other sizes, texts for fewer or more adapters
+            than ``lora`` has, a head that lacks what it needs.
     """
     lora = bare(tokens) if lora is None else lora
     for name, tensor in lora.tensors().items() if plan is None else ():
         if tensor.device != weights.device:
-            raise ValueError(f"LoRA tensor {name!r} is on {tensor.device}, expected {weights.device} as the weights")
+            raise ValueError(f"LoRA tensor {name!r} is on {tensor.device}, expected {weights.device} like the weights")
     require_no_transform(lora.tensors())
     with _plain(weights):
         if plan is None:
@@ -106,7 +106,7 @@ class Vjp:
 
     Attributes:
         n_blocks: how many blocks the gradient passes through.
-        n_kept: how many of them the forward kept whole; the others are computed again from their input.
+        n_kept: how many of them the forward kept whole; the others are recomputed from their input.
     """
 
     def __init__(self, plan: Plan, way_back: WayBack, shapes: Sequence[tuple[int, ...]]) -> None:
@@ -123,21 +123,21 @@ class Vjp:
 
     @opaque
     def __call__(self, cotangent: Any) -> dict[str, Tensor]:
-        """{PEFT name: gradient}, shaped, ordered and typed as the wanted tensors given to ``bind``.
+        """{PEFT name: gradient}, with the shapes, order and dtypes of the wanted tensors given to ``bind``.
 
         Args:
-            cotangent: shaped as the value; a tuple where that is one.
+            cotangent: shaped like the value; a tuple where that is one.
 
         Raises:
-            ValueError: another shape, a cotangent of a transform of ``torch.func``, a second call, or a plan that was
-                filled anew meanwhile; LoRA tensors that a GPU has found not to be finite.
+            ValueError: another shape, a cotangent inside a transform of ``torch.func``, a second call, or a plan that
+                was refilled meanwhile; LoRA tensors that a GPU has found not to be finite.
         """
         if self._way_back is None:
             raise ValueError("vjp was called already, expected one call for each forward_vjp")
         cotangents = (cotangent,) if self._plan.single_head else tuple(cotangent)
         for one, shape in zip(cotangents, self._shapes, strict=True):
             if tuple(one.shape) != shape:
-                raise ValueError(f"cotangent has shape {tuple(one.shape)}, expected {shape} as the value")
+                raise ValueError(f"cotangent has shape {tuple(one.shape)}, expected {shape} like the value")
         if self._plan.fills != self._fills:
             raise ValueError("plan was filled with other tokens since the forward, expected the vjp before that")
         require_no_transform(dict.fromkeys(["cotangent"], cotangents[0]), "tensor")
@@ -148,13 +148,13 @@ class Vjp:
 
 
 class WayBack(Protocol):
-    """What takes a cotangent of each head's value to gradients: a :class:`Run`, or what was captured of one."""
+    """What turns a cotangent of each head's value into gradients: a :class:`Run`, or a captured one."""
 
     def backward(self, cotangents: Sequence[Tensor]) -> dict[str, Tensor]: ...
 
 
 def run(plan: Plan, lora: Lora) -> tuple[tuple[Tensor, ...], WayBack]:
-    """Each head's value, and the way back; by CUDA graphs where the plan is captured, or can be by now."""
+    """Each head's value, and the way back; by CUDA graphs where the plan is captured, or can be captured now."""
     if plan.backend.captures and plan.graph is not False:
         from .backends.graph import replayed
 
@@ -167,22 +167,22 @@ def run(plan: Plan, lora: Lora) -> tuple[tuple[Tensor, ...], WayBack]:
 
 @dataclass
 class _Saved:
-    """What a block's vjp needs, of one chunk of adapters."""
+    """What a block's vjp needs, for one chunk of adapters."""
 
     x: Tensor
     a: Input | None  # what down_proj read, where a backend keeps its u
-    halves: tuple[KeptAttention, KeptMlp] | None  # None: to be computed again
+    halves: tuple[KeptAttention, KeptMlp] | None  # None: to be recomputed
 
 
 class Run:
-    """One pass forwards and back, in each block one group of adapters after the other.
+    """One pass forward and backward, in each block one group of adapters after the other.
 
-    The residual stream is a list of one pair (x, y) a group, or of one alone (1, S, H) below the first adapted block
-    where all read the same tokens. ``saved`` maps a layer to what is kept of each group; ``bound`` maps one to its
-    block, where it is kept as well.
+    The residual stream is a list of pairs (x, y), one for each group; below the first adapted block, where all adapters
+    read the same tokens, it is a single pair, (1, S, H). ``saved`` maps a layer to what is kept of each group;
+    ``bound`` maps a layer to its block, where that is kept as well.
 
     Args:
-        lora: the adapters; with ``prepared`` as :meth:`Plain.adapters` has made them.
+        lora: the adapters; ``prepared``: the same as :meth:`Plain.adapters` returned them.
     """
 
     def __init__(self, plan: Plan, lora: Lora, prepared: Lora | None = None) -> None:
@@ -194,7 +194,7 @@ class Run:
         self.bound: dict[int, Block] = {}
 
     def block(self, layer: int, then: int | None) -> Block:
-        """A layer, ready to multiply; ``then`` is the next one that will be."""
+        """A layer, ready to multiply; ``then`` is the layer needed next."""
         plan, weights = self.plan, self.plan.weights
         return Block.bind(
             self.backend,
@@ -217,7 +217,7 @@ class Run:
             for tables in plan.tables
         ]
         read: dict[int, Tensor] = {}
-        turn = plan.top - 1 if plan.lowest < plan.top else 0  # the way back, or the next pass
+        turn = plan.top - 1 if plan.lowest < plan.top else 0  # after the top: on the way back, or in the next pass
         for layer in range(plan.top + 1):
             block = self.block(layer, layer + 1 if layer < plan.top else turn)
             first = shared and block.adapted
@@ -242,7 +242,7 @@ class Run:
         return values
 
     def _joined(self, parts: list[Tensor]) -> Tensor:
-        """Of all groups: adapter by adapter, or row after row."""
+        """Those of all groups: adapter by adapter, or row by row."""
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1 if self.plan.own_texts else 0)
 
     def _block(
@@ -300,7 +300,7 @@ class Run:
         gradients: GradientsOf,
         under: Stack | None,
     ) -> tuple[Tensor, Cotangent] | None:
-        """The cotangent of the block's input; None from the lowest block, whose input's nobody needs."""
+        """The cotangent of the block's input; None for the lowest block, where it is not needed."""
         plan, backend, layer = self.plan, self.backend, block.layer
         need_dx = layer > plan.lowest
         need_mid = need_dx or gradients.every.wants_any(layer, "qkv", "o")
@@ -317,7 +317,7 @@ class Run:
         return stream
 
     def _again(self, block: Block, saved: _Saved, row: Row) -> tuple[KeptAttention, KeptMlp]:
-        """Both halves, computed from the block's input; without what only the way forwards needs."""
+        """Both halves, recomputed from the block's input, without what only the forward needs."""
         first = attention_half(self.backend, block, saved.x, None, row, keep=True)
         second = mlp_half(self.backend, block, _rows(first.x, row.rows), first.o, keep=True, again=True)
         if saved.a is not None:
@@ -331,7 +331,7 @@ def _rows(x: Tensor, rows: Tensor | None) -> Tensor:
 
 @contextlib.contextmanager
 def _plain(weights: Qwen2Weights) -> Iterator[None]:
-    """No tape, and no autocast: the engine chooses its own dtypes. On a GPU, that of the weights."""
+    """No tape, and no autocast: the engine chooses its own dtypes. The current GPU is that of the weights."""
     device = torch.cuda.device(weights.device) if weights.device.type == "cuda" else contextlib.nullcontext()
     with torch.no_grad(), torch.autocast(weights.device.type, enabled=False), device:
         yield

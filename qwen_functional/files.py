@@ -1,4 +1,4 @@
-"""Reading text and JSON at the door: one way for all files."""
+"""Reading and checking text and JSON: one way for all files."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ MOST_BYTES = 1 << 28  # of a text file; what is read here is configs, indexes, t
 
 
 def read_text(path: str | Path, expected: str = "a text file", most_bytes: int = MOST_BYTES) -> str:
-    """What a file holds, in UTF-8 with or without a byte order mark.
+    """The text of a file, in UTF-8 with or without a byte order mark.
 
     Args:
         expected: what the file should be, for the errors.
         most_bytes: a larger file is refused before it is read.
 
     Raises:
-        ValueError: no such file, not a regular one, too large, one that cannot be read or is not UTF-8; it names the
-            file.
+        ValueError: the file does not exist, is not a regular one, is too large, cannot be read or is not UTF-8; the
+            message names it.
     """
     path = Path(path)
     try:
@@ -39,7 +39,7 @@ def read_text(path: str | Path, expected: str = "a text file", most_bytes: int =
 def read_lines(path: str | Path, expected: str = "a text file", most_bytes: int = MOST_BYTES) -> list[str]:
     """The lines of a file, as :func:`read_text` reads it: each ends at ``\\n`` or ``\\r\\n``, and nowhere else.
 
-    ``str.splitlines`` also splits at form feeds, U+0085 and U+2028, which may stand in a JSON string or a prompt.
+    ``str.splitlines`` also splits at form feeds, U+0085 and U+2028, which may occur in a JSON string or a prompt.
     """
     lines = read_text(path, expected, most_bytes).split("\n")
     if lines[-1] == "":
@@ -51,7 +51,7 @@ def parse_json(text: str | bytes, where: str, expected: str = "JSON") -> Any:
     """The value of a JSON text, in UTF-8 with or without a byte order mark where it is bytes.
 
     Raises:
-        ValueError: not JSON, nested too deeply or with a number too long for Python; it says ``where``.
+        ValueError: not JSON, nested too deeply or with a number too long for Python; the message names ``where``.
     """
     try:
         return json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
@@ -64,10 +64,10 @@ def parse_json(text: str | bytes, where: str, expected: str = "JSON") -> Any:
 def read_json_object(
     path: str | Path, expected: str = "a JSON object", most_bytes: int = MOST_BYTES
 ) -> dict[str, Any]:
-    """The object that a file holds, as :func:`read_text` reads it.
+    """The JSON object in a file, as :func:`read_text` reads it.
 
     Raises:
-        ValueError: no such file, one that cannot be read, is not JSON, or holds something other than an object.
+        ValueError: the file does not exist, cannot be read, is not JSON, or holds something other than an object.
     """
     fields = parse_json(read_text(path, expected, most_bytes), str(path), expected)
     if not isinstance(fields, dict):

@@ -1,4 +1,4 @@
-"""NaN and infinity among tensors: found at once on a CPU; on a GPU without waiting for it."""
+"""NaN and infinity in tensors: found at once on a CPU; on a GPU, without waiting for it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class _Pending:
-    """A check that a GPU is still at. ``finite`` is in page-locked memory of the host, filled in when ``done`` is."""
+    """A check that a GPU has not finished yet. ``finite``, in page-locked host memory, is valid after ``done``."""
 
     names: tuple[str, ...]
     finite: Tensor
@@ -24,7 +24,7 @@ _pending: deque[_Pending] = deque()
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
     """Raises ``ValueError`` for a tensor that holds NaN or infinity: here for one on a CPU, and for those on a GPU in
-    the first :func:`raise_found` after the GPU has looked. No device-side assertion, which would end its context.
+    the first :func:`raise_found` after the check. No device-side assertion, which would destroy the CUDA context.
     """
     if not tensors or any(is_symbolic(tensor) for tensor in tensors.values()):
         return
@@ -32,14 +32,14 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
         if not torch.cuda.is_current_stream_capturing():
             _check_later(tensors)
         return
-    extremes = [torch.stack(tensor.detach().aminmax()).double() for tensor in tensors.values()]  # NaN is both
+    extremes = [torch.stack(tensor.detach().aminmax()).double() for tensor in tensors.values()]  # any NaN gives NaN
     _raise_unless(tensors, torch.isfinite(torch.stack(extremes)).all(1))
 
 
 def _check_later(tensors: Mapping[str, Tensor]) -> None:
     with torch.no_grad(), torch.inference_mode(False):
         largest = torch._foreach_norm([tensor.detach() for tensor in tensors.values()], float("inf"))
-        same = all(one.dtype == largest[0].dtype for one in largest)  # as nearly always: no launch for each
+        same = all(one.dtype == largest[0].dtype for one in largest)  # nearly always; saves a launch for each
         finite = torch.isfinite(torch.stack(largest if same else [one.double() for one in largest]))
         host = torch.empty(finite.shape, dtype=torch.bool, pin_memory=True)
         host.copy_(finite, non_blocking=True)
@@ -65,14 +65,14 @@ def _raise_unless(names: Mapping[str, Tensor] | tuple[str, ...], finite: Tensor)
 
 
 def is_symbolic(tensor: Tensor) -> bool:
-    """Whether the values cannot be read: under torch.compile or torch.func, of a fake tensor, or one on meta."""
+    """Whether the values cannot be read: under torch.compile or torch.func, of a fake tensor or one on meta."""
     if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return True
     return tensor.is_meta or type(tensor).__name__ == "FakeTensor"
 
 
 def require_no_transform(tensors: Mapping[str, Tensor], kind: str = "LoRA tensor") -> None:
-    """Raises ``ValueError`` for a tensor of a transform of torch.func, which cannot follow what is written by hand."""
+    """Raises ``ValueError`` for a tensor inside a transform of torch.func, which cannot see hand-written gradients."""
     if torch._C._functorch.peek_interpreter_stack() is None:
         return
     for name, tensor in tensors.items():

@@ -1,7 +1,7 @@
 """The whole model: ``forward``, plain differentiable torch over padded rows, and ``forward_vjp``, the engine.
 
-``forward`` is the formula, in the shape that users of transformers know; ``forward_vjp`` (in ``engine.py``) is the
-same function of the same arguments on packed tokens, fast and with its gradient written by hand.
+``forward`` is the formula, with the interface that users of transformers know; ``forward_vjp`` (in ``engine.py``) is
+the same function of the same arguments on packed tokens, fast and with its gradient written by hand.
 """
 
 from __future__ import annotations
@@ -58,17 +58,17 @@ def forward(
     Args:
         input_ids: (N, T) integer.
         attention_mask: (N, T), nonzero where there is a token; padding may be on either side. A padding token's
-            outputs are finite and mean nothing. Or (N, 1, T, T), nonzero where a query, second to last, sees a key:
-            a token always sees itself.
-        position_ids: (N, T) or (1, T), by default 0 to T − 1, as in transformers whatever the padding. As there,
-            without an attention mask a position that does not follow the one before begins a new sequence.
+            outputs are finite but meaningless. Or (N, 1, T, T), nonzero where a query (second-to-last dimension) sees
+            a key; a token always sees itself.
+        position_ids: (N, T) or (1, T), by default 0 to T − 1 regardless of padding, as in transformers. As there,
+            without an attention mask a position that does not follow the previous one begins a new sequence.
         lora: adapters from :meth:`LoraSpec.bind`.
         adapter_index: (N,) integer, which adapter each row uses; may be left out when G is 1 or N.
         output_hidden_states: whether to return them.
 
     Raises:
         ValueError: an argument of another shape or dtype, a token outside the vocabulary, more tokens than the
-            model has positions, a mask with an empty row, an adapter that is not there.
+            model has positions, a mask with an empty row, an adapter that does not exist.
     """
     _check_inputs(config, input_ids, attention_mask, position_ids)
     if weights.lm_head is None:
@@ -128,7 +128,7 @@ def _attention(
 
 @dataclass(frozen=True)
 class _Adapters:
-    """The adapters of N rows. ``of_row`` (N,) picks each row's; None where one serves all."""
+    """The adapters of N rows. ``of_row`` (N,) picks each row's; None where one serves all, or each row has its own."""
 
     config: Qwen2Config
     lora: Lora | None
@@ -163,7 +163,7 @@ class _Adapters:
 
 
 def _seen(n_tokens: int, attention_mask: Tensor | None, position_ids: Tensor | None, device: torch.device) -> Tensor:
-    """(N or 1, 1, T, T) bool: which queries (second to last) see which keys. A token always sees itself."""
+    """(N or 1, 1, T, T) bool: which queries (second-to-last dimension) see which keys. A token always sees itself."""
     index = torch.arange(n_tokens, device=device)
     seen = (index[:, None] >= index[None, :])[None, None]
     if attention_mask is not None and attention_mask.dim() == 4:
@@ -197,7 +197,7 @@ def _check_inputs(
     shapes = (rows, n_tokens), (rows, 1, n_tokens, n_tokens)
     if attention_mask is not None and tuple(attention_mask.shape) not in shapes:
         found = tuple(attention_mask.shape)
-        raise ValueError(f"attention_mask has shape {found}, expected {shapes[0]} as input_ids, or {shapes[1]}")
+        raise ValueError(f"attention_mask has shape {found}, expected {shapes[0]} like input_ids, or {shapes[1]}")
     if position_ids is not None and tuple(position_ids.shape) not in ((rows, n_tokens), (1, n_tokens)):
         shape = tuple(position_ids.shape)
         raise ValueError(f"position_ids has shape {shape}, expected {(rows, n_tokens)} or {(1, n_tokens)}")

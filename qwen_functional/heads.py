@@ -1,6 +1,6 @@
-"""What is made of the hidden states that are read out, with its vjp. The engine's way back starts here.
+"""What is computed from the hidden states that are read out, with its vjp. The engine's way back starts here.
 
-A head says which tokens it reads and after which blocks; a plan binds it to the rows that it reads for all its heads.
+A head says which tokens it reads, and after which blocks; a plan binds it to the rows that are read for all heads.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ class Head(Protocol):
     def layer(self) -> int | Sequence[int]: ...
 
     def reads(self, tokens: PackedTokens, index: int) -> Tensor:
-        """The nodes (P,) that it reads of a row: that of adapter ``index``, or the one of all adapters."""
+        """The nodes (P,) that it reads of a row: that of adapter ``index``, or the one that all adapters share."""
 
     def bind(self, plan: Plan, row_of: Tensor) -> Bound:
-        """The head of a plan; ``row_of`` (P,) or (ΣP,): which of all rows that are read out each of its reads is."""
+        """The head bound to a plan; ``row_of`` (P,) or (ΣP,): the index of each of its reads among all rows read."""
 
 
 class Bound(Protocol):
-    """A head of a plan."""
+    """A head bound to a plan."""
 
     def __call__(self, states: dict[int, Tensor], keep: bool) -> tuple[Tensor, Any]:
         """The value, and with ``keep`` what the vjp needs.
 
-        ``states``: {layer: (G or 1, R, H)}, the residual stream at the rows that are read, of each block that a head
-        reads and of the top one; (1, ΣR, H) where each adapter has texts of its own.
+        ``states``: {layer: (G or 1, R, H)}, the residual stream at the rows that are read, after each block that a head
+        reads and after the top one; (1, ΣR, H) where each adapter has texts of its own.
         """
 
     def vjp(self, cotangent: Tensor, kept: Any) -> dict[int, Tensor]:
@@ -56,11 +56,11 @@ class Bound(Protocol):
 class Hidden:
     """The hidden states themselves: after some blocks, and (−1) after the final norm.
 
-    Its value is (G, P, H), or (G, layers, P, H) for a sequence of layers; where each adapter has texts of its own (ΣP,
-    H) or (layers, ΣP, H), those of one adapter after the other's.
+    Its value is (G, P, H), or (G, layers, P, H) for a sequence of layers; where each adapter has texts of its own, (ΣP,
+    H) or (layers, ΣP, H), one adapter after the other.
 
     Args:
-        layer, read: as for :func:`forward_vjp`; or the nodes (P,) that are read of each row of tokens.
+        layer, read: as for :func:`forward_vjp`; ``read`` may also be the nodes (P,) to read of each row of tokens.
     """
 
     layer: int | Sequence[int] = -1
@@ -91,11 +91,11 @@ class _BoundHidden:
     def vjp(self, cotangent: Tensor, top: Tensor) -> dict[int, Tensor]:
         cotangent = cotangent.unsqueeze(-3) if self.single else cotangent
         cotangent = cotangent[None] if self.own_texts else cotangent
-        cotangent = cotangent.transpose(0, 1)  # layers first: of each a tensor of its own, as kernels read it
-        # Sequences may end at the same node: sum what they send back.
+        cotangent = cotangent.transpose(0, 1)  # layers first: each is then a tensor of its own, as kernels read it
+        # Sequences may end at the same node: sum their cotangents.
         shape = (*cotangent.shape[:2], top.shape[1], cotangent.shape[3])
         d_read = torch.zeros(shape, dtype=top.dtype, device=top.device)
-        if d_read.is_cuda:  # index_add_ adds in any order there
+        if d_read.is_cuda:  # index_add_ has no fixed order there
             to_row = torch.arange(shape[2], device=self.row_of.device)[:, None] == self.row_of
             torch.matmul(to_row.to(d_read.dtype), cotangent.to(d_read), out=d_read)
         else:
@@ -112,17 +112,17 @@ class _BoundHidden:
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """The language model's loss of tokens that are known, or of a distribution over the next ones.
+    """The language model's loss on known tokens, or on a distribution over the next ones.
 
     Its value is (G,): for each adapter the sum over its targets of weight times loss, see :class:`Targets`, or
-    :class:`StateTargets` for what a teacher's states say; float32, or float64 for float64 weights. Logits are made for
+    :class:`StateTargets` for a teacher's states; float32, or float64 for float64 weights. Logits are computed only for
     the rows that have a target, a few at a time, and never kept.
 
     Args:
-        targets: of each adapter, or one of all adapters where they have the same texts; all of one kind.
+        targets: one for each adapter, or a single one where all adapters have the same texts; all of one kind.
         label_smoothing: ε of the loss ``(1 − ε) · cross-entropy + ε · mean over the vocabulary of −log p``; not for
-            what a teacher's states say.
-        temperature: by which logits are divided.
+            :class:`StateTargets`.
+        temperature: the divisor of the logits.
     """
 
     targets: Sequence[Targets] | Sequence[StateTargets]
@@ -138,11 +138,11 @@ class TokenLoss:
 
     def reads(self, tokens: PackedTokens, index: int) -> Tensor:
         if index >= len(self.targets):
-            raise ValueError(f"there are {len(self.targets)} targets, expected those of each row of tokens")
+            raise ValueError(f"there are {len(self.targets)} targets, expected one for each row of tokens")
         rows = self.targets[index].rows
         if not len(rows) or int(rows.min()) < 0 or int(rows.max()) >= len(tokens):
             what = f"{int(rows.min())} to {int(rows.max())}" if len(rows) else "none"
-            raise ValueError(f"targets {index} are of rows {what}, expected some of 0 to {len(tokens) - 1}")
+            raise ValueError(f"targets {index} are for rows {what}, expected some of 0 to {len(tokens) - 1}")
         return rows
 
     def bind(self, plan: Plan, row_of: Tensor) -> Bound:
@@ -170,7 +170,7 @@ class _BoundTokenLoss:
             check_ids(targets.indices, config.vocab_size)
         elif head.label_smoothing:
             smoothing = head.label_smoothing
-            raise ValueError(f"label_smoothing is {smoothing!r}, expected 0 for what a teacher's states say")
+            raise ValueError(f"label_smoothing is {smoothing!r}, expected 0 for targets from a teacher's states")
         self.head, self.weights, self.eps, self.top = head, weights, config.rms_norm_eps, plan.top
         self.n_adapters = plan.n_adapters
         self.widen = 1 if plan.own_texts else plan.n_adapters

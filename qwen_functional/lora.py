@@ -1,4 +1,4 @@
-"""Which projections carry a LoRA, of what rank and scale, and the tensors that fill it in."""
+"""Which projections carry a LoRA, with what rank and scale, and the tensors that fill it in."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .config import Qwen2Config
 from .finite import check_finite, raise_found
 from .patterns import Pattern, pattern_of
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # torch multiplies no float8 by itself
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # torch alone cannot multiply float8
 _MOST_ALPHA = torch.finfo(torch.float32).max
 _NAME = re.compile(
     r"(?:base_model\.model\.)?model\.layers\.(\d{1,9})\.(?:self_attn|mlp)\.([a-z]+_proj)\.lora_([AB])"
@@ -26,14 +26,14 @@ _NAME = re.compile(
 )
 
 
-@functools.cache  # asked hundreds of times in a step
+@functools.cache  # called hundreds of times in a step
 def peft_name(layer: int, projection: str, side: str) -> str:
     """The tensor's name in PEFT's ``adapter_model.safetensors``; ``side`` is ``"A"`` or ``"B"``."""
     return f"base_model.model.model.layers.{layer}.{PROJECTIONS[projection].path}.lora_{side}.weight"
 
 
 def parse_name(name: str) -> tuple[int, str, str] | None:
-    """(layer, projection, side) of a LoRA tensor's name, in any spelling that is read; None if it is none."""
+    """(layer, projection, side) of a LoRA tensor's name, in any accepted spelling; None if it is not one."""
     match = _NAME.fullmatch(name)
     if match is None or match[2] not in PROJECTIONS or PROJECTIONS[match[2]].path not in name:
         return None
@@ -51,7 +51,7 @@ class LoraPair:
 
 @dataclass(frozen=True)
 class Lora:
-    """G adapters bound to a config: what :meth:`LoraSpec.bind` gives and ``forward`` takes.
+    """G adapters bound to a config: what :meth:`LoraSpec.bind` returns and ``forward`` takes.
 
     ``pairs`` maps (layer, projection) to its tensors, in the order of :meth:`LoraSpec.shapes`. ``batched`` says
     whether the tensors came with a leading G; if not, G is 1 and gradients come back without it.
@@ -63,7 +63,7 @@ class Lora:
 
     @functools.cached_property
     def structure(self) -> tuple:
-        """All but the values: what a plan depends on. Hashable; without the number of adapters."""
+        """All but the values and the number of adapters: what a plan depends on. Hashable."""
         pairs = self.pairs.items()
         return tuple((key, p.A.shape[1], p.scaling, p.A.dtype, p.B.dtype, p.A.device) for key, p in pairs)
 
@@ -91,14 +91,14 @@ class Lora:
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """Ranks, scales and places of a LoRA, under PEFT's field names (``rank`` and ``alpha`` are its r, lora_alpha).
+    """Ranks, scales and places of a LoRA, under PEFT's field names (``rank`` and ``alpha`` are its r and lora_alpha).
 
     Args:
         rank: rank of every projection that ``rank_pattern`` does not name.
         alpha: numerator of the scale, ``alpha / rank``, or ``alpha / sqrt(rank)`` with ``use_rslora``.
         target_modules: which of the seven projections carry an adapter.
         rank_pattern: {pattern: rank}. As in PEFT, a pattern is a regular expression that must match the end of
-            the module's path (``model.layers.3.self_attn.q_proj``) from a dot on; the first that fits is taken.
+            the module's path (``model.layers.3.self_attn.q_proj``) from a dot onwards; the first that matches is used.
         alpha_pattern: {pattern: alpha}, likewise.
         use_rslora: the rank-stabilized scale of arXiv 2312.03732.
         layers_to_transform: the layers that carry an adapter; None for all.
@@ -158,7 +158,7 @@ class LoraSpec:
         """(layer, projection) of every adapter, in the order of :meth:`shapes`.
 
         Raises:
-            ValueError: ``layers_to_transform`` names a layer that the config lacks, or a pattern fits no module.
+            ValueError: ``layers_to_transform`` names a layer that the config lacks, or a pattern matches no module.
         """
         every = range(config.num_hidden_layers)
         layers = every if self.layers_to_transform is None else sorted(self._chosen_layers())
@@ -172,7 +172,7 @@ class LoraSpec:
         for where, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
             for pattern in patterns:
                 if not any(matching_pattern((pattern,), path) for path in paths):
-                    raise ValueError(f"{where} names {pattern!r}, which fits none of the adapted modules")
+                    raise ValueError(f"{where} names {pattern!r}, which matches none of the adapted modules")
         return modules
 
     def shapes(self, config: Qwen2Config) -> dict[str, tuple[int, int]]:
@@ -187,17 +187,17 @@ class LoraSpec:
 
     @opaque
     def bind(self, config: Qwen2Config, tensors: Mapping[str, Tensor], *, validate: bool = True) -> Lora:
-        """Check LoRA tensors against this spec and a config, and give them their places. Nothing is copied.
+        """Check LoRA tensors against this spec and a config, and assign them their places. Nothing is copied.
 
         Args:
             tensors: {name: (r, in) or (out, r)} is one adapter, {name: (G, r, in) or (G, out, r)} is G of them.
                 Names as PEFT writes them; ``.default.`` before ``weight`` and a missing ``base_model.model.`` in
-                front are read as well. Modules may be left out: they have no adapter.
-            validate: whether to look for NaN and infinity. On a GPU that waits for nothing: what was found is raised
-                by the next ``bind`` or vjp of this process that comes after the GPU has got there.
+                front are accepted as well. Modules may be left out: they have no adapter.
+            validate: whether to check for NaN and infinity. On a GPU this does not wait: the error is raised by the
+                first ``bind`` or vjp of this process after the GPU has finished the check.
 
         Raises:
-            ValueError: a name that fits nothing, an A without its B, a shape that is off, different G, a tensor
+            ValueError: a name that fits nothing, an A without its B, a wrong shape, different G, a tensor
                 that is not floating point of 16 bits or more, or not finite, different devices.
         """
         raise_found()
@@ -217,7 +217,7 @@ class LoraSpec:
         return Lora(pairs, n_adapters, batched)
 
     def _layout(self, config: Qwen2Config, names: tuple[str, ...]) -> _Layout:
-        """Where tensors of these names go. The last one is kept: a training run has the same names in every step."""
+        """Where tensors of these names go. The last layout is kept: a training run has the same names in every step."""
         kept = self.__dict__.get("_kept_layout")
         if kept is not None and kept[0] == names and kept[1] == config:
             return kept[2]
@@ -245,19 +245,19 @@ class LoraSpec:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Of LoRA tensors in the order in which they were given."""
+    """The layout of LoRA tensors, in the order in which they were given."""
 
     names: tuple[str, ...]  # as PEFT writes them
     shapes: tuple[tuple[int, int], ...]
     pairs: tuple[tuple[tuple[int, str], str, str, float], ...]  # (layer, projection), A's name, B's name, scaling
-    lonely: tuple[str, str] | None  # one without the other
+    lonely: tuple[str, str] | None  # the name of an A or B that is given, and that of its missing partner
 
 
 def matching_pattern(patterns: Iterable[str], path: str) -> str:
-    """The first pattern that fits the end of a module path, as PEFT's ``get_pattern_key`` chooses; else "".
+    """The first pattern that matches the end of a module path, as PEFT's ``get_pattern_key`` chooses; else "".
 
     Raises:
-        ValueError: a pattern is too much work, see ``patterns.py``.
+        ValueError: a pattern takes too many steps, see ``patterns.py``.
     """
     for key in patterns:
         try:
@@ -269,7 +269,8 @@ def matching_pattern(patterns: Iterable[str], path: str) -> str:
 
 
 def path_pattern(key: str) -> Pattern:
-    """What a key of a rank or alpha pattern is matched by: the end of a path, from a dot on. Raises as Pattern."""
+    """The pattern for a key of rank_pattern or alpha_pattern; it matches a path's end from a dot on. Raises as Pattern.
+    """
     return pattern_of(rf"(.*\.)?({key})$")
 
 
@@ -277,7 +278,9 @@ def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, int]) -> None:
     if not isinstance(tensor, Tensor):
         raise ValueError(f"LoRA tensor {name!r} is a {type(tensor).__name__}, expected a torch.Tensor")
     if tensor.dtype not in _DTYPES:
-        raise ValueError(f"LoRA tensor {name!r} has dtype {tensor.dtype}, expected a floating-point dtype, float16 up")
+        raise ValueError(
+            f"LoRA tensor {name!r} has dtype {tensor.dtype}, expected a floating-point dtype of 16 bits or more"
+        )
     if tensor.dim() not in (2, 3) or tuple(tensor.shape[-2:]) != shape:
         expected = f"{shape} or (G, {shape[0]}, {shape[1]})"
         raise ValueError(f"LoRA tensor {name!r} has shape {tuple(tensor.shape)}, expected {expected}")
@@ -286,23 +289,23 @@ def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, int]) -> None:
 
 
 def _common_batch(tensors: Mapping[str, Tensor], shapes: Sequence[tuple[int, int]]) -> tuple[int, bool]:
-    """(G, whether G is written out), the same for all tensors, which have these shapes; or a ``ValueError``."""
+    """(G, whether tensors have a G dimension), the same for all, which have these shapes; or a ``ValueError``."""
     if not tensors:
         return 1, False
     first_name, first = next(iter(tensors.items()))
     _check_tensor(first_name, first, shapes[0])
     lead, device = tuple(first.shape[:-2]), first.device
     for (name, tensor), shape in zip(tensors.items(), shapes, strict=True):
-        # One comparison for each of the hundreds of tensors that are as they should be.
+        # One comparison for each of the hundreds of tensors that are valid.
         fits = isinstance(tensor, Tensor) and tensor.shape == (*lead, *shape) and tensor.dtype in _DTYPES
         if fits and tensor.device == device:
             continue
         _check_tensor(name, tensor, shape)
         if tensor.shape[:-2] != first.shape[:-2]:
             raise ValueError(
-                f"LoRA tensors are of different G: {first_name!r} has shape {tuple(first.shape)}, "
+                f"LoRA tensors have different G: {first_name!r} has shape {tuple(first.shape)}, "
                 f"{name!r} has shape {tuple(tensor.shape)}; expected the same G for all"
             )
         if tensor.device != device:
-            raise ValueError(f"LoRA tensor {name!r} is on {tensor.device}, expected {device} as {first_name!r}")
+            raise ValueError(f"LoRA tensor {name!r} is on {tensor.device}, expected {device} like {first_name!r}")
     return (first.shape[0], True) if first.dim() == 3 else (1, False)

@@ -12,7 +12,7 @@ import torch
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated on ``device``, those that torch or the C library holds in reserve included."""
+    """Bytes that can still be allocated on ``device``, including those that torch or the C library holds in reserve."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -21,20 +21,20 @@ def free_bytes(device: torch.device) -> int:
 
 _HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
-_MMAP_THRESHOLD = 32 << 20  # the most that glibc takes
+_MMAP_THRESHOLD = 32 << 20  # the most that glibc accepts
 _TRIM_THRESHOLD = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep the memory that it frees, for its next allocation: for a process that repeats a step.
+    """Let this process keep the memory that it frees for its next allocation: for a process that repeats a step.
 
     By default glibc gives large freed blocks back to the system at once, and the next step faults every page in
-    again. What ``MALLOC_TRIM_THRESHOLD_`` and ``MALLOC_MMAP_THRESHOLD_`` in the environment do from the start. It
-    changes the whole process, so the library never calls it; the longer commands of ``lora-delta`` and the benchmarks
+    again. ``MALLOC_TRIM_THRESHOLD_`` and ``MALLOC_MMAP_THRESHOLD_`` in the environment do the same from the start. It
+    affects the whole process, so the library never calls it; the longer commands of ``lora-delta`` and the benchmarks
     do.
 
     Returns:
-        Whether the C library took it; False where it is another than glibc.
+        Whether the C library accepted it; False if it is not glibc.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -46,9 +46,9 @@ def keep_freed_memory() -> bool:
 def use_huge_pages() -> None:
     """Let torch ask for huge pages for large tensors on the CPU, unless ``THP_MEM_ALLOC_ENABLE`` says otherwise.
 
-    Where Linux gives them when it is asked to, writing a new tensor of hundreds of megabytes takes half as long; and
-    more memory is resident, as pages are given whole. To be called before the first tensor, which is when torch looks,
-    once; like :func:`keep_freed_memory` it changes the whole process, and no other one.
+    Where Linux grants them on request, writing a new tensor of hundreds of megabytes takes half as long, but more
+    memory is resident, as pages are given whole. Call it before making the first tensor: torch reads the setting then,
+    and only once. Like :func:`keep_freed_memory` it affects the whole process, and no other one.
     """
     if _HUGE_PAGES not in os.environ:
         os.environ[_HUGE_PAGES] = "1"
@@ -57,10 +57,10 @@ def use_huge_pages() -> None:
 
 
 def give_back_freed_memory() -> bool:
-    """Give the pages of freed blocks back to the system, so that what is resident is what is in use; for measuring.
+    """Give the pages of freed blocks back to the system, so that resident memory is memory in use; for measuring.
 
     Returns:
-        Whether there were any; False where the C library is another than glibc.
+        Whether there were any; False if the C library is not glibc.
     """
     try:
         return bool(ctypes.CDLL(None).malloc_trim(0))
@@ -76,9 +76,9 @@ class _Mallinfo2(ctypes.Structure):
 
 
 def _heap_bytes() -> int:
-    """Freed blocks that glibc has not given back, which the system counts as used; 0 where it does not tell.
+    """Freed blocks that glibc has not given back, which the system counts as used; 0 where glibc does not report them.
 
-    Without them a second step, whose memory the first one has left in the heap, would seem to have less than it had.
+    Without them a second step, which reuses memory that the first one left in the heap, would seem to have too little.
     """
     try:
         mallinfo2 = ctypes.CDLL(None).mallinfo2
@@ -97,12 +97,12 @@ def _system_bytes(root: Path = Path("/")) -> int:
 
 
 class _Controller(NamedTuple):
-    """Where a version of Linux's control groups tells of memory."""
+    """Where a version of Linux's control groups reports memory."""
 
     mount: str
     limit: str
     used: str
-    cached: str  # the field of memory.stat: pages of files that the kernel takes back when memory runs short
+    cached: str  # the field of memory.stat: pages of files that the kernel reclaims when memory runs short
 
 
 _V1 = _Controller("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
@@ -112,13 +112,13 @@ _NO_LIMIT = 1 << 62
 
 
 def cgroup_bytes(root: Path = Path("/")) -> int:
-    """What the limits of this process's control groups leave, versions 1 and 2; a very large number without any.
+    """Bytes left by the limits of this process's control groups, versions 1 and 2; a very large number without any.
 
-    The group's own limit counts and those of all above it. A container often sees its own group as the root, though
-    ``/proc/self/cgroup`` names it as the host does: groups that are not there are passed over.
+    The limits of the group itself and of all its ancestors count. A container often sees its own group as the root,
+    though ``/proc/self/cgroup`` names it as the host does: groups that do not exist are skipped.
 
     Args:
-        root: of the file system, for tests.
+        root: that of the file system, for tests.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -148,7 +148,7 @@ def _left_in(group: Path, controller: _Controller) -> int:
 
 
 def _field(file: Path, name: str) -> int:
-    """A number in a file of lines of names and numbers."""
+    """A number from a file whose lines are a name and a number."""
     for line in file.read_text().splitlines():
         if line.startswith(f"{name} "):
             return int(line.split()[1])

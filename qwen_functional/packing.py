@@ -29,7 +29,7 @@ class AttentionTile:
 
     ``keys`` is a slice where the keys are consecutive (nothing is copied then), else an index tensor (n_keys,).
     The first ``free`` keys are seen by all queries. ``blocked`` (n_queries, n_keys − free) bool is true where a query
-    must not see one of the others; None where all see all. Of several rows at once it is (rows, n_queries, n_keys −
+    must not see one of the others; None where all see all. For several rows at once it is (rows, n_queries, n_keys −
     free).
     """
 
@@ -64,7 +64,7 @@ class PackedTokens:
 
     @functools.cached_property
     def lengths(self) -> tuple[int, ...]:
-        """The P sequences' lengths; their sum is what packing without the tree would compute."""
+        """The P sequences' lengths; their sum is the number of tokens that would be computed without the tree."""
         return tuple(map(len, self.paths))
 
     @functools.cached_property
@@ -89,7 +89,7 @@ class PackedTokens:
         return tuple(parents.tolist())
 
     def check_fits(self, config: Qwen2Config) -> None:
-        """Raises ``ValueError`` for an id outside the vocabulary, or a sequence longer than the model's positions."""
+        """Raises ``ValueError`` for an id outside the vocabulary, or a sequence longer than max_position_embeddings."""
         check_ids(self.input_ids, config.vocab_size)
         longest = max(self.lengths)
         if longest > config.max_position_embeddings:
@@ -105,7 +105,7 @@ class PackedTokens:
         return self._last_nodes if read == "last" else self._all_nodes
 
     def padded(self, size: int) -> PackedTokens:
-        """The same row with so many nodes: those behind it are texts of one token, which nobody reads."""
+        """The same row padded to ``size`` nodes: those added are one-token texts that nothing reads."""
         more = torch.arange(len(self), size)
         none = torch.zeros_like(more)
         ids, positions, end = torch.cat((self.input_ids, none)), torch.cat((self.positions, none)), self.end
@@ -114,12 +114,12 @@ class PackedTokens:
     def tiles(self, window: int | None = None, size: int = TILE) -> list[AttentionTile]:
         """Attention of the whole row, ``size`` queries to a tile.
 
-        ``window``: as :meth:`Qwen2Config.window`, a node sees only ancestors less than so many positions before it.
+        ``window``: as in :meth:`Qwen2Config.window`, a node sees only ancestors fewer than ``window`` positions back.
         """
         return self._tiles(torch.arange(len(self)), window, size)
 
     def readout_tiles(self, nodes: Tensor, window: int | None = None, size: int = TILE) -> list[AttentionTile]:
-        """Attention of the queries ``nodes`` alone, in ascending order, which the tiles number from 0."""
+        """Attention of the queries ``nodes`` only, in ascending order; the tiles number them from 0."""
         return self._tiles(nodes, window, size)
 
     def _tiles(self, nodes: Tensor, window: int | None, size: int) -> list[AttentionTile]:
@@ -127,7 +127,7 @@ class PackedTokens:
         return [self._tile(nodes[start : start + size], start, window) for start in starts]
 
     def _tile(self, nodes: Tensor, start: int, window: int | None) -> AttentionTile:
-        root, stop = int(self._roots[nodes[0]]), int(nodes[-1]) + 1  # no query has an ancestor before the first's root
+        root, stop = int(self._roots[nodes[0]]), int(nodes[-1]) + 1  # no query has an ancestor before this root
         query, key = nodes[:, None], torch.arange(root, stop)
         seen = (key <= query) & (query < self.end[root:stop])
         if window is not None:
@@ -153,13 +153,13 @@ class PackedTokens:
 def joint_tiles(
     trees: Sequence[PackedTokens], window: int | None = None, size: int = TILE
 ) -> list[AttentionTile]:
-    """Attention of several rows of one length, each over its own texts: tiles of the same places in all of them."""
+    """Attention of several rows of equal length, each over its own texts: tiles at the same places in all of them."""
     n, tiles = len(trees[0]), list[AttentionTile]()
     ends, positions = (torch.stack([getattr(tree, name) for tree in trees]) for name in ("end", "positions"))
     roots = torch.stack([tree._roots for tree in trees])
     for start in range(0, n, size):
         stop = min(start + size, n)
-        first = int(roots[:, start].min())  # no query has an ancestor before its row's first one's root
+        first = int(roots[:, start].min())  # no query has an ancestor before the root of its row's first query
         query, key = torch.arange(start, stop)[:, None], torch.arange(first, stop)
         seen = (key <= query) & (query < ends[:, None, first:stop])
         if window is not None:
@@ -194,15 +194,15 @@ def pack(sequences: Sequence[Sequence[int] | Tensor]) -> PackedTokens:
 
 
 def pack_each(sequences: Sequence[Sequence[Sequence[int] | Tensor]]) -> tuple[PackedTokens, ...]:
-    """Pack the token sequences of each adapter by themselves: G adapters, each with its own prefix tree.
+    """Pack the token sequences of each adapter separately: G adapters, each with its own prefix tree.
 
-    Nothing is padded: the trees are of any sizes, and what an adapter's sequences begin with is computed once for it.
+    Nothing is padded: the trees may differ in size, and a prefix that an adapter's sequences share is computed once.
 
     Args:
-        sequences: for each of G adapters what :func:`pack` takes.
+        sequences: for each of G adapters, what :func:`pack` takes.
 
     Raises:
-        ValueError: no adapter, or as :func:`pack`; it says of which adapter.
+        ValueError: no adapter, or as for :func:`pack`; the message names the adapter.
     """
     if not isinstance(sequences, Sequence) or isinstance(sequences, str) or not sequences:
         what = "empty" if isinstance(sequences, Sequence) and not sequences else f"a {type(sequences).__name__}"
@@ -217,7 +217,7 @@ def pack_each(sequences: Sequence[Sequence[Sequence[int] | Tensor]]) -> tuple[Pa
 
 
 def _tree(rows: Sequence[Tensor]) -> PackedTokens:
-    """Depth first, in sorted order: sequences with a common prefix are neighbours, and a tile then has few keys."""
+    """Depth first, in sorted order: sequences with a common prefix are adjacent, so that a tile has few keys."""
     lists = [row.tolist() for row in rows]
     ids, positions, ends, n = list[Tensor](), list[Tensor](), torch.empty(sum(map(len, rows)), dtype=torch.int64), 0
     paths = [torch.empty(0, dtype=torch.int64)] * len(rows)
@@ -242,7 +242,7 @@ def _common_prefix(one: Tensor, other: Tensor) -> int:
 
 
 def check_ids(ids: Tensor, vocab_size: int) -> None:
-    """Raises ``ValueError`` for one that is outside the vocabulary."""
+    """Raises ``ValueError`` for an id outside the vocabulary."""
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab_size:
         bad = low if low < 0 else high
@@ -250,7 +250,7 @@ def check_ids(ids: Tensor, vocab_size: int) -> None:
 
 
 def token_row(name: str, sequence: Sequence[int] | Tensor, least: int = 1) -> Tensor:
-    """A sequence of at least so many tokens as int64 on the CPU, or a ``ValueError`` that begins with ``name``."""
+    """A sequence of at least ``least`` tokens as int64 on the CPU, or a ``ValueError`` that begins with ``name``."""
     if isinstance(sequence, Tensor) and sequence.dim() == 1 and sequence.dtype in _INTEGERS and len(sequence) >= least:
         return sequence.cpu().to(torch.int64)
     tokens = sequence.tolist() if isinstance(sequence, Tensor) else sequence

@@ -2,7 +2,7 @@
 
 q, k, v, gate and up are split by output rows, that is by heads and by neurons; o and down by input columns. The LoRA
 of the former has A whole and B split, that of the latter A split and B whole, so that the low-rank part of a partial
-sum is a partial sum itself, and both ride in one all-reduce (arXiv 1909.08053, section 3).
+sum is a partial sum itself, and both share one all-reduce (arXiv 1909.08053, section 3).
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ SPLIT = {name: projection.split for name, projection in PROJECTIONS.items()}
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """A rank's place among those that hold a model together. ``mesh`` has one dimension."""
+    """A rank's place among those that share a model. ``mesh`` has one dimension."""
 
     mesh: DeviceMesh
 
     @classmethod
     def of(cls, mesh: DeviceMesh, config: Qwen2Config) -> TensorParallel | None:
-        """The ``"tp"`` dimension of a mesh, or its only one where that has no name; None if it has none or one rank.
+        """The ``"tp"`` dimension of a mesh, or its only one where that has no name; None if absent or of one rank.
 
         Raises:
-            ValueError: the model cannot be split over so many ranks; the message says over how many it can.
+            ValueError: the model cannot be split over this many ranks; the message lists the numbers that are possible.
         """
         names = mesh.mesh_dim_names
         if names is None and mesh.ndim > 1:
@@ -45,7 +45,7 @@ class TensorParallel:
         own = mesh if mesh.ndim == 1 else mesh[TENSOR_PARALLEL]
         if own.size() not in splits(config):
             raise ValueError(
-                f"mesh has {own.size()} ranks for tensor parallelism, expected one of {splits(config)}: those divide "
+                f"mesh has {own.size()} ranks for tensor parallelism, expected one of {splits(config)}, which divide "
                 f"{config.num_key_value_heads} key-value heads and an intermediate_size of {config.intermediate_size}"
             )
         return cls(own) if own.size() > 1 else None
@@ -69,7 +69,7 @@ class TensorParallel:
         )
 
     def local_lora(self, lora: Lora) -> Lora:
-        """This rank's part of the adapters; the halves that are whole are views."""
+        """This rank's part of the adapters; an A or B that is not split is a view."""
         pairs = {}
         for (layer, projection), pair in lora.pairs.items():
             A = pair.A[self.of_lora(projection, "A", pair.A.shape)].contiguous()
@@ -78,7 +78,7 @@ class TensorParallel:
         return Lora(pairs, lora.n_adapters, lora.batched)
 
     def of_lora(self, projection: str, side: str, shape: torch.Size) -> tuple[slice, slice, slice]:
-        """Where this rank's part lies in A (G, r, in) or B (G, out, r); all of it where the half is not split."""
+        """Where this rank's part lies in A (G, r, in) or B (G, out, r); all of it where that is not split."""
         whole = slice(None)
         if side == "B" and SPLIT[projection] == 0:
             return whole, self._part(shape[1]), whole
@@ -95,12 +95,12 @@ class TensorParallel:
         return tuple(part)
 
     def gather(self, name: str, part: Tensor) -> Tensor:
-        """A checkpoint's tensor, whole, of which every rank has a part; called by all of them alike."""
+        """The whole of a checkpoint's tensor of which every rank has a part; all ranks must call it."""
         split = SPLIT.get(name.rsplit(".", 2)[-2])
         return part if split is None else DTensor.from_local(part, self.mesh, [Shard(split)]).full_tensor()
 
     def of_vocabulary(self, size: int) -> slice:
-        """The tokens whose logits this rank makes, of so many."""
+        """The tokens whose logits this rank computes, out of ``size``."""
         return slice(size * self.rank // self.size, size * (self.rank + 1) // self.size)
 
     def _part(self, size: int) -> slice:
@@ -113,7 +113,7 @@ class TensorParallel:
         return x
 
     def max_(self, x: Tensor) -> Tensor:
-        """The largest over ranks of each entry, in place."""
+        """The maximum over ranks of each entry, in place."""
         dist.all_reduce(x, dist.ReduceOp.MAX, group=self.mesh.get_group())
         return x
 
@@ -128,6 +128,6 @@ class TensorParallel:
 
 
 def splits(config: Qwen2Config) -> list[int]:
-    """Over how many ranks the model can be split: every one gets whole heads, and as many as the others."""
+    """The numbers of ranks over which the model can be split: all get whole heads, and equally many."""
     heads, neurons = config.num_key_value_heads, config.intermediate_size
     return [size for size in range(1, heads + 1) if heads % size == 0 and neurons % size == 0]

@@ -1,7 +1,7 @@
-"""Regular expressions of strangers, matched to the names of modules in bounded time.
+"""Regular expressions from untrusted files, matched to the names of modules in bounded time.
 
-PEFT matches what an ``adapter_config.json`` holds with ``re``, which goes back and tries again: ``(a|a)*b`` takes
-longer than anyone waits. Here an expression that could is matched without going back: all positions that its parts can
+PEFT matches the patterns of an ``adapter_config.json`` with ``re``, which backtracks: ``(a|a)*b`` takes longer than
+anyone waits. Here an expression that could do so is matched without backtracking: all positions that its parts can
 have reached are kept together as a set. Whether there is a match is the same, since it does not depend on which way is
 tried first. Python's own parser reads the expression; only what needs a memory of the way is refused.
 """
@@ -17,15 +17,15 @@ import re._parser as parser  # type: ignore[import-not-found]
 from collections.abc import Callable, Sequence
 from typing import Any
 
-_MOST_CHARACTERS = 1 << 15  # of an expression: with all modules of 80 layers it has 20,000
+_MOST_CHARACTERS = 1 << 15  # in an expression: one with all modules of 80 layers has 20,000
 _MOST_WAYS = 5000  # that ``re`` may have to try
-_MOST_STEPS = 2000  # of a match by sets
-_LONGEST = 64  # characters of a text that the ways are counted for
+_MOST_STEPS = 2000  # in a match by sets
+_LONGEST = 64  # characters of the text for which the ways are counted
 
 _CHARACTERS = {ops.LITERAL, ops.NOT_LITERAL, ops.ANY, ops.IN}
 _LEAVES = {*_CHARACTERS, ops.AT, ops.FAILURE}
 _Positions = frozenset[int]
-_Part = tuple[Callable[["_Run", _Positions], _Positions], float]  # from positions to those behind a match; its ways
+_Part = tuple[Callable[["_Run", _Positions], _Positions], float]  # from positions to those after a match; its ways
 
 
 class _Run:
@@ -42,8 +42,8 @@ class Pattern:
     """A regular expression, for texts of one line.
 
     Raises:
-        ValueError: it is not one, is too long, or needs what sets of positions cannot say: back references, atomic
-            groups, possessive repeats. The message is to be put behind what the expression is called.
+        ValueError: it is not one, is too long, or needs what sets of positions cannot express: backreferences, atomic
+            groups, possessive repeats. The message is to follow the name of the expression.
     """
 
     def __init__(self, regex: str) -> None:
@@ -74,7 +74,7 @@ class Pattern:
         )
 
     def match(self, text: str) -> bool:
-        """Whether ``re.match`` would find something."""
+        """Whether ``re.match`` would find a match."""
         if self._re is not None and len(text) <= _LONGEST:
             return self._re.match(text) is not None
         return bool(self._all_ends(text))
@@ -94,12 +94,12 @@ class Pattern:
 
 @functools.lru_cache(maxsize=4096)
 def pattern_of(regex: str) -> Pattern:
-    """A :class:`Pattern`, of which the latest are kept."""
+    """A :class:`Pattern`; the most recently used are kept."""
     return Pattern(regex)
 
 
 def _sequence(items: Any, scopes: tuple[tuple[int, int], ...]) -> _Part:
-    """Parts one after the other. ``scopes``: the flags that the groups around them set and unset."""
+    """Parts in sequence. ``scopes``: the flags that the groups around them set and unset."""
     parts: list[_Part] = []
     leaves: list[Any] = []
     for op, argument in [*items, (None, None)]:
@@ -146,7 +146,7 @@ def _part(state: Any, op: Any, argument: Any, scopes: tuple[tuple[int, int], ...
 
 
 def _leaf(regex: re.Pattern[str]) -> Callable[[_Run, _Positions], _Positions]:
-    """Of one width, so that it has at most one end."""
+    """A part of fixed width, so that it has at most one end."""
 
     def after(run: _Run, starts: _Positions) -> _Positions:
         run.count(len(starts))
@@ -156,7 +156,7 @@ def _leaf(regex: re.Pattern[str]) -> Callable[[_Run, _Positions], _Positions]:
 
 
 def _characters(greedy: re.Pattern[str], low: int) -> Callable[[_Run, _Positions], _Positions]:
-    """Of one character repeated: where it can end, it can end anywhere before."""
+    """One character repeated: it can end anywhere between its shortest and its longest match."""
 
     def after(run: _Run, starts: _Positions) -> _Positions:
         run.count(len(starts))
@@ -218,7 +218,7 @@ def _compiled(state: Any, items: Any, scopes: tuple[tuple[int, int], ...]) -> re
 
 
 def _check_ascii(op: Any, argument: Any) -> None:
-    """Names of modules are ASCII, and a set of all of Unicode takes long to compile."""
+    """Names of modules are ASCII, and a set of all of Unicode is slow to compile."""
     if op is ops.IN:
         for one, value in argument:
             _check_ascii(one, value)

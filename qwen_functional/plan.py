@@ -1,8 +1,8 @@
-"""What a step depends on besides values: made once, and kept by whoever calls repeatedly.
+"""All that a step depends on besides values: made once, and kept by a caller that repeats the step.
 
-Sizes make a plan: of the model, the tokens, the LoRA, the read-outs, what is wanted and what is kept. Token ids,
-positions, who attends to whom and which rows are read are tables on the device, which :meth:`Plan.fill` writes anew for
-other tokens of the same sizes: nothing is made or captured again.
+A plan depends on the sizes of the model, the tokens, the LoRA and the read-outs, on which gradients are wanted and on
+what is kept. Token ids, positions, who attends to whom and which rows are read are tables on the device;
+:meth:`Plan.fill` overwrites them for other tokens of the same sizes, so that nothing is captured again.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from .weights import Qwen2Weights
 if TYPE_CHECKING:
     from .backends.graph import Captured
 
-Tokens = PackedTokens | Sequence[PackedTokens]  # of all adapters, or of each
+Tokens = PackedTokens | Sequence[PackedTokens]  # shared by all adapters, or one for each
 CHECKPOINTS = ("none", "block", "auto")
 READS = ("last", "all")
 
 
 @dataclass(frozen=True)
 class Group:
-    """Adapters that go through a block together, and the row of tokens that they read, or those of each.
+    """Adapters that go through a block together, and the row of tokens that they share, or the rows of each.
 
-    ``at``: where what is read out of theirs lies in that of all, (G, R, H); or in (1, ΣR, H) where each adapter has a
-    row of its own.
+    ``at``: the place of their read-out rows among those of all adapters, (G, R, H), or (1, ΣR, H) where each adapter
+    has its own row.
     """
 
     adapters: slice
@@ -52,19 +52,19 @@ class Plan:
 
     Args:
         config, weights: the base model.
-        tokens: P sequences, from :func:`pack`; their sizes, and the first values of the tables. Or those of each
-            adapter, from :func:`pack_each`: such a plan is for these texts alone.
+        tokens: P sequences, from :func:`pack`, which give the sizes and the first values of the tables; or those of
+            each adapter, from :func:`pack_each`, and then the plan is for these texts alone.
         lora: G adapters, for their places, ranks, scales and dtypes.
         layer, read, heads, wrt, checkpoint, memory_budget, graph: as for :func:`forward_vjp`.
 
     Attributes:
-        backend: what computes it.
+        backend: what computes the step.
         groups: which adapters go through a block together.
         n_keep: how many of the highest blocks are kept whole.
         cost: its bytes and FLOP.
 
     Raises:
-        ValueError: as :func:`forward_vjp`.
+        ValueError: as for :func:`forward_vjp`.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Plan:
         lora = bare(tokens) if lora is None else lora
         check_options(checkpoint, read, graph)
         if self.own_texts and len(trees) != lora.n_adapters:
-            raise ValueError(f"tokens are of {len(trees)} adapters, expected {lora.n_adapters} as the LoRA")
+            raise ValueError(f"tokens are for {len(trees)} adapters, expected {lora.n_adapters} as in the LoRA")
         self.single_head = heads is None
         self.heads = (Hidden(layer, read),) if heads is None else tuple(heads)
         if not self.heads:
@@ -99,7 +99,7 @@ class Plan:
         self.n_adapters, self.batched, self.structure = lora.n_adapters, lora.batched, lora.structure
         self.wanted = _wanted(lora, wrt)
         self.backend = choose(self.config, weights, lora)
-        self.graph = False if self.own_texts or heads is not None else graph  # sizes that seldom come again
+        self.graph = False if self.own_texts or heads is not None else graph  # sizes that seldom recur
         self.captured: Captured | None = None
         self.uses = self.fills = 0
         config = self.config
@@ -107,7 +107,7 @@ class Plan:
         self.lowest = min((layer for (layer, _), _ in self.wanted), default=self.top + 1)
         compute = weights.compute_dtype
         self._sizes = tuple(map(len, trees))
-        with torch.inference_mode(False), torch.no_grad():  # or they could not be filled again elsewhere
+        with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be refilled outside that mode
             self.tables, self.row_of = self._made(trees)
             self.bound = [head.bind(self, row_of) for head, row_of in zip(self.heads, self.row_of, strict=True)]
         self.groups = self._grouped(compute)
@@ -128,7 +128,7 @@ class Plan:
         self.n_keep = self._n_blocks_to_keep(checkpoint, memory_budget)
 
     def _kept_numbers(self) -> tuple[float, float]:
-        """:meth:`Plain.kept_numbers` of the block that keeps most, of an adapter on average."""
+        """:meth:`Plain.kept_numbers` of the block that keeps most, averaged over adapters."""
         sums = [0, 0]
         for tables in self.tables:
             n_rows, n_tokens = (len(tables.ids), tables.ids.shape[1]) if tables.joint else (1, len(tables.ids))
@@ -144,14 +144,14 @@ class Plan:
         return self.cost.blocks_within(budget)
 
     def _made(self, trees: Sequence[PackedTokens]) -> tuple[list[Tables], list[Tensor]]:
-        """Tables of each row, and for each head which of all rows that are read out each of its reads is."""
+        """The tables of each row, and for each head the index of each of its reads among all rows that are read out."""
         for index, tokens in enumerate(trees):
             try:
                 tokens.check_fits(self.config)
             except ValueError as error:
                 raise ValueError(f"adapter {index}: {error}" if self.own_texts else str(error)) from None
         nodes, places = _places([[head.reads(tree, index) for head in self.heads] for index, tree in enumerate(trees)])
-        # Where all tokens are read the highest block needs no rows of its own.
+        # Where all tokens are read, the highest block needs no separate rows.
         self.all_rows = all(len(read) == len(tree) for read, tree in zip(nodes, trees, strict=True))
         self._together = [slice(index, index + 1) for index in range(len(trees))]
         if self.own_texts and self.parallel is None:
@@ -176,7 +176,7 @@ class Plan:
 
     @property
     def apart(self) -> bool:
-        """Whether the top block goes on with the rows that are read out alone."""
+        """Whether the top block continues with the read-out rows only."""
         return not self.all_rows and not self.joint
 
     def _grouped(self, compute: torch.dtype) -> list[Group]:
@@ -188,12 +188,12 @@ class Plan:
                 first = last
             return groups
         chunks = [slice(0, self.n_adapters)]
-        if self.parallel is None:  # ranks that wait for a sum wait once
+        if self.parallel is None:  # with a single chunk, ranks wait only once for each sum
             chunks = self.backend.chunks(self.config, self._sizes[0], self.n_adapters, compute)
         return [Group(chunk, self.tables[0], (chunk, slice(None))) for chunk in chunks]
 
     def fits(self, tokens: Tokens, lora: Lora | None) -> bool:
-        """Whether these have the sizes that it was made for."""
+        """Whether these have the sizes that the plan was made for."""
         lora = bare(tokens) if lora is None else lora
         trees = (tokens,) if isinstance(tokens, PackedTokens) else tuple(tokens)
         sizes = tuple(map(len, trees)), lora.n_adapters, lora.batched, lora.structure
@@ -203,21 +203,22 @@ class Plan:
         return list(reads) == [len(row_of) for row_of in self.row_of]
 
     def fill(self, tokens: PackedTokens) -> None:
-        """Other tokens of the same sizes: as many tokens, sequences, and rows that are read.
+        """Replace the tokens with others of the same sizes: as many tokens, sequences, and rows that are read.
 
         Raises:
-            ValueError: other sizes, tokens that the model cannot take, or a plan of each adapter's own texts.
+            ValueError: other sizes, tokens that the model cannot take, or a plan for each adapter's own texts or for
+                other heads than a single :class:`Hidden`.
         """
         (head, *others), (tables, *_), (row_of, *_) = self.heads, self.tables, self.row_of
         if self.own_texts or others or not isinstance(head, Hidden):
-            raise ValueError("the plan is of texts of each adapter or of other heads, expected one of hidden states")
+            raise ValueError("the plan is for each adapter's texts or for other heads, expected one for hidden states")
         read = head.reads(tokens, 0)
         (nodes,), _ = _places([[read]])
         sizes = len(tokens), len(read), len(nodes)
         if sizes != (self._sizes[0], len(row_of), self.n_rows):
             expected = f"{self._sizes[0]} tokens, {len(row_of)} sequences and {self.n_rows} rows that are read"
             found = "{} tokens, {} sequences and {} rows that are read".format(*sizes)
-            raise ValueError(f"tokens have {found}, expected {expected} as the plan")
+            raise ValueError(f"tokens have {found}, expected {expected} as in the plan")
         with torch.inference_mode(False), torch.no_grad():
             (made,), (new,) = self._made((tokens,))
             row_of.copy_(new)
@@ -225,15 +226,15 @@ class Plan:
         self.fills += 1
 
     def release(self) -> None:
-        """Let go of what was captured, and its memory; the next uses capture it again."""
+        """Release what was captured, and its memory; later uses capture it again."""
         self.captured, self.uses = None, 0
 
 
 def _places(reads: Sequence[Sequence[Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
-    """Of each row of tokens the nodes that any head reads, ascending; and of each head where its reads are among all.
+    """For each row of tokens, the nodes that any head reads, ascending; for each head, where its reads are among them.
 
     Args:
-        reads: of each row, of each head, the nodes; on the CPU.
+        reads: for each row and each head, the nodes; on the CPU.
     """
     nodes = [torch.cat(list(of_row)).unique() for of_row in reads]
     places: list[list[Tensor]] = [[] for _ in reads[0]]
@@ -246,7 +247,7 @@ def _places(reads: Sequence[Sequence[Tensor]]) -> tuple[list[Tensor], list[Tenso
 
 
 def bare(tokens: Tokens) -> Lora:
-    """No adapter at all: the bare model, once, or for each that has texts of its own."""
+    """No adapters: the bare model, once, or once for each adapter's own texts."""
     own = not isinstance(tokens, PackedTokens)
     return Lora({}, len(tokens) if own else 1, batched=own)
 
@@ -291,11 +292,11 @@ def check_options(checkpoint: str = "auto", read: str = "last", graph: Any = "au
 
 
 class Plans:
-    """The plans of one caller, by what they depend on; the latest ones are kept.
+    """The plans of one caller, keyed by what they depend on; the most recently used are kept.
 
     Args:
-        make: the plan of a LoRA and the names that are wanted.
-        most: how many are kept; of the captured ones, whose memory is not free while they are kept, ``most_captured``.
+        make: makes the plan for a LoRA and the names that are wanted.
+        most: how many are kept; of captured ones, which hold memory, ``most_captured``.
     """
 
     def __init__(self, make: Callable[..., Plan], most: int = 16, most_captured: int = 4) -> None:
@@ -318,7 +319,7 @@ class Plans:
         return plan
 
     def release(self) -> None:
-        """Let go of all of them, and of the memory of those that were captured."""
+        """Drop all of them, and release the memory of those that were captured."""
         for plan in self._plans.values():
             plan.release()  # a vjp may still hold the plan
         self._plans.clear()

@@ -1,9 +1,9 @@
-"""The safetensors format, read by hand: a header of names, dtypes, shapes and places, and the bytes that they name.
+"""The safetensors format, parsed without its library: a header of names, dtypes, shapes and offsets, then the bytes.
 
-https://huggingface.co/docs/safetensors: 8 bytes of the header's length, a JSON object, then the tensors without a gap.
-The library gives the same tensors, but it maps whole files, whose pages count as this process's memory until they are
-unmapped and which end the process when the file is cut short; its slices leak some KB each; and from bytes it copies
-all tensors before one can be looked at.
+https://huggingface.co/docs/safetensors: 8 bytes with the header's length, a JSON object, then the tensors without gaps.
+The library gives the same tensors, but it maps whole files: their pages count as this process's memory until they are
+unmapped, and a file that is truncated meanwhile kills the process. Its slices leak a few KB each, and from bytes it
+copies all tensors before any can be inspected.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ DISK_DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-_MOST_HEADER = 1 << 23  # bytes; of 72 billion parameters it has a hundred thousand
+_MOST_HEADER = 1 << 23  # bytes; that of a model with 72 billion parameters has a hundred thousand
 _LENGTH = 8
 _LONGEST_NAME = 512
 
 
 class StoredTensor(NamedTuple):
-    """What a header says of a tensor. ``dtype`` in the format's names; the bytes from ``start`` to ``stop`` of the
-    file are the values, row by row."""
+    """What a header says about a tensor. ``dtype`` is the format's name for it; the bytes from ``start`` to ``stop`` of
+    the file are the values, row by row."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -44,13 +44,13 @@ class StoredTensor(NamedTuple):
 
 
 class SafetensorsFile:
-    """A file that stays open: what replaces it later under its name is not read. ``str`` gives the path.
+    """A file that stays open: one that later replaces it under its name is not read. ``str`` gives the path.
 
     Attributes:
-        tensors: what the header says, by name.
+        tensors: the header's entries, by name.
 
     Raises:
-        ValueError: it cannot be read, is truncated or corrupt.
+        ValueError: the file cannot be read, or is truncated or corrupt.
     """
 
     def __init__(self, path: Path) -> None:
@@ -72,13 +72,13 @@ class SafetensorsFile:
         return str(self.path)
 
     def read_rows(self, stored: StoredTensor, rows: slice, out: Tensor | None = None) -> Tensor:
-        """(rows, …) of a tensor, in its dtype, on the CPU.
+        """Rows (rows, …) of a tensor, in its dtype, on the CPU.
 
         Args:
             out: where they are written, contiguous and of the same dtype and shape; None for new memory.
 
         Raises:
-            ValueError: the file has been cut short meanwhile.
+            ValueError: the file has been truncated meanwhile.
         """
         dtype = DISK_DTYPES[stored.dtype]
         shape = (rows.stop - rows.start, *stored.shape[1:])
@@ -97,17 +97,17 @@ class SafetensorsFile:
 
 
 def parse_header(file: bytes | bytearray, where: str) -> dict[str, StoredTensor]:
-    """The tensors of a file that is in memory, {name: place}.
+    """The tensors of a file in memory, {name: place}.
 
     Raises:
-        ValueError: it is truncated or corrupt; it says ``where``.
+        ValueError: the file is truncated or corrupt; the message names ``where``.
     """
     n_bytes = _header_bytes(file[:_LENGTH], len(file), where)
     return _stored(file[_LENGTH : _LENGTH + n_bytes], len(file), where)
 
 
 def tensor_in(file: bytearray, stored: StoredTensor) -> Tensor:
-    """A copy of a tensor of a file that is in memory."""
+    """A copy of a tensor from a file in memory."""
     dtype = DISK_DTYPES[stored.dtype]
     count = (stored.stop - stored.start) // dtype.itemsize
     if count == 0:
@@ -125,17 +125,17 @@ def _header_bytes(length: bytes | bytearray, file_bytes: int, where: str) -> int
 
 
 def _stored(header: bytes | bytearray, file_bytes: int, where: str) -> dict[str, StoredTensor]:
-    """The checks are the library's: every byte belongs to exactly one tensor."""
+    """With the library's checks: every byte belongs to exactly one tensor."""
     try:
         if not header.startswith(b"{"):
-            raise ValueError("its header is no JSON object")
+            raise ValueError("its header is not a JSON object")
         entries = parse_json(bytes(header), "its header", "a JSON object")
         entries.pop("__metadata__", None)
         found = {name: _entry(name, entry, _LENGTH + len(header)) for name, entry in entries.items()}
         end = _LENGTH + len(header)
         for name, stored in sorted(found.items(), key=lambda item: item[1][2:]):
             if stored.start != end:
-                raise ValueError(f"{name!r} begins at byte {stored.start}, expected {end}, where the one before ends")
+                raise ValueError(f"{name!r} begins at byte {stored.start}, expected {end}, where the previous one ends")
             end = stored.stop
         if end != file_bytes:
             raise ValueError(f"its tensors end at byte {end}, expected them to end with the file")
@@ -146,7 +146,7 @@ def _stored(header: bytes | bytearray, file_bytes: int, where: str) -> dict[str,
 
 def _entry(name: str, entry: Any, origin: int) -> StoredTensor:
     if len(name) > _LONGEST_NAME or not name.isprintable():
-        raise ValueError(f"it names a tensor {name!r:.100}, expected printable names of at most {_LONGEST_NAME}")
+        raise ValueError(f"it names a tensor {name!r:.100}, expected printable names of length <= {_LONGEST_NAME}")
     fields: Mapping[str, Any] = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:

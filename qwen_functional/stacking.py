@@ -1,6 +1,6 @@
-"""LoRA tensors as the engine multiplies them: with the base weights of all projections that read the same input.
+"""LoRA tensors as the engine multiplies by them: with the base weights of all projections that read the same input.
 
-And back: the gradients of a stack, taken apart into one tensor per LoRA tensor.
+On the way back, a stack's gradients are split into one tensor per LoRA tensor.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .ops.linear import Weight
 from .parallel import TensorParallel
 
 Key = tuple[int, str]  # (layer, projection)
-Side = tuple[Key, str]  # of a LoRA, "A" or "B"
+Side = tuple[Key, str]  # a LoRA's "A" or "B"
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Adapted:
     """The adapters of one projection of a stack, in the compute dtype.
 
     Attributes:
-        A: (G, r, in), times ``scaling``; or None where the stack has the A of all its projections in one matrix.
+        A: (G, r, in), times ``scaling``; or None where the stack holds the A of all its projections in one matrix.
         B: (G, out, r).
-        base: which of the stack's base weights its outputs are in, and ``outputs``: where among them.
-        ranks: where among the R ranks of the stack.
+        base: which of the stack's base weights gives its outputs; ``outputs``: their place among that weight's.
+        ranks: its place among the R ranks of the stack.
     """
 
     key: Key
@@ -44,14 +44,15 @@ class Adapted:
 
 @dataclass(frozen=True)
 class Stack:
-    """The projections that read one input, by one base weight or several.
+    """The projections that read one input, in one base weight or several.
 
     Attributes:
         weights: (out, in) each; biases: (out,) or None.
         adapted: those that have adapters.
-        A: (G, R, in), all A one below the other, each times its scaling; None where there are none, and on a backend
-            that takes each for itself.
-        summed: the ranks over which what this gives is a partial sum; None for what is whole. ``summed_back``: dx.
+        A: (G, R, in), all A stacked row-wise, each times its scaling; None where there are none, and on a backend
+            that keeps them separate.
+        summed: the processes over which the stack's output is a partial sum; None if it is whole. ``summed_back``: the
+            same for dx.
     """
 
     name: str  # in architecture.STACKS
@@ -64,7 +65,7 @@ class Stack:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the products."""
+        """The dtype of the products."""
         return self.weights[0].dtype
 
     @property
@@ -76,7 +77,7 @@ class Stack:
         return next((part for part in self.adapted if part.key[1] == projection), None)
 
     def __getitem__(self, adapters: slice) -> Stack:
-        """The adapters of a slice."""
+        """The stack with a slice of the adapters."""
         if not self.adapted or len(range(self.n_adapters)[adapters]) == self.n_adapters:
             return self
         parts = tuple(
@@ -90,8 +91,8 @@ class Input:
     """What a stack reads.
 
     Attributes:
-        x: (G, S, in); empty where it was let go, to be made again by the vjp.
-        u: x Aᵀ of the stack's adapters, in a backend's own form; None until it is made.
+        x: (G, S, in); empty where it was freed, to be recomputed by the vjp.
+        u: x Aᵀ of the stack's adapters, in the backend's own form; None until it is computed.
     """
 
     x: Tensor
@@ -100,11 +101,11 @@ class Input:
 
 @dataclass
 class Cotangent:
-    """What comes back to a stack's outputs.
+    """The cotangent of a stack's outputs.
 
     Attributes:
         dys: (G, S, out), one for each base weight, in the compute dtype.
-        t: dy B of the stack's adapters, in a backend's own form; None until it is made.
+        t: dy B of the stack's adapters, in the backend's own form; None until it is computed.
     """
 
     dys: list[Tensor]
@@ -115,8 +116,8 @@ class Cotangent:
 class Product:
     """What a stack gives: ys (G, S, out), one for each base weight, or on the way back dx (G, S, in).
 
-    Where ``stack`` is there, they are the base weights' products alone, and whoever reads them adds the adapters':
-    ``u Bᵀ`` of ``low.u``, or ``t A`` of ``low.t``.
+    If ``stack`` is set, these are the base weights' products alone, and whatever reads them adds the adapters':
+    ``u Bᵀ`` from ``low.u``, or ``t A`` from ``low.t``.
     """
 
     ys: list[Tensor]
@@ -130,7 +131,7 @@ class Gradients:
     def __init__(self, lora: Lora, wanted: frozenset[Side], parallel: TensorParallel | None = None) -> None:
         self._lora, self._wanted, self._parallel = lora, wanted, parallel
         self._filled: dict[Side, Tensor] = {}
-        self.pending: list[tuple[Stack, Input, Cotangent]] = []  # for a backend that makes several together
+        self.pending: list[tuple[Stack, Input, Cotangent]] = []  # for a backend that computes several together
 
     def wants(self, key: Key, side: str) -> bool:
         return (key, side) in self._wanted
@@ -139,7 +140,7 @@ class Gradients:
         return any(((layer, name), side) in self._wanted for stack in stacks for name in STACKS[stack] for side in "AB")
 
     def of(self, adapters: slice) -> GradientsOf:
-        """Those of some of the adapters."""
+        """Those of a slice of the adapters."""
         return GradientsOf(self, adapters)
 
     def whole(self, key: Key, side: str) -> Tensor:
@@ -152,9 +153,9 @@ class Gradients:
         return self._filled[key, side]
 
     def _sum_later(self, key: Key, side: str) -> Tensor:
-        """This rank's part of a gradient that is whole after one sum over all ranks and all tensors.
+        """This rank's part of a gradient that becomes whole in one sum over all ranks, of all tensors at once.
 
-        Zeros fill the rest of a half that is split; of a half that is not, every rank has a partial sum.
+        Where a tensor is split, the rest of it is zero; where it is not, every rank has a partial sum.
         """
         if not self._filled:
             wanted = dict(self._tensors())
@@ -190,7 +191,7 @@ class Gradients:
 
 @dataclass(frozen=True)
 class GradientsOf:
-    """Gradients of the adapters of a slice."""
+    """Gradients of a slice of the adapters."""
 
     every: Gradients
     adapters: slice
@@ -203,7 +204,7 @@ class GradientsOf:
         return self.every.whole(key, side)[self.adapters] if self.every.wants(key, side) else None
 
     def put(self, key: Key, side: str, gradient: Tensor, scaling: float = 1.0) -> None:
-        """``scaling`` times ``gradient`` (g, rows, cols)."""
+        """Store ``scaling`` times ``gradient`` (g, rows, cols)."""
         place = self.every.whole(key, side)[self.adapters]
         if scaling == 1:
             place.copy_(gradient)

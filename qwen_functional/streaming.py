@@ -1,7 +1,7 @@
-"""Weights that are not in the device's memory: one block is, and the next one is on its way.
+"""Weights that are not all in the device's memory: one block is, and the next one is on its way.
 
-A block is read when it is asked for, and the one that will be wanted next, which the caller says, in a thread
-meanwhile. Of the embedding only the rows of the tokens at hand are read.
+A block is read when it is requested; meanwhile a thread reads the one that the caller says it will need next. Of the
+embedding, only the rows of the tokens at hand are read.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class StreamedBlocks(Sequence["BlockWeights"]):
     """The blocks of a model, of which the latest one and one more are in memory.
 
     Args:
-        read: a layer's block, on the device; it runs in another thread, one call at a time.
+        read: returns a layer's block, on the device; it runs in another thread, one call at a time.
         n: how many there are.
-        nbytes: of all of them.
-        dtype: that they are handed out in; None as they are read.
+        nbytes: bytes of all of them.
+        dtype: the dtype in which they are handed out; None for the one in which they are read.
     """
 
     def __init__(
@@ -41,11 +41,11 @@ class StreamedBlocks(Sequence["BlockWeights"]):
         self._lock = threading.Lock()
         self._latest: tuple[int, BlockWeights] | None = None
         self._ahead: tuple[int, Future[BlockWeights]] | None = None
-        # Copies to a GPU have a stream of their own, beside the one that computes.
+        # Copies to a GPU have a stream of their own, separate from the one that computes.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def to(self, dtype: torch.dtype) -> StreamedBlocks:
-        """The same blocks, converted to ``dtype`` on their way."""
+        """The same blocks, converted to ``dtype`` when they are read."""
         return StreamedBlocks(self._read, self._n, self.nbytes, self._device, dtype)
 
     def __len__(self) -> int:
@@ -59,7 +59,7 @@ class StreamedBlocks(Sequence["BlockWeights"]):
 
     def __getitem__(self, layer: int | slice) -> BlockWeights | Sequence[BlockWeights]:
         if isinstance(layer, slice):
-            raise ValueError("streamed blocks are read one by one, expected the number of a layer")
+            raise ValueError("streamed blocks are read one by one, expected a layer number")
         return self.fetch(range(self._n)[layer])
 
     def __iter__(self) -> Iterator[BlockWeights]:
@@ -67,7 +67,7 @@ class StreamedBlocks(Sequence["BlockWeights"]):
             yield self.fetch(layer, layer + 1 if layer + 1 < self._n else None)
 
     def fetch(self, layer: int, then: int | None = None) -> BlockWeights:
-        """The block of a layer; that of layer ``then`` is read from now on."""
+        """The block of a layer; reading that of layer ``then`` starts now."""
         with self._lock:
             block = self._take(layer)
             self._latest = (layer, block)
@@ -81,7 +81,7 @@ class StreamedBlocks(Sequence["BlockWeights"]):
     def _take(self, layer: int) -> BlockWeights:
         if self._latest is not None and self._latest[0] == layer:
             return self._latest[1]
-        self._latest = None  # before another takes its place in memory
+        self._latest = None  # freed before another takes its place in memory
         if self._ahead is not None:
             (ahead, future), self._ahead = self._ahead, None
             block = future.result()
@@ -91,7 +91,7 @@ class StreamedBlocks(Sequence["BlockWeights"]):
         return self._pool.submit(self._load, layer).result()
 
     def _load(self, layer: int) -> BlockWeights:
-        # Modes are a thread's own: without this one the weights could be unusable for autograd.
+        # Modes are per thread: without this one the weights could be unusable for autograd.
         with torch.inference_mode(False), torch.no_grad():
             if self._stream is None:
                 return self._converted(self._read(layer))
@@ -105,11 +105,11 @@ class StreamedBlocks(Sequence["BlockWeights"]):
 
 
 class StreamedRows:
-    """A matrix (n, H) of which rows are read when they are asked for: an embedding, or the lm_head.
+    """A matrix (n, H) whose rows are read when they are requested: an embedding, or the lm_head.
 
     Args:
-        read: the rows of a slice, on the CPU, in the dtype that they are stored in.
-        shape, dtype, device: of the matrix as it is handed out.
+        read: returns the rows of a slice, on the CPU, in the dtype that they are stored in.
+        shape, dtype, device: those of the matrix as it is handed out.
     """
 
     def __init__(
@@ -144,5 +144,5 @@ def blocks_from_host(
 
 
 def moved(block: BlockWeights, device: torch.device) -> BlockWeights:
-    """The block on a device; of page-locked memory without waiting."""
+    """The block on a device; from page-locked memory it is copied without waiting."""
     return block.map(lambda tensor: tensor.to(device, non_blocking=True))

@@ -1,4 +1,4 @@
-"""What a block needs to know of a packed row, or of several that it computes together: tables on the device."""
+"""What a block needs to know about a packed row, or several that it computes together: tables on the device."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .packing import AttentionTile, PackedTokens, joint_tiles
 
 @dataclass(frozen=True)
 class Row:
-    """The row as one block sees it: rope tables, who attends to whom, and which rows to go on with.
+    """The row as one block sees it: rope tables, who attends to whom, and which rows to continue with.
 
-    ``rows`` None is all S; else the (R,) nodes that are read out, and the block computes o_proj and MLP for them alone.
-    ``tiles`` are of those queries, and empty on a backend that attends by ``end``.
+    ``rows`` is None for all S; else the (R,) nodes that are read out, and the block computes o_proj and MLP only for
+    them. ``tiles`` cover those queries, and are empty on a backend that attends by ``end``.
     """
 
-    q_rope: tuple[Tensor, Tensor]  # cos, sin (S or R, 1, head_dim/2), times 1/sqrt(head_dim); (G, 1, S, …) of several
+    q_rope: tuple[Tensor, Tensor]  # cos, sin (S or R, 1, head_dim/2), times 1/sqrt(head_dim); several: (G, 1, S, …)
     k_rope: tuple[Tensor, Tensor]  # cos, sin (S, head_dim/2)
     tiles: Sequence[AttentionTile]
     rows: Tensor | None
@@ -36,16 +36,16 @@ class Tables:
 
     Args:
         tokens: the row, or the rows.
-        read: (R,) the nodes that are read out, ascending; of several rows for each of them.
-        top: the highest block that is computed; with ``apart`` it goes on with the nodes that are read out alone, which
-            several rows do not.
+        read: (R,) the nodes that are read out, ascending; for several rows, those of each.
+        top: the highest block that is computed; with ``apart`` it continues with only the nodes that are read out,
+            which is not done for several rows.
         dtype: of the rope tables.
-        by_tile: whether attention is cut into tiles, else it goes by ``end``.
+        by_tile: whether attention is cut into tiles; otherwise it uses ``end``.
 
     Attributes:
         ids: (S,) int64, or (G, S).
-        rows: ``read`` on the device; of several rows numbered through, row·S + node.
-        row_at: by layer.
+        rows: ``read`` on the device; for several rows numbered consecutively, row·S + node.
+        row_at: the :class:`Row` of each layer.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Tables:
         positions = torch.stack([tree.positions for tree in trees])
         cos, sin = rope_tables(config, positions[:, None], dtype, device)  # (G, 1, S, head_dim/2)
         q_rope = tuple((table * config.head_dim**-0.5)[:, :, :, None] for table in (cos, sin))
-        empty = torch.empty(0, dtype=torch.int32, device=device)  # of backends that attend by these
+        empty = torch.empty(0, dtype=torch.int32, device=device)  # only for backends that attend by these
         windows = {config.window(layer) for layer in range(top + 1)}
         rows = {
             window: Row(
@@ -102,23 +102,23 @@ class Tables:
         self.row_at = [rows[config.window(layer)] for layer in range(top + 1)]
 
     def of(self, x: Tensor) -> Tensor:
-        """What is read out of a residual stream (1, S, H), or (G, S, H) of several rows: (1, R, H)."""
+        """What is read out of a residual stream (G, S, H): (G, R, H), or (1, R, H) for several rows, concatenated."""
         return x.flatten(0, 1)[self.rows][None] if self.joint else x[:, self.rows]
 
     def add_(self, x: Tensor, d: Tensor) -> Tensor:
-        """Add cotangents (1, R, H) of what was read out to those of the stream, in place."""
+        """Add cotangents of what was read out, shaped as :meth:`of` gives it, to those of the stream, in place."""
         if self.joint:
             x.view(-1, x.shape[-1]).index_add_(0, self.rows, d[0])
             return x
         return x.index_add_(1, self.rows, d)
 
     def spread(self, d: Tensor) -> Tensor:
-        """Cotangents (1, R, H) of what was read out, as those of the stream (1, S, H), or (G, S, H) of several rows."""
+        """Cotangents (1, R, H) of what was read out, as those of the stream: (1, S, H), or (G, S, H) of several."""
         shape = self.ids.shape if self.joint else (1, *self.ids.shape)
         return self.add_(d.new_zeros(*shape, d.shape[-1]), d)
 
     def _see(self, tokens: PackedTokens, read: Tensor) -> None:
-        """The row as each layer sees it: all of it by sliding window, and in the top block the read-out nodes alone."""
+        """The row as each layer sees it: whole, by sliding window, and in the top block the read-out nodes only."""
         windows: dict[int | None, Row] = {}
 
         def row(window: int | None, at: Tensor | None) -> Row:
@@ -138,7 +138,7 @@ class Tables:
         self.row_at = [*(windows[self._config.window(layer)] for layer in range(self._top)), top]
 
     def fill(self, made: Tables, tokens: PackedTokens, read: Tensor) -> None:
-        """Take the values of tables of the same sizes into the tensors that are here: what was captured reads these."""
+        """Copy the values of tables of the same sizes into these tensors, which captured graphs read."""
         for old, new in zip(self.tensors(), made.tensors(), strict=True):
             old.copy_(new)
         self._see(tokens, read)

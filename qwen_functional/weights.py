@@ -21,7 +21,7 @@ from .streaming import StreamedBlocks, StreamedRows
 @dataclass(frozen=True)
 class BlockWeights:
     """One decoder block: a matrix for each stack of projections that read one input, see ``architecture.py``. Sizes: H
-    hidden, Q = heads·head_dim, K = kv heads·head_dim, I intermediate. What a family does not have is None.
+    hidden, Q = heads·head_dim, K = kv heads·head_dim, I intermediate. Tensors that a family lacks are None.
     """
 
     input_layernorm: Tensor  # (H,)
@@ -35,16 +35,16 @@ class BlockWeights:
     k_norm: Tensor | None = None  # (head_dim,)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Those that are there, by field."""
+        """The tensors that are present, by field."""
         found = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def map(self, function: Callable[[Tensor], Tensor]) -> BlockWeights:
-        """The block with a function of each tensor in its place."""
+        """The block with ``function`` applied to each tensor."""
         return replace(self, **{name: function(tensor) for name, tensor in self.tensors().items()})
 
     def to(self, dtype: torch.dtype) -> BlockWeights:
-        """The same weights in ``dtype``; itself where they are in it already."""
+        """The same weights in ``dtype``; the block itself if they already are."""
         if self.qkv_proj.dtype == dtype:
             return self
         return self.map(lambda tensor: tensor.to(dtype))
@@ -58,7 +58,7 @@ class BlockWeights:
         return getattr(self, f"{name}_bias", None)
 
     def parts(self, name: str, config: Qwen2Config) -> tuple[Tensor, ...]:
-        """The matrix of a stack by projection, as views."""
+        """The matrix of a stack split by projection, as views."""
         return self.stack(name).split([projection_shape(config, part)[0] for part in STACKS[name]])
 
 
@@ -71,10 +71,10 @@ class Qwen2Weights:
     """All base weights, in one storage dtype on one device.
 
     ``lm_head`` is the same tensor as ``embed_tokens`` where the config ties them. It is None where it was left
-    out: only logits need it, and ``forward_vjp`` has none. ``packed`` is a faster form of the same blocks that
-    ``forward_vjp`` takes where there is one: see :meth:`prepack`. ``multiplied_in`` is set by :meth:`compute_in`.
-    With ``parallel`` the blocks are this rank's part of a model that several hold together. Where they are streamed,
-    as ``load_pretrained`` says, blocks and rows are read from disk or from the host's memory when they are used.
+    out: only logits and losses on tokens need it. ``packed`` is a faster form of the same blocks, which
+    ``forward_vjp`` uses if present: see :meth:`prepack`. ``multiplied_in`` is set by :meth:`compute_in`.
+    With ``parallel`` the blocks are this rank's part of a model that several ranks share. If the weights are streamed
+    (see ``load_pretrained``), blocks and rows are read from disk or from the host's memory when they are used.
     """
 
     embed_tokens: Tensor | StreamedRows  # (V, H)
@@ -96,19 +96,19 @@ class Qwen2Weights:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The dtype of the matrix multiplications: that of :meth:`compute_in`, else the storage dtype, but float32 on
+        """The dtype of the matrix multiplications: that of :meth:`compute_in`, else the storage dtype, or float32 on
         a CPU that is slow in it, see :func:`qwen_functional.dtypes.default_compute_dtype`.
         """
         return self.multiplied_in or default_compute_dtype(self.dtype, self.device)
 
     def compute_in(self, dtype: torch.dtype) -> Qwen2Weights:
-        """The same weights, not packed, with all matrix multiplications in ``dtype``, to which they are rounded there.
+        """The same weights, not packed, with all matrix multiplications in ``dtype``, to which they are then rounded.
 
-        Such as bfloat16 for a float16 checkpoint on a CPU, which is as fast as a bfloat16 one and as accurate; or
-        float32 for a bfloat16 checkpoint.
+        For example bfloat16 for a float16 checkpoint on a CPU, which makes it as fast as a bfloat16 one and as
+        accurate; or float32 for a bfloat16 checkpoint.
 
         Raises:
-            ValueError: a dtype other than float32, float64 and bfloat16, and float16 on a GPU.
+            ValueError: a dtype other than float32, float64, bfloat16 and, on a GPU, float16.
         """
         allowed = [torch.float32, torch.float64, torch.bfloat16]
         if self.device.type != "cpu":
@@ -120,23 +120,23 @@ class Qwen2Weights:
 
     @property
     def streamed(self) -> bool:
-        """Whether the weights are read when they are used."""
+        """Whether the weights are read only when they are used."""
         return isinstance(self.blocks, StreamedBlocks)
 
     def block(self, layer: int, then: int | None = None) -> BlockWeights:
-        """The weights of a layer. Where they are streamed, those of layer ``then`` are read while these compute."""
+        """The weights of a layer. If they are streamed, those of layer ``then`` are read while this one computes."""
         if isinstance(self.blocks, StreamedBlocks):
             return self.blocks.fetch(layer, then)
         return self.blocks[layer]
 
     def nbytes(self) -> int:
-        """Bytes of all weights, wherever they are; a tied lm_head counted once, packed copies left out."""
+        """Bytes of all weights, wherever they are; a tied lm_head counts once, packed copies do not count."""
         return sum(tensor.nbytes for tensor in self._storages())
 
     @property
     def can_prepack(self) -> bool:
-        """Whether :meth:`prepack` makes anything faster: on a CPU, of weights in memory, where oneDNN multiplies faster
-        by weights in its own layout, or where the weights are stored in another dtype than they are multiplied in.
+        """Whether :meth:`prepack` makes anything faster: for weights in memory on a CPU, if oneDNN multiplies faster
+        by weights in its own layout, or if the weights are stored in another dtype than they are multiplied in.
         """
         if self.streamed or self.device.type != "cpu":
             return False
@@ -144,16 +144,17 @@ class Qwen2Weights:
 
     def prepack_nbytes(self) -> int:
         """Bytes that :meth:`prepack` takes: twice the blocks' matrices in the compute dtype, or once where they are
-        converted alone."""
+        only converted."""
         elements = sum(block.stack(name).numel() for block in self.blocks for name in STACKS)
         copies = 2 if packing_pays(self.compute_dtype, self.device) else 1
         return copies * elements * self.compute_dtype.itemsize
 
     def prepack(self) -> Qwen2Weights:
-        """The same weights with ``packed`` filled in: ``forward_vjp`` runs faster, for :meth:`prepack_nbytes`.
+        """The same weights with ``packed`` filled in: ``forward_vjp`` runs faster, at the cost of
+        :meth:`prepack_nbytes`.
 
         Raises:
-            ValueError: not :attr:`can_prepack`.
+            ValueError: :attr:`can_prepack` is false.
         """
         if self.streamed:
             raise ValueError("weights are streamed, expected weights in memory to pack them")
@@ -167,18 +168,18 @@ class Qwen2Weights:
 
         def packed(block: BlockWeights, name: str) -> tuple[Weight, ...]:
             matrix = block.stack(name)
-            # What the halves of gate|up give lies apart: their activation reads it faster.
+            # The halves of gate|up are packed apart: the activation reads their outputs faster.
             parts = matrix.chunk(2) if name == "gate_up" else (matrix,)
             return tuple(PackedWeight(part.to(dtype)) if packs else part.to(dtype) for part in parts)
 
         return replace(self, packed=tuple({name: packed(block, name) for name in STACKS} for block in self.blocks))
 
     def shard(self, config: Qwen2Config, mesh: DeviceMesh) -> Qwen2Weights:
-        """This rank's part of the weights, copied; of a model that is read from files ``load_pretrained`` reads no
-        more than that. Not packed.
+        """This rank's part of the weights, copied and not packed; from files, ``load_pretrained`` with a mesh reads
+        only that part.
 
         Raises:
-            ValueError: the model cannot be split over so many ranks.
+            ValueError: the model cannot be split over this many ranks.
         """
         parallel = TensorParallel.of(mesh, config)
         if parallel is None:
@@ -213,7 +214,7 @@ class Qwen2Weights:
         return dict(self.named_tensors(config))
 
     def named_tensors(self, config: Qwen2Config) -> Iterator[tuple[str, Tensor]]:
-        """The same one by one; where they are streamed, copies, of which no more than a block is in memory."""
+        """The same, one by one; if the weights are streamed, as copies, with at most one block in memory."""
 
         def whole(matrix: Tensor | StreamedRows) -> Tensor:
             return matrix if isinstance(matrix, Tensor) else matrix.to(matrix.dtype)
@@ -264,7 +265,7 @@ def empty_weights(
 ) -> Qwen2Weights:
     """Weights of the right shapes, not yet filled in. See :meth:`Qwen2Weights.named_views`.
 
-    Without ``lm_head`` none is allocated, unless it is the embedding. With ``parallel`` they are a rank's part.
+    Without ``lm_head`` it is None, unless it is tied to the embedding. With ``parallel`` they are this rank's part.
     """
     config = config if parallel is None else parallel.local_config(config)
 
@@ -286,9 +287,9 @@ def init_weights(
 ) -> Qwen2Weights:
     """Random weights, for tests and for benchmarks without a checkpoint.
 
-    Matrices are normal with ``config.initializer_range`` as standard deviation, norms normal around one and
-    biases around zero with a tenth, so that no weight hides a mistake by being trivial. Drawn in float32 on the
-    CPU: the same ``seed`` gives the same weights, up to rounding, for every dtype and device.
+    Matrices are normal with standard deviation ``config.initializer_range``; norms around one and biases around
+    zero are normal with standard deviation 0.1, so that no weight hides a mistake by being trivial. Drawn in float32
+    on the CPU: the same ``seed`` gives the same weights, up to rounding, for every dtype and device.
     """
     generator = torch.Generator().manual_seed(seed)
     weights = empty_weights(config, dtype, device)

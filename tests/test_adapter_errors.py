@@ -152,7 +152,7 @@ EXPLODES = "(.|..)*!"  # in ``re``, on any name of a module
     ],
     ids=lambda fields: list(fields)[-1],
 )
-@pytest.mark.filterwarnings("ignore:.* fits no adapted module")
+@pytest.mark.filterwarnings("ignore:.* matches no adapted module")
 def test_an_expression_without_end_in_re_is_read_and_means_what_it_says(folder: Path, fields: dict[str, Any]) -> None:
     expected, tensors = load_peft_adapter(folder, config=CONFIG)
     edit_json(folder / JSON, **fields)

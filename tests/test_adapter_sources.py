@@ -107,7 +107,7 @@ def test_a_list_holds_comments_globs_folders_and_hub_ids(tree: Path, monkeypatch
         ([], "no adapter is given"),
         ("", "path is empty"),
         ("runs/log", "runs/log holds no adapter_config.json, and none of its folders does"),
-        ("runs/notes.md", "runs/notes.md is no folder, expected an adapter's folder"),
+        ("runs/notes.md", "runs/notes.md is not a folder, expected an adapter's folder"),
         ("runs/z*", "runs/z* matches no adapter"),
         ("*/" * 1000, "has too many parts"),
         ("absent", "absent does not exist, expected"),
@@ -118,7 +118,7 @@ def test_a_list_holds_comments_globs_folders_and_hub_ids(tree: Path, monkeypatch
         ("lists/absent.txt", "lists/absent.txt does not exist"),
         ("empty.txt", "empty.txt lists no adapter"),
         ("wrong.txt", "wrong.txt, line 2: absent does not exist"),
-        ("nested.txt", "nested.txt, line 1: empty.txt is no folder"),
+        ("nested.txt", "nested.txt, line 1: empty.txt is not a folder"),
     ],
 )
 def test_a_source_that_leads_nowhere_is_an_error(tree: Path, given: Any, message: str) -> None:

@@ -152,7 +152,7 @@ def folder(tmp_path: Path) -> Path:
 # --- Reading what PEFT wrote --------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:.* fits no adapted module")
+@pytest.mark.filterwarnings("ignore:.* matches no adapted module")
 @pytest.mark.parametrize("case", CASES)
 def test_an_adapter_that_peft_saved_computes_the_same(tmp_path: Path, case: str) -> None:
     fields, expected = CASES[case]

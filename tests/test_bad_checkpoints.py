@@ -54,7 +54,7 @@ class TestBadCheckpoints:
 
     def test_a_file_is_no_checkpoint_folder(self, folder: Path) -> None:
         for model in (folder / ONE, ""):
-            with pytest.raises(ValueError, match="which is no folder; expected a checkpoint's folder"):
+            with pytest.raises(ValueError, match="which is not a folder; expected a checkpoint's folder"):
                 load_pretrained(model)
 
     @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e5m2, "bfloat16"])
@@ -114,7 +114,7 @@ class TestBadCheckpoints:
 
     def test_a_file_without_one_of_the_tensors_is_refused(self, folder: Path) -> None:
         edit_tensors(folder, lambda tensors: tensors.pop(K_PROJ))
-        with pytest.raises(ValueError, match=rf"tensor {K_PROJ} is missing in .* with shape \(16, 24\)"):
+        with pytest.raises(ValueError, match=rf"tensor {K_PROJ} is missing from .* with shape \(16, 24\)"):
             load_pretrained(folder)
 
     def test_a_file_without_a_separate_lm_head_is_refused(self, folder: Path) -> None:
@@ -239,7 +239,7 @@ class TestBadIndex:
         weight_map = json.loads((sharded / INDEX).read_text())["weight_map"]
         other = next(shard for shard in weight_map.values() if shard != weight_map[K_PROJ])
         self.put(sharded, K_PROJ, other)
-        with pytest.raises(ValueError, match=rf"tensor {K_PROJ} is missing in .*{other}, expected it there"):
+        with pytest.raises(ValueError, match=rf"tensor {K_PROJ} is missing from .*{other}, expected it there"):
             load_pretrained(sharded)
 
     def test_a_tensor_that_the_index_does_not_list_is_refused(self, sharded: Path) -> None:

@@ -132,7 +132,7 @@ def test_variables_of_a_template_equal_transformers(folder: Path, variables: dic
         ({"chat": True, "chat_template_kwargs": [1]}, r"chat_template_kwargs is \[1\]: expected a mapping of names"),
         ({"chat": True, "chat_template_kwargs": {1: 1}}, "expected a mapping of names to JSON values"),
         ({"chat": True, "chat_template_kwargs": {"a": {1, 2}}}, "what the template is given is not made of JSON"),
-        ({"chat": True, "chat_template_kwargs": {"messages": []}}, "messages is a variable of the conversation's own"),
+        ({"chat": True, "chat_template_kwargs": {"messages": []}}, "messages is the conversation's own variable"),
     ],
 )
 def test_bad_variables_of_a_template_are_refused(folder: Path, given: dict[str, Any], message: str) -> None:
@@ -206,7 +206,7 @@ def test_a_broken_template_file_or_config_is_refused(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").unlink()
     (tmp_path / "additional_chat_templates").mkdir()
     (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("x")
-    with pytest.raises(ValueError, match=r"rag\.jinja stands without the default chat_template\.jinja"):
+    with pytest.raises(ValueError, match=r"rag\.jinja exists without the default chat_template\.jinja"):
         load_chat_template(tmp_path)
     with pytest.raises(ValueError, match="is not a folder"):
         load_chat_template(tmp_path / "nowhere")

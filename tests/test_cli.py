@@ -77,7 +77,7 @@ def test_what_is_not_foreseen_is_exit_status_3_and_a_file_with_the_traceback(
     out, line = capsys.readouterr()
     file = next(tmp_path.iterdir())
     assert (out, line.count("\n")) == ("", 1)
-    assert line.startswith("lora-delta plot: not foreseen, KeyError: ")
+    assert line.startswith("lora-delta plot: unexpected error, KeyError: ")
     assert line.endswith(f"; the traceback is in {file}\n")
     text = file.read_text(encoding="utf-8")
     assert text.startswith("Traceback (most recent call last):")
@@ -221,8 +221,8 @@ def test_a_command_line_that_is_none_is_exit_status_2(arguments: list[str]) -> N
         ("check --device gpu", "device is 'gpu', expected one such as 'cpu', 'cuda' or 'cuda:1'"),
         ("check --device cpu:7", "device is 'cpu:7', and there is 1 CPU here"),
         ("demo --device gpu --out {new}", "device is 'gpu', expected one such as 'cpu', 'cuda' or 'cuda:1'"),
-        ("demo --out {file}", "--out names {file}, which is a file: expected a new folder"),
-        ("demo --out {folder}", "--out names {folder}, which is not empty: expected a new folder"),
+        ("demo --out {file}", "--out is {file}, which is a file: expected a new folder"),
+        ("demo --out {folder}", "--out is {folder}, which is not empty: expected a new folder"),
         ("train {new}", "{new}"),
         ("train {file}", "{file}"),
         ("train {latin}", "{latin}"),

@@ -79,11 +79,11 @@ def test_a_bad_argument_is_refused(options: dict[str, Any], message: str) -> Non
     [
         ({Q_A.replace("q_proj", "qkv_proj"): torch.zeros(3, 24)}, "qkv_proj.* fits nothing; expected names"),
         ({Q_A: torch.zeros(24, 3)}, rf"{Q_A}' has shape \(24, 3\), expected \(3, 24\) or \(G, 3, 24\)"),
-        ({Q_A: torch.zeros(2, 3, 24)}, rf"of different G: '{Q_A}' has shape \(2, 3, 24\), .*expected the same G"),
+        ({Q_A: torch.zeros(2, 3, 24)}, rf"have different G: '{Q_A}' has shape \(2, 3, 24\), .*expected the same G"),
         ({Q_A: torch.zeros(3, 24, dtype=torch.int64)}, f"{Q_A}' has dtype torch.int64, expected a floating-"),
         ({Q_A: torch.full((3, 24), float("nan"))}, f"{Q_A}' is not finite: it holds NaN or infinity"),
         ({Q_A: [[0.0] * 24] * 3}, f"{Q_A}' is a list, expected a torch.Tensor"),
-        ({Q_A: torch.zeros(3, 24, device="meta")}, f"{Q_A}' is on meta|is on cpu, expected meta as '{Q_A}'"),
+        ({Q_A: torch.zeros(3, 24, device="meta")}, f"{Q_A}' is on meta|is on cpu, expected meta like '{Q_A}'"),
     ],
 )
 def test_a_bad_tensor_is_refused(delta: DifferentiableDeltaCompute, change: Any, message: str) -> None:
@@ -105,7 +105,7 @@ def test_tensors_on_another_device_than_the_weights_are_refused(
     delta: DifferentiableDeltaCompute, n_adapters: int | None
 ) -> None:
     elsewhere = {name: tensor.to("meta") for name, tensor in tensors(n_adapters).items()}
-    with pytest.raises(ValueError, match=r"LoRA tensors are on meta, expected cpu as the base model; see its device"):
+    with pytest.raises(ValueError, match=r"LoRA tensors are on meta, expected cpu like the base model; see its device"):
         delta(elsewhere)
 
 
@@ -116,7 +116,7 @@ def test_tensors_on_the_cpu_are_refused_by_a_delta_on_a_gpu(n_adapters: int | No
     for call in (delta, lambda tensors: delta.mean_loss(tensors, lambda deltas, _: deltas.mean())):
         if n_adapters is None and call is not delta:
             continue  # it takes a batch alone
-        with pytest.raises(ValueError, match=r"LoRA tensors are on cpu, expected cuda:\d as the base model"):
+        with pytest.raises(ValueError, match=r"LoRA tensors are on cpu, expected cuda:\d like the base model"):
             call(tensors(n_adapters))
 
 

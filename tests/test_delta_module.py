@@ -61,7 +61,7 @@ def test_a_delta_refuses_another_device(delta: Delta, move: Callable[[Delta], An
 
 @pytest.mark.parametrize("change", IN_ANOTHER_DTYPE.values(), ids=IN_ANOTHER_DTYPE)
 def test_a_delta_refuses_another_dtype(delta: Delta, change: Callable[[Delta], Any]) -> None:
-    with pytest.raises(ValueError, match=r"^DifferentiableDeltaCompute is of torch.float64, which is not changed"):
+    with pytest.raises(ValueError, match=r"^DifferentiableDeltaCompute has dtype torch.float64, which is not changed"):
         change(delta)
 
 

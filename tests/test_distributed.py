@@ -79,7 +79,12 @@ def test_a_device_that_is_neither_the_cpu_nor_a_gpu_is_refused(device: Any) -> N
 
 @pytest.mark.parametrize(
     ("device", "gpus", "words"),
-    [("cuda:2", 2, "are 2 GPU"), ("cuda:1", 1, "is 1 GPU"), ("cuda", 0, "are 0 GPU"), ("cpu:3", 0, "is 1 CPU")],
+    [
+        ("cuda:2", 2, r"are 2 GPU\(s\)"),
+        ("cuda:1", 1, r"is 1 GPU\(s\)"),
+        ("cuda", 0, r"are 0 GPU\(s\)"),
+        ("cpu:3", 0, "is 1 CPU"),
+    ],
 )
 def test_a_device_that_is_not_there_is_refused(
     device: str, gpus: int, words: str, monkeypatch: pytest.MonkeyPatch

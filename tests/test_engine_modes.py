@@ -200,7 +200,7 @@ def test_bad_input_is_named_before_anything_is_multiplied(options: dict[str, Any
 
 def test_a_lora_on_another_device_is_named() -> None:
     tensors = {name: tensor.to("meta") for name, tensor in random_lora(CONFIG, SPEC).items()}
-    with pytest.raises(ValueError, match=r"LoRA tensor '.*' is on meta, expected cpu as the weights"):
+    with pytest.raises(ValueError, match=r"LoRA tensor '.*' is on meta, expected cpu like the weights"):
         forward_vjp(CONFIG, WEIGHTS, TOKENS, SPEC.bind(CONFIG, tensors))
 
 
@@ -209,11 +209,11 @@ def test_a_lora_on_another_device_is_named() -> None:
 )
 def test_a_cotangent_of_another_shape_is_refused(shape: Sequence[int]) -> None:
     _, vjp = run()
-    with pytest.raises(ValueError, match=r"cotangent has shape \(.*\), expected \(3, 4, 24\) as the value"):
+    with pytest.raises(ValueError, match=r"cotangent has shape \(.*\), expected \(3, 4, 24\) like the value"):
         vjp(torch.ones(shape))
     assert vjp(torch.ones(3, 4, 24)), "a cotangent that was refused used the vjp up"
     _, vjp = run(layer=(0, -1))
-    with pytest.raises(ValueError, match=r"expected \(3, 2, 4, 24\) as the value"):
+    with pytest.raises(ValueError, match=r"expected \(3, 2, 4, 24\) like the value"):
         vjp(torch.ones(3, 4, 24))
 
 

@@ -326,10 +326,10 @@ def test_conditions_may_be_names_of_prompts(folder: Path, tmp_path: Path, capsys
 
 
 BAD = [
-    ([], "neither --run nor --adapters is there"),
-    (["--run", "r", "--adapters", "a"], "--adapters stand beside --run"),
-    (["--adapters", "a"], "--adapters and --model are not both there"),
-    (["--run", "r", "--teachers", "t"], "--teachers go with --teacher-prompts and --run"),
+    ([], "neither --run nor --adapters is given"),
+    (["--run", "r", "--adapters", "a"], "--adapters and --run are both given"),
+    (["--adapters", "a"], "only one of --adapters and --model is given"),
+    (["--run", "r", "--teachers", "t"], "--teachers and --teacher-prompts need each other and --run"),
     (["--run", "r", "--texts", "-1"], "--texts is -1, expected 0 or more"),
     (["--run", "nowhere"], "nowhere"),
 ]

@@ -197,7 +197,7 @@ def test_an_additive_generator_that_starts_from_teachers_has_their_mean_and_can_
     moved = torch.cat([(teachers[name] - teachers[name].mean(0)).flatten(1) for names in sides for name in names], 1)
     solved = torch.linalg.lstsq(basis.T, moved.T).solution
     assert relative_error(basis.T @ solved, moved.T) <= 1e-9
-    with pytest.raises(ValueError, match=r"teachers' '.*' is of shape None"):
+    with pytest.raises(ValueError, match=r"teachers' '.*' has shape None"):
         made.fit({})
 
 

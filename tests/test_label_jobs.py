@@ -75,7 +75,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def label(adapters: Sequence[Path], out: Path, base: DifferentiableDeltaCompute | None = None) -> LabelReport:
     """A job in this process, perhaps after one that was killed: what that has left unfinished is said."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "(?s).*it was not finished, and counts for nothing", UserWarning)
+        warnings.filterwarnings("ignore", "(?s).*it was not finished, and is ignored", UserWarning)
         return compute_labels(base or delta(), adapters, out, adapters_per_pass=PER_PASS, progress=False)
 
 

@@ -73,7 +73,7 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
         assert labels.entry(name)["spec"] == {"rank": 2}
     assert dict(labels).keys() == {"a", "b", "c"}
     assert "d" not in labels
-    with pytest.raises(KeyError, match=r"no label of 'd', expected one of its 3 names: b, c, a"):
+    with pytest.raises(KeyError, match=r"no label for 'd', expected one of its 3 names: b, c, a"):
         labels["d"]
 
 
@@ -141,7 +141,7 @@ def test_labels_of_other_settings_are_refused_and_nothing_is_written(name: str, 
     before = {file: file.read_bytes() for file in write(tmp_path).iterdir()}
     with pytest.raises(ValueError, match=message) as error:
         opened(tmp_path, {**SETTINGS, **changes})
-    assert "take another folder (--out)" in str(error.value)
+    assert "use another folder (--out)" in str(error.value)
     assert before == {file: file.read_bytes() for file in tmp_path.iterdir()}
     opened(tmp_path, {**SETTINGS, "model": "its name alone", "max_length": 99, "probes": [[1]]})
 
@@ -189,12 +189,12 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "the format before": (lambda folder: edit(folder / "manifest.json", format=1), "format 1, expected 2: another ver"),
     "no settings": (lambda folder: edit(folder / "manifest.json", settings=None), "lacks 'shape' or 'settings'"),
     "a shape of no end": (lambda folder: edit(folder / "manifest.json", shape=[1 << 40]), "lacks 'shape' or"),
-    "other settings": (another_layer, r"labels.jsonl, line 1, is not what was written there: bring"),
+    "other settings": (another_layer, r"labels.jsonl, line 1, is not what was written there: restore"),
     "another shape": (lambda folder: edit(folder / "manifest.json", shape=[2, 2]), "line 1, is not what was written"),
     "no log": (lambda folder: (folder / "labels.jsonl").unlink(), r"has no labels\.jsonl"),
-    "a folder for a log": (instead("labels.jsonl", Path.mkdir), "labels.jsonl is not a file of its own"),
-    "a pipe for a log": (instead("labels.jsonl", os.mkfifo), "labels.jsonl is not a file of its own"),
-    "a table elsewhere": (instead("deltas.f32", lambda path: path.symlink_to("x")), "deltas.f32 is not a file of its"),
+    "a folder for a log": (instead("labels.jsonl", Path.mkdir), "labels.jsonl is not a regular file"),
+    "a pipe for a log": (instead("labels.jsonl", os.mkfifo), "labels.jsonl is not a regular file"),
+    "a table elsewhere": (instead("deltas.f32", lambda path: path.symlink_to("x")), "deltas.f32 is not a regular"),
     "another name": (replaced("labels.jsonl", b'{"name": "b"', b'{"name": "z"'), "line 2, is not what was written"),
     "another name at the end": (replaced("labels.jsonl", b'{"name": "c"', b'{"name": "z"'), "line 3, is not what was"),
     "lines exchanged": (lambda folder: lines_of(folder, slice(None, None, -1)), "line 1, is not what was"),
@@ -258,12 +258,12 @@ def test_the_end_of_a_file_that_was_not_written_is_said_and_cut_off(tmp_path: Pa
         folder = write(tmp_path / name)
         for file, content in files.items():
             (folder / file).write_bytes(content)
-        with pytest.warns(UserWarning, match=rf"line {left + 1}, .*: it was not finished, and counts for nothing"):
+        with pytest.warns(UserWarning, match=rf"line {left + 1}, .*: it was not finished, and is ignored"):
             labels = DeltaLabels(folder)
         assert {key: delta.tolist() for key, delta in labels.items()} == dict(
             zip("abc"[:left], deltas(left).tolist(), strict=True)
         ), name
-        with pytest.warns(UserWarning, match=r"it was not finished, and counts for nothing"):
+        with pytest.warns(UserWarning, match=r"it was not finished, and is ignored"):
             log = opened(folder)
         for file in FILES:
             assert whole[file].startswith((folder / file).read_bytes()), name
@@ -400,7 +400,7 @@ def test_bad_arguments_make_no_training_data(labelled: Path) -> None:
     with pytest.raises(ValueError, match="targets is 'tokens' and format is None"):
         labels.dataset({}, "tokens")
     for name in ("teachers/z", "teachers/a\0"):
-        with pytest.raises(ValueError, match=rf"conditions: .* has no label of {re.escape(repr(name))}, expected one"):
+        with pytest.raises(ValueError, match=rf"conditions: .* has no label for {re.escape(repr(name))}, expected one"):
             labels.dataset({name: "prompt"})
 
 

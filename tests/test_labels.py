@@ -493,7 +493,7 @@ def test_ctrl_c_says_how_to_go_on(
 
     monkeypatch.setattr(DifferentiableDeltaCompute, "deltas", interrupted)
     assert command("--out", tmp_path / "labels", embedded_teachers, "--quiet") == 130
-    assert "the same command goes on there" in capsys.readouterr().err
+    assert "the same command resumes from there" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -276,11 +276,11 @@ def top(n: int, k: int = 2, **changes: Any) -> TopK:
 
 
 BAD: dict[str, tuple[Any, Any, str]] = {
-    "no list": (3, None, "examples are a int, expected a list for each of 2 adapters"),
-    "too few": ([[([1], [2])]], None, "examples are of 1, expected a list for each of 2 adapters"),
+    "no list": (3, None, "examples are of type int, expected a list for each of 2 adapters"),
+    "too few": ([[([1], [2])]], None, "examples are of length 1, expected a list for each of 2 adapters"),
     "none": ([[([1], [2])], []], None, r"adapter 1 has no examples, expected at least one \(prompt ids"),
     "a text": ([[([1], [2])], "ab"], None, "adapter 1 has a str of examples"),
-    "no pair": ([[([1], [2]), [1]], [([1], [2])]], None, "adapter 0, example 1: is no pair, expected"),
+    "no pair": ([[([1], [2]), [1]], [([1], [2])]], None, "adapter 0, example 1: is not a pair, expected"),
     "no completion": ([[([1], [2]), ([1], [])], [([1], [2])]], None, "adapter 0, example 1: the completion is empty"),
     "one token alone": ([[([], [2])], [([1], [2])]], None, "example 0: the completion has 1 tokens, expected at l"),
     "no token": ([[([1], [2.5])], [([1], [2])]], None, "adapter 0, example 0: the completion holds 2.5, expected int"),
@@ -288,8 +288,8 @@ BAD: dict[str, tuple[Any, Any, str]] = {
     "a prompt beyond": ([[([61], [2])], [([1], [2])]], None, "adapter 0: token id 61 is outside the vocabulary"),
     "a target beyond": ([[([1], [2])], [([1], [61])]], None, "adapter 1: token id 61 is outside the vocabulary"),
     "too long": ([[([1], [2])], [([1] * 64, [2, 3])]], None, "adapter 1: sequence 0 has 65 tokens, expected at most"),
-    "a teacher of fewer": ([[([1], [2])]] * 2, [[top(1)]], "teacher is of 1 adapters, expected 2"),
-    "of fewer examples": ([[([1], [2])]] * 2, [[top(1)], []], "teacher of adapter 1 is of 0 examples, expected 1"),
+    "a teacher of fewer": ([[([1], [2])]] * 2, [[top(1)]], "teacher is for 1 adapters, expected 2"),
+    "of fewer examples": ([[([1], [2])]] * 2, [[top(1)], []], "teacher of adapter 1 is for 0 examples, expected 1"),
     "of other lengths": ([[([1], [2])]] * 2, [[top(1)], [top(2)]], r"example 0 has indices \(2, 2\) and log_"),
     "of another tokenizer": (
         [[([1], [2])]] * 2, [[top(1)], [top(1, indices=torch.tensor([[3, 61]]))]], "names token 61, expected 0 to 60",
@@ -303,7 +303,7 @@ BAD: dict[str, tuple[Any, Any, str]] = {
     "states of another model": (
         [[([1], [2])]] * 2, [[States(torch.zeros(1, 24))], [States(torch.zeros(1, 25))]], r"has states \(1, 25\), e",
     ),
-    "two kinds": ([[([1], [2])]] * 2, [[States(torch.zeros(1, 24))], [top(1)]], "teacher is of states and of top k"),
+    "two kinds": ([[([1], [2])]] * 2, [[States(torch.zeros(1, 24))], [top(1)]], "teacher mixes states and top k"),
     "no temperature": ([[([1], [2])]] * 2, [[top(1)], [top(1, temperature=0)]], "has temperature 0, expected above 0"),
 }  # fmt: skip
 
@@ -332,7 +332,7 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
 def test_what_is_asked_for_otherwise_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="weights have no lm_head, which a loss needs"):
         DifferentiableLMLoss(CONFIG, replace(WEIGHTS, lm_head=None))
-    with pytest.raises(ValueError, match=r"label_smoothing is 0\.1, expected 0 for what a teacher's states say"):
+    with pytest.raises(ValueError, match=r"label_smoothing is 0\.1, expected 0 for targets from a teacher's states"):
         make(label_smoothing=0.1)(random_lora(CONFIG, SPEC, 3), EXAMPLES, make().states(EXAMPLES))
     with pytest.raises(ValueError, match="over is 'texts', expected 'adapters' or 'tokens'"):
         make().mean_loss(random_lora(CONFIG, SPEC, 3), EXAMPLES, over="texts")
@@ -367,12 +367,12 @@ def test_files_that_no_teacher_wrote_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="said is not a file, expected one of a teacher's log-probabilities"):
         load_top_k(path)
     save_top_k(path, [top(3)], 61)
-    with pytest.raises(ValueError, match="it is of a vocabulary of 61, expected 62 as the model"):
+    with pytest.raises(ValueError, match="its vocabulary size is 61, expected 62 as in the model"):
         load_top_k(path, 62)
     content = path.read_bytes()
     for spoilt in (b"", content[:40], content[:-3], content[:8] + b"x" + content[9:]):
         path.write_bytes(spoilt)
-        with pytest.raises(ValueError, match="said is no file of a teacher's log-probabilities"):
+        with pytest.raises(ValueError, match="said is not a file of a teacher's log-probabilities"):
             load_top_k(path)
     save_file({"a": torch.ones(1)}, path)
     with pytest.raises(ValueError, match="its format is None, expected 'lora-delta top-k 1'"):
@@ -381,7 +381,7 @@ def test_files_that_no_teacher_wrote_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="text 0 names token 70, expected 0 to 60"):
         load_top_k(path)
     for texts, message in (([], r"\[\]"), ([top(1), top(1, k=3)], r"\[\(2, 1.0\), \(3, 1.0\)\]")):
-        with pytest.raises(ValueError, match=rf"texts are of \(k, temperature\) {message}, expected one"):
+        with pytest.raises(ValueError, match=rf"texts have \(k, temperature\) {message}, expected one for all"):
             save_top_k(path, texts, 61)
 
 

@@ -304,7 +304,7 @@ def test_a_tensor_that_is_not_finite_is_refused(value: float, dtype: torch.dtype
 @pytest.mark.parametrize("other", [None, 1, 2, 4])
 def test_adapters_of_different_g_in_one_dict_are_refused(other: int | None) -> None:
     tensors = random_lora(CONFIG, RANK_2, 3)
-    with pytest.raises(ValueError, match=r"of different G.*expected the same G for all") as caught:
+    with pytest.raises(ValueError, match=r"have different G.*expected the same G for all") as caught:
         RANK_2.bind(CONFIG, {**tensors, DOWN_B: random_lora(CONFIG, RANK_2, other)[DOWN_B]})
     shape = (24, 2) if other is None else (other, 24, 2)
     assert f"{Q_A!r} has shape (3, 2, 24), {DOWN_B!r} has shape {shape}" in str(caught.value)
@@ -375,7 +375,7 @@ def test_a_bad_spec_is_refused(field: str, value: Any, message: str) -> None:
         ("layers_to_transform", 3, "layers_to_transform names layer 3, expected 0 to 2"),
         ("layers_to_transform", [0, -1], "layers_to_transform names layer -1, expected 0 to 2"),
         *(
-            (field, {pattern: 2}, f"{field} names {pattern!r}, which fits none of the adapted modules")
+            (field, {pattern: 2}, f"{field} names {pattern!r}, which matches none of the adapted modules")
             for field in ("rank_pattern", "alpha_pattern")
             for pattern in ("lm_head", "layers.3.mlp.up_proj", "proj", "", "q_proj.lora_A", "layers.0", 3)
         ),
@@ -389,7 +389,7 @@ def test_a_spec_that_does_not_fit_the_config_is_refused(field: str, value: Any, 
 
 
 def test_a_pattern_for_a_module_without_an_adapter_is_refused() -> None:
-    with pytest.raises(ValueError, match="alpha_pattern names 'q_proj', which fits none of the adapted"):
+    with pytest.raises(ValueError, match="alpha_pattern names 'q_proj', which matches none of the adapted"):
         LoraSpec(alpha_pattern={"q_proj": 2}, target_modules=["k_proj"]).shapes(CONFIG)
 
 

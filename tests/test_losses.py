@@ -350,7 +350,7 @@ def test_tensors_that_do_not_match_are_refused(
 
 
 def test_a_product_without_a_factor_or_of_another_rank_is_refused() -> None:
-    with pytest.raises(ValueError, match=f"'{UP_B}' is missing, expected the A and the B of each module"):
+    with pytest.raises(ValueError, match=f"'{UP_B}' is missing, expected both A and B of each module"):
         product_mse(without(adapter(), UP_B), without(adapter(), UP_B))
     with pytest.raises(ValueError, match=r"shapes \(3, 5\) and \(7, 3\), expected rank 4"):
         product_mse(adapter(), adapter(), spec=LoraSpec(rank=4))
@@ -498,7 +498,7 @@ def test_regularizers_refuse_what_is_no_adapter(
 
 def test_the_norm_of_updates_needs_both_factors_and_the_specs_rank() -> None:
     tensors = adapter()
-    with pytest.raises(ValueError, match="is missing, expected the A and the B of each module"):
+    with pytest.raises(ValueError, match="is missing, expected both A and B of each module"):
         product_l2({name: tensor for name, tensor in tensors.items() if name != UP_B})
     with pytest.raises(ValueError, match="expected rank 4"):
         product_l2(tensors, spec=LoraSpec(rank=4))

@@ -190,14 +190,14 @@ def test_bad_texts_are_refused_by_their_adapter(texts: Any, message: str) -> Non
 def test_texts_that_do_not_fit_the_model_or_the_adapters_are_refused() -> None:
     config = tiny_config()
     weights, lora = init_weights(config, dtype=F64), SPEC.bind(config, random_lora(config, SPEC, 3))
-    with pytest.raises(ValueError, match="tokens are of 2 adapters, expected 3 as the LoRA"):
+    with pytest.raises(ValueError, match="tokens are for 2 adapters, expected 3 as in the LoRA"):
         forward_vjp(config, weights, pack_each(TEXTS[:2]), lora)
     with pytest.raises(ValueError, match="adapter 1: token id 61 is outside the vocabulary"):
         forward_vjp(config, weights, pack_each([[[1]], [[61]], [[1]]]), lora)
     with pytest.raises(ValueError, match="adapter 2: sequence 0 has 65 tokens, expected at most"):
         forward_vjp(config, weights, pack_each([[[1]], [[2]], [[3] * 65]]), lora)
     plan = Plan(config, weights, pack_each(TEXTS), lora)
-    with pytest.raises(ValueError, match="the plan is of texts of each adapter"):
+    with pytest.raises(ValueError, match="the plan is for each adapter's texts"):
         plan.fill(pack(TEXTS[0]))
     with pytest.raises(ValueError, match="plan was made for other tokens"):
         forward_vjp(config, weights, pack_each([TEXTS[1], TEXTS[0], TEXTS[2]]), lora, plan=plan)

@@ -132,7 +132,7 @@ def test_labels_of_a_delta_that_is_split_over_ranks_are_refused(
 def test_a_model_that_cannot_be_split_is_refused(changes: dict[str, int], sizes: str, two_ranks: Ranks) -> None:
     fields = {"intermediate_size": 42} | changes
     for message in two_ranks.call(jobs.refusal, tiny_config(**fields)):
-        assert re.match(f"mesh has 2 ranks for tensor parallelism, expected one of {sizes}: those divide", message)
+        assert re.match(f"mesh has 2 ranks for tensor parallelism, expected one of {sizes}, which divide", message)
 
 
 @pytest.mark.parametrize("mean_loss", [False, True])

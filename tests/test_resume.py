@@ -119,7 +119,8 @@ def test_a_crashed_run_goes_on_to_the_uninterrupted_result(at: int, case: Case, 
     found = newest_checkpoint(tmp_path)
     assert (0 if found is None else found[1]["progress"]["steps"]) == at // 2 * 2  # checkpoint_every is 2
     later = at % 2
-    with warns(f"among its lines are {later} of steps after the checkpoint's {at - later}") if later else nullcontext():
+    message = f"among its lines are {later} for steps after the checkpoint's {at - later}"
+    with warns(message) if later else nullcontext():
         whole.is_that_of(run(case, tmp_path), tmp_path)
     assert lines(tmp_path) == whole.lines
 
@@ -182,17 +183,17 @@ LATER = b'{"step": 4, "loss": 1.0}\n{"step": 5, "loss": 1.0}\n'
 @pytest.mark.parametrize(
     ("edit", "steps", "message"),
     [
-        (edited(slice(0, 4), LATER), range(6), "2 of steps after the checkpoint's 4, which are computed again$"),
-        (edited(slice(0, 1)), [0, 4, 5], "none of 3 steps before the checkpoint$"),
-        (edited(), [4, 5], "none of 4 steps before the checkpoint$"),
-        (edited(slice(0, 3), HALF), [0, 1, 2, 4, 5], "1 that cannot be read; none of 1 steps before the checkpoint$"),
-        (edited(b"\xff\x00garbage\n[1]\n" * 3), [4, 5], "6 that cannot be read; none of 4 steps"),
+        (edited(slice(0, 4), LATER), range(6), "2 for steps after the checkpoint's 4, which are computed again$"),
+        (edited(slice(0, 1)), [0, 4, 5], "none for 3 steps before the checkpoint$"),
+        (edited(), [4, 5], "none for 4 steps before the checkpoint$"),
+        (edited(slice(0, 3), HALF), [0, 1, 2, 4, 5], "1 that cannot be read; none for 1 steps before the checkpoint$"),
+        (edited(b"\xff\x00garbage\n[1]\n" * 3), [4, 5], "6 that cannot be read; none for 4 steps"),
         (edited(slice(0, 4), b"[" * 100_000), range(6), "1 that cannot be read$"),
         (edited(slice(0, 4), b'{"step": true}\n{"step": 1e3}\n{"loss": 1}\n'), range(6), "3 that cannot be read$"),
         (edited(slice(0, 4), b'{"step": 2, "loss": NaN}\n'), range(6), "1 that cannot be read$"),
         (edited(slice(0, 4), b'{"step": 9, "loss": "1"}\n'), range(6), "1 that cannot be read$"),
-        (edited(slice(2, 4), slice(0, 2), slice(0, 4)), range(6), "are some twice, or not in their order$"),
-        (None, [4, 5], "none of 4 steps before the checkpoint$"),
+        (edited(slice(2, 4), slice(0, 2), slice(0, 4)), range(6), "are some repeated or out of order$"),
+        (None, [4, 5], "none for 4 steps before the checkpoint$"),
     ],
 )
 def test_a_log_that_is_not_the_checkpoints_is_mended_to_it_and_the_steps_are_the_checkpoints(
@@ -216,7 +217,7 @@ def test_a_log_that_is_not_the_checkpoints_is_mended_to_it_and_the_steps_are_the
 
 def test_a_log_without_a_checkpoint_is_begun_again(case: Case, whole: Whole, tmp_path: Path) -> None:
     (tmp_path / METRICS).write_bytes(edited(LATER)(b""))
-    with warns("among its lines are 2 of steps after the checkpoint's 0, which are computed again"):
+    with warns("among its lines are 2 for steps after the checkpoint's 0, which are computed again"):
         whole.is_that_of(run(case, tmp_path), tmp_path)
     assert lines(tmp_path) == whole.lines
 
@@ -252,7 +253,7 @@ def test_a_damaged_checkpoint_is_said_and_the_run_goes_on_from_the_one_before(
     crashed(case, tmp_path, 5)
     path = tmp_path / CHECKPOINT
     path.write_bytes(DAMAGE[damage](path.read_bytes()))
-    with warns(f"{CHECKPOINT} is damaged, or no checkpoint .*; the one before, after 2 steps, is taken"):
+    with warns(f"{CHECKPOINT} is damaged, or not a checkpoint .*; the previous one, after 2 steps, is used"):
         crashed(case, tmp_path, 2)
     for name, steps in ((CHECKPOINT, 4), (PREVIOUS, 2)):  # what is damaged has not replaced the one that is whole
         assert checkpoints.read_checkpoint(tmp_path / name)["progress"]["steps"] == steps
@@ -268,7 +269,7 @@ def test_a_run_without_a_whole_checkpoint_is_refused_and_nothing_is_written(
     for name in (CHECKPOINT, PREVIOUS):
         (tmp_path / name).write_bytes(DAMAGE[damage]((tmp_path / name).read_bytes()))
     before = contents(tmp_path)
-    with pytest.raises(ValueError, match=f"{CHECKPOINT} is damaged, or no checkpoint of a training run: ") as raised:
+    with pytest.raises(ValueError, match=f"{CHECKPOINT} is damaged, or not a checkpoint of a training run: ") as raised:
         run(case, tmp_path)
     assert "\n" not in str(raised.value)
     assert contents(tmp_path) == before
@@ -279,7 +280,7 @@ def test_a_log_that_is_no_file_of_its_own_is_refused_and_nothing_is_written(
     make: Callable[[Path], Any], case: Case, tmp_path: Path
 ) -> None:
     make(tmp_path / METRICS)
-    with pytest.raises(ValueError, match=f"{METRICS} is not a file of its own, expected the log of a run"):
+    with pytest.raises(ValueError, match=f"{METRICS} is not a regular file, expected the log of a run"):
         run(case, tmp_path)
     assert list(tmp_path.iterdir()) == [tmp_path / METRICS]
 
@@ -320,7 +321,7 @@ class Payload:
 def test_a_checkpoint_that_is_code_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"identity": Payload()}, tmp_path / CHECKPOINT)
-    with pytest.raises(ValueError, match="is damaged, or no checkpoint of a training run: Weights only load failed"):
+    with pytest.raises(ValueError, match="is damaged, or not a checkpoint of a training run: Weights only load failed"):
         newest_checkpoint(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [CHECKPOINT]
 
@@ -361,7 +362,7 @@ def test_a_run_with_other_options_is_refused_and_nothing_is_written(
 ) -> None:
     crashed(case, tmp_path, 3)
     before = contents(tmp_path)
-    with pytest.raises(ValueError, match=rf"{CHECKPOINT} was made otherwise: .*{message}"):
+    with pytest.raises(ValueError, match=rf"{CHECKPOINT} was made differently: .*{message}"):
         run(case, tmp_path, dataclasses.replace(ASKED, **changes))
     assert contents(tmp_path) == before
 

@@ -310,7 +310,7 @@ def test_a_run_is_not_taken_up_on_other_labels(
     before = contents(copied / "run")
     assert main(["train", "--quiet", str(copied / "config.toml")]) == 2
     error = capsys.readouterr().err
-    assert re.search(rf"was made otherwise: labels\.{field}", error), error
+    assert re.search(rf"was made differently: labels\.{field}", error), error
     assert contents(copied / "run") == before
 
 
@@ -333,19 +333,19 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
     "half of run.json": (lambda run: (run / RUN).write_text((run / RUN).read_text()[:50]), "is not valid JSON"),
     "another identity": (
         lambda run: edit_json(run / RUN, lambda facts: facts["identity"].update(condition_layer=2)),
-        "run.json was made otherwise: condition_layer is 2 there and -1 here",
+        "run.json was made differently: condition_layer is 2 there and -1 here",
     ),
-    "no identity": (lambda run: edit_json(run / RUN, lambda facts: facts.pop("identity")), "was made otherwise"),
+    "no identity": (lambda run: edit_json(run / RUN, lambda facts: facts.pop("identity")), "was made differently"),
     "an odd identity": (
         lambda run: edit_json(run / RUN, lambda facts: facts.update(identity=[1])),
-        "run.json was made otherwise",
+        "run.json was made differently",
     ),
     "no base": (lambda run: edit_json(run / RUN, lambda facts: facts.update(base=3)), "names no base model"),
     "a base that is gone": (lambda run: edit_json(run / RUN, lambda facts: facts.update(base="/no/base")), "/no/base"),
     "no checkpoint": (lambda run: (run / CHECKPOINT).unlink(), "holds no checkpoint"),
     "half a checkpoint": (
         lambda run: (run / CHECKPOINT).write_bytes((run / CHECKPOINT).read_bytes()[:1000]),
-        "checkpoint.pt is damaged, or no checkpoint of a training run",
+        "checkpoint.pt is damaged, or not a checkpoint of a training run",
     ),
 }
 
@@ -441,7 +441,7 @@ def test_a_run_that_is_terminated_goes_on_to_the_uninterrupted_result(copied: Pa
         _, error = process.communicate(timeout=120)
     assert process.returncode == 143, error
     steps = len(log.read_text().splitlines())
-    assert re.search(rf"{steps} of 60 steps are done; .*cut holds them, and the same command goes on there", error)
+    assert re.search(rf"{steps} of 60 steps are done; .*cut holds them, and the same command resumes from there", error)
     assert 0 < steps < 60
     for name in ("cut", "whole"):
         assert main(["train", "--quiet", str(copied / f"{name}.toml")]) == 0
@@ -453,7 +453,7 @@ def test_a_run_that_is_terminated_goes_on_to_the_uninterrupted_result(copied: Pa
 
 def test_a_lost_log_of_a_finished_run_is_said(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (copied / "run" / METRICS).unlink()
-    with pytest.warns(UserWarning, match="none of 4 steps before the checkpoint"):
+    with pytest.warns(UserWarning, match="none for 4 steps before the checkpoint"):
         assert main(["train", "--quiet", str(copied / "config.toml")]) == 0
     assert "4 steps, at the last one no loss; " in capsys.readouterr().out
 

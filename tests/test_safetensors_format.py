@@ -109,7 +109,7 @@ def test_a_spoilt_file_is_refused_in_a_line_or_means_what_it_means_to_the_librar
     ("header", "message"),
     [
         ('{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}', "its header is not valid JSON"),
-        ("[" * 100_000, "its header is no JSON object"),
+        ("[" * 100_000, "its header is not a JSON object"),
         ('{"a":' + "[" * 100_000, "its header is nested too deeply"),
         ('{"a": {"dtype": "F32", "shape": [1e400], "data_offsets": [0, 8]}}', "expected its dtype, shape and data_off"),
         ('{"a": {"dtype": "F32", "shape": [true, 2], "data_offsets": [0, 8]}}', "expected its dtype, shape and data"),

@@ -172,7 +172,7 @@ def test_a_run_on_stored_targets_reads_no_teachers(folder: Path, device: str, tm
         ("teacher", 'target = "teacher"', 'target = "context"', "has target 'teacher', expected 'context' as here"),
         ("context", '"float32"', '"bfloat16"', "has model_sha256 '.*', expected '.*' as here: lora-delta teach"),
         ("context", "texts.jsonl", "more.jsonl", "has texts_sha256 '.*', expected '.*' as here"),
-        ("context", "context.safetensors", "texts.jsonl", "texts.jsonl is no file of targets of deltas"),
+        ("context", "context.safetensors", "texts.jsonl", "texts.jsonl is not a file of targets of deltas"),
         ("context", "context.safetensors", "none", "none is not a file, expected one of targets of deltas"),
     ],
 )  # fmt: skip
@@ -195,12 +195,12 @@ def test_deltas_of_a_run_without_them_are_refused(
     text = config.read_text()
     config.write_text("\n".join(line for line in text.splitlines() if not line.startswith("delta")))
     assert main(["teach", "--quiet", "--deltas", "--out", str(folder / "no"), str(config)]) == 2
-    assert "has no loss 'delta' of texts = 'own'" in capsys.readouterr().err
+    assert "has no loss 'delta' with texts = 'own'" in capsys.readouterr().err
     assert not (folder / "no").exists()
     config = written(folder, "none", "teacher", device, 'stored_deltas = "deltas"')
     config.write_text(config.read_text().replace('labels = "deltas"\n', ""))
     assert main(["teach", "--quiet", "--deltas", "--out", str(folder / "no"), str(config)]) == 2
-    assert "has no labels, which the targets of teachers are read from" in capsys.readouterr().err
+    assert "has no labels, from which the teachers' targets are read" in capsys.readouterr().err
 
 
 # The file
@@ -243,7 +243,7 @@ def test_nothing_is_left_of_a_writing_that_failed(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError, match="equal size"):
         failing()
-    message = r"no text was written to .*file, expected some"
+    message = r"no text was written to .*file, expected at least one"
     with pytest.raises(ValueError, match=message), deltas_written(tmp_path / "file", {}):
         pass
     assert not list(tmp_path.iterdir())
@@ -254,7 +254,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     content = (tmp_path / "file").read_bytes()
     for damaged in (b"", content[:100], content[:-9], content + b"x", content.replace(b'"I64"', b'"I32"')):
         (tmp_path / "odd").write_bytes(damaged)
-        with pytest.raises(ValueError, match="odd is no file of targets of deltas: "):
+        with pytest.raises(ValueError, match="odd is not a file of targets of deltas: "):
             StoredDeltas(tmp_path / "odd")
     texts = states(2)
     texts[0][1][0, 0, 0] = torch.nan

@@ -215,22 +215,22 @@ def test_an_option_that_is_off_is_named(options: dict[str, Any], message: str) -
 def test_targets_of_other_texts_are_refused() -> None:
     tensors, delta = random_lora(CONFIG, SPEC, 3), make()
     target = delta.target(EXAMPLES, contexts=CONTEXTS)
-    with pytest.raises(ValueError, match="target is of 2 adapters, expected 3 as the examples"):
+    with pytest.raises(ValueError, match="target is for 2 adapters, expected 3 to match the examples"):
         delta.mean_loss(tensors, EXAMPLES, DeltaTarget(target.base[:2], target.wanted[:2]))
     wanted = [target.wanted[0], target.wanted[1][:, 1:], target.wanted[2]]
     with pytest.raises(ValueError, match=r"target: wanted of adapter 1 has shape \(1, 5, 24\), expected \(1, 6, 24\)"):
         delta.mean_loss(tensors, EXAMPLES, DeltaTarget(target.base, wanted))
     with pytest.raises(ValueError, match="tensors and contexts are both None"):
         delta.target(EXAMPLES)
-    with pytest.raises(ValueError, match="examples are of 2, expected a list for each of 3 adapters"):
+    with pytest.raises(ValueError, match="examples are of length 2, expected a list for each of 3 adapters"):
         delta(tensors, EXAMPLES[:2])
 
 
 def test_contexts_of_other_examples_are_refused() -> None:
     delta = make(positions="all")
-    with pytest.raises(ValueError, match="contexts are of 2 adapters, expected 3 as the examples"):
+    with pytest.raises(ValueError, match="contexts are for 2 adapters, expected 3 to match the examples"):
         delta.target(EXAMPLES, contexts=CONTEXTS[:2])
-    with pytest.raises(ValueError, match="contexts of adapter 0 are of 1 examples, expected 3"):
+    with pytest.raises(ValueError, match="contexts of adapter 0 are for 1 examples, expected 3"):
         delta.target(EXAMPLES, contexts=[CONTEXTS[0][:1], *CONTEXTS[1:]])
     odd = [[CONTEXTS[0][0], [3, 1, 5], CONTEXTS[0][2]], *CONTEXTS[1:]]
     with pytest.raises(ValueError, match="the context of adapter 0, example 1, does not end with its prompt"):

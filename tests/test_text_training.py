@@ -271,7 +271,7 @@ def test_steps_can_be_raised_and_the_rate_goes_along_the_new_curve(tasks: TextTa
         factor = 0.1 + 0.9 * (1 + math.cos(math.pi * part)) / 2
         assert metrics["learning_rate"] == pytest.approx(0.01 * factor, rel=1e-12)
     before = (tmp_path / "checkpoint.pt").read_bytes()
-    with pytest.raises(ValueError, match="steps is 9, expected at least the 10 that are behind the run"):
+    with pytest.raises(ValueError, match="steps is 9, expected at least the 10 that the run has done"):
         train(direct_generator(), tasks, options(steps=9), **given)
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 

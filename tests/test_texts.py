@@ -415,8 +415,8 @@ def test_an_answer_of_a_single_token_needs_one_before_it(prompt: str | None, cop
     [
         ("{% for m in messages %}{{ raise_exception('no ' ~ m.role) }}{% endfor %}", "the chat template failed: .*no"),
         ("{% for %}", "the chat template is not valid Jinja"),
-        ("{{ messages | length }}", "the chat template does not write an answer behind the prompt"),
-        ("always this", "the chat template does not write an answer behind the prompt"),
+        ("{{ messages | length }}", "the chat template does not write an answer after the prompt"),
+        ("always this", "the chat template does not write an answer after the prompt"),
         (None, "no chat template in"),
     ],
 )
@@ -667,7 +667,7 @@ def test_arrays_of_another_kind_with_the_same_bytes_are_found(change: str, tmp_p
     else:
         metadata["told"] = metadata["told"].replace('"skipped": 0', '"skipped": 1')
     save_file(arrays, folder / "index.safetensors", metadata)
-    with pytest.raises(ValueError, match="its checksums are others"):
+    with pytest.raises(ValueError, match="its checksums do not match"):
         TextSet.opened(folder)
 
 
@@ -721,6 +721,6 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
                     file.write(b'{"condition": "c", "text": "more"}\n')
             return super().read(lines)
 
-    with pytest.raises(ValueError, match=f"{path} has changed while it was read, expected it to stay as it is"):
+    with pytest.raises(ValueError, match=f"{path} changed while it was read, expected it to stay the same"):
         TextSet.compiled(path, out, Reader(embedded_checkpoint(), max_tokens=99, vocab_size=259))
     assert not any(out.iterdir())

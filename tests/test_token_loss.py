@@ -260,14 +260,14 @@ def test_bad_targets_are_refused() -> None:
         with pytest.raises(ValueError, match=message):
             forward_vjp(config, weights, tokens, lora, heads=heads)
 
-    refused("there are 2 targets, expected those of each row", [TokenLoss(targets[:2])])
+    refused("there are 2 targets, expected one for each row", [TokenLoss(targets[:2])])
     refused("weights have no lm_head, which a loss needs", [TokenLoss(targets)], replace(weights, lm_head=None))
     odd = replace(targets[0], indices=torch.full_like(targets[0].indices, 61))
     refused("token id 61 is outside the vocabulary, expected 0 to 60", [TokenLoss([odd, *targets[1:]])])
     refused("there are 3 targets, expected 1", [TokenLoss(targets)], tokens=pack([list(range(9))] * 2))
-    refused("targets 0 are of rows 2 to 7, expected some of 0 to 2", [TokenLoss(targets)], tokens=pack([[1, 2, 3]]))
+    refused("targets 0 are for rows 2 to 7, expected some of 0 to 2", [TokenLoss(targets)], tokens=pack([[1, 2, 3]]))
     none = Targets.of_tokens(*(torch.empty(0, dtype=torch.int64) for _ in range(3)))
-    refused("targets 0 are of rows none, expected some of 0 to", [TokenLoss([none, *targets[1:]])])
+    refused("targets 0 are for rows none, expected some of 0 to", [TokenLoss([none, *targets[1:]])])
     for options, message in (
         ({"label_smoothing": 1.0}, "label_smoothing is 1.0, expected from 0 to below 1"),
         ({"label_smoothing": -0.1}, "label_smoothing is -0.1"),

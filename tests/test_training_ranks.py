@@ -86,7 +86,7 @@ def test_a_checkpoint_resumes_on_another_number_of_ranks(
         resumed = two_ranks.call(jobs.trained, training, folder, {"dp": 2})
     else:
         assert two_ranks.call(jobs.trained, cut, folder, {"dp": 2}) == [None, None]
-        with pytest.warns(UserWarning, match="1 of steps after the checkpoint's 3, which are computed again"):
+        with pytest.warns(UserWarning, match="1 for steps after the checkpoint's 3, which are computed again"):
             resumed = [training.run(folder)]
     for found in resumed:
         assert_same_run(found, expected)

@@ -19,18 +19,18 @@ def add(subcommands: argparse._SubParsersAction) -> None:
     check = subcommands.add_parser(
         "check",
         help="check that gradients flow from a delta to LoRA tensors and to a generator",
-        description="Checks gradient flow, delta sensitivity, flat memory and mixed precision on a base model. "
-        "Exit status 1 when anything fails.",
+        description="Checks gradient flow, delta sensitivity, constant memory and mixed precision on a base model. "
+        "Exit status 1 if anything fails.",
     )
-    check.add_argument("--model", help="hub id or folder of a Qwen2 or Qwen3 (default: a small embedded one)")
-    check.add_argument("--dtype", choices=DTYPES, default="float32", help="of the base weights (default: %(default)s)")
-    check.add_argument("--rank", type=int, default=16, help="of the LoRA (default: %(default)s)")
-    check.add_argument("--device", help="default: a GPU where there is one, else the CPU")
-    check.add_argument("--steps", type=int, default=20, help="of the memory check (default: %(default)s)")
+    check.add_argument("--model", help="hub id or folder of a Qwen2 or Qwen3 (default: the embedded one)")
+    check.add_argument("--dtype", choices=DTYPES, default="float32", help="base weights (default: %(default)s)")
+    check.add_argument("--rank", type=int, default=16, help="LoRA rank (default: %(default)s)")
+    check.add_argument("--device", help="default: a GPU if there is one, else the CPU")
+    check.add_argument("--steps", type=int, default=20, help="steps of the memory check (default: %(default)s)")
     check.add_argument(
         "--against-peft",
         action="store_true",
-        help="compare value and gradients with PEFT + functional_call as well (needs transformers and peft)",
+        help="also compare value and gradients with PEFT + functional_call (needs transformers and peft)",
     )
     check.add_argument("--json", action="store_true", help="print JSON instead of a table")
     check.set_defaults(run=_check)

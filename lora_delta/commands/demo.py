@@ -15,14 +15,14 @@ def add(subcommands: argparse._SubParsersAction) -> None:
     """Register the subcommand."""
     demo = subcommands.add_parser(
         "demo",
-        help="generators that write adapters for tasks that they never saw, in four minutes",
+        help="train generators that write adapters for unseen tasks, in four minutes",
         description="Trains two generators of adapters for small text tasks, by cross-entropy and by deltas, and "
-        "judges them on tasks that neither has seen, beside controls. No network is needed.",
+        "judges them on tasks that neither has seen, against controls. No network is needed.",
     )
     demo.add_argument("--out", type=Path, default=Path("lora-delta-demo"), help="folder (default: ./%(default)s)")
-    demo.add_argument("--steps", type=int, default=300, help="training of each generator (default: %(default)s)")
-    demo.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default: %(default)s)")
-    demo.add_argument("--device", help="default: a GPU where there is one, else the CPU")
+    demo.add_argument("--steps", type=int, default=300, help="training steps of each generator (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="seed of all random draws (default: %(default)s)")
+    demo.add_argument("--device", help="default: a GPU if there is one, else the CPU")
     demo.add_argument("--json", action="store_true", help="print the record as JSON instead of the table")
     demo.add_argument("--quiet", action="store_true", help="no progress bars")
     demo.set_defaults(run=_demo)
@@ -35,9 +35,9 @@ def _demo(options: argparse.Namespace) -> int:
     if options.steps < 1:
         raise ValueError(f"--steps is {options.steps}, expected at least 1")
     if options.out.exists() and not options.out.is_dir():
-        raise ValueError(f"--out names {options.out}, which is a file: expected a new folder")
+        raise ValueError(f"--out is {options.out}, which is a file: expected a new folder")
     if options.out.exists() and any(options.out.iterdir()):
-        raise ValueError(f"--out names {options.out}, which is not empty: expected a new folder")
+        raise ValueError(f"--out is {options.out}, which is not empty: expected a new folder")
     device = usable_device(options.device)
     keep_freed_memory()
     plots = all(find_spec(package) for package in ("matplotlib", "sklearn"))
@@ -51,7 +51,7 @@ def _demo(options: argparse.Namespace) -> int:
         say=lambda line: print(line, file=sys.stderr if options.json else sys.stdout, flush=True),
     )
     if not plots:
-        print("no pictures: they need pip install 'qwen-functional[plots]'", file=sys.stderr)
+        print("no plots were drawn: they need pip install 'qwen-functional[plots]'", file=sys.stderr)
     if options.json:
         print(json.dumps(record, indent=1))
     return 0

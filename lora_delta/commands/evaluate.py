@@ -16,28 +16,28 @@ def add(subcommands: argparse._SubParsersAction) -> None:
     """Register the subcommand."""
     evaluate = subcommands.add_parser(
         "evaluate",
-        help="judge generated adapters on texts, beside controls",
-        description="Loss and accuracy of texts under the adapters that generators write for their conditions, and "
-        "how near their deltas come to those of the prompted base; beside adapters of other conditions, of gibberish, "
-        "their mean, the bare model and the prompted base. Conditions that the first run has seen stand apart. With "
-        "--adapters it judges PEFT folders from anywhere.",
+        help="judge generated adapters on texts, against controls",
+        description="Loss and accuracy on texts under the adapters that generators write for their conditions, and "
+        "how close their deltas come to those of the prompted base; compared with adapters for other conditions and "
+        "for gibberish, their mean, the bare model and the prompted base. Conditions that the first run has seen are "
+        "reported separately. With --adapters it judges any PEFT folders.",
     )
     add_to = evaluate.add_argument
-    add_to("--run", type=Path, nargs="+", default=[], dest="folders", metavar="RUN", help="of lora-delta train; seeds")
-    add_to("--data", type=Path, nargs="+", required=True, metavar="FILE", help="JSON lines of texts, as train reads")
-    add_to("--prompts", type=Path, metavar="FILE", help="of the names that the data's conditions are")
+    add_to("--run", type=Path, nargs="+", default=[], dest="folders", metavar="RUN", help="run folders, a seed each")
+    add_to("--data", type=Path, nargs="+", required=True, metavar="FILE", help="JSON lines of texts, as for train")
+    add_to("--prompts", type=Path, metavar="FILE", help="prompts, if the data's conditions are names in this file")
     add_to("--adapters", nargs="+", metavar="PATH", help="PEFT folders, named as the conditions; needs --model")
     add_to("--model", help="hub id or folder of the base model, without --run")
-    add_to("--dtype", choices=DTYPES, default="float32", help="of the base model, without --run (default: %(default)s)")
-    add_to("--teachers", type=Path, metavar="LABELS", help="labels of teachers, for controls; needs --teacher-prompts")
-    add_to("--teacher-prompts", type=Path, metavar="FILE", help="of the teachers, as train reads them")
-    add_to("--context", help="the prompted base's context, of {condition} and {prompt} (default: the run's)")
-    add_to("--conditions", type=int, default=64, metavar="N", help="of each group, 0 for all (default: %(default)s)")
-    add_to("--texts", type=int, default=16, metavar="N", help="of each condition, 0 for all (default: %(default)s)")
-    add_to("--seed", type=int, default=0, help="of gibberish and intervals")
+    add_to("--dtype", choices=DTYPES, default="float32", help="base model, without --run (default: %(default)s)")
+    add_to("--teachers", type=Path, metavar="LABELS", help="teachers' labels, for controls; needs --teacher-prompts")
+    add_to("--teacher-prompts", type=Path, metavar="FILE", help="the teachers' prompts, as for train")
+    add_to("--context", help="the prompted base's context, made of {condition} and {prompt} (default: the run's)")
+    add_to("--conditions", type=int, default=64, metavar="N", help="number per group, 0 for all (default: %(default)s)")
+    add_to("--texts", type=int, default=16, metavar="N", help="number per condition, 0 for all (default: %(default)s)")
+    add_to("--seed", type=int, default=0, help="seed for gibberish and intervals")
     add_to("--last", action="store_true", help="the last generator, not the best on held-out conditions")
-    add_to("--out", type=Path, metavar="FOLDER", help="for verdict.json and verdict.png")
-    add_to("--device", help="default: a GPU where there is one, else the CPU")
+    add_to("--out", type=Path, metavar="FOLDER", help="folder for verdict.json and verdict.png")
+    add_to("--device", help="default: a GPU if there is one, else the CPU")
     add_to("--json", action="store_true", help="print the figures as JSON")
     add_to("--quiet", action="store_true", help="no progress bars")
     evaluate.set_defaults(run=_evaluate)
@@ -49,13 +49,13 @@ def _evaluate(options: argparse.Namespace) -> int:
     from ..plots.charts import plot_verdict
 
     if not options.folders and not options.adapters:
-        raise ValueError("neither --run nor --adapters is there, expected what is to be judged")
+        raise ValueError("neither --run nor --adapters is given, expected one of them")
     if options.adapters and options.folders:
-        raise ValueError("--adapters stand beside --run, expected one of them")
+        raise ValueError("--adapters and --run are both given, expected one of them")
     if bool(options.adapters) != bool(options.model):
-        raise ValueError("--adapters and --model are not both there, expected both or neither")
+        raise ValueError("only one of --adapters and --model is given, expected both or neither")
     if bool(options.teachers) != bool(options.teacher_prompts) or (options.teachers and options.adapters):
-        raise ValueError("--teachers go with --teacher-prompts and --run, expected all of them or neither")
+        raise ValueError("--teachers and --teacher-prompts need each other and --run, expected both or neither")
     for name in ("conditions", "texts"):
         if getattr(options, name) < 0:
             raise ValueError(f"--{name} is {getattr(options, name)}, expected 0 or more")
@@ -84,7 +84,7 @@ def _prompts(path: Path | None) -> dict[str, list[str]] | None:
 
 
 def _runs(options: argparse.Namespace) -> tuple[list[Any], list[Any]]:
-    """The cases, and of each run the verdicts of each way."""
+    """The cases, and for each run the verdicts on each way."""
     from ..generate.controls import (
         base_judge,
         judge_base,
@@ -105,7 +105,7 @@ def _runs(options: argparse.Namespace) -> tuple[list[Any], list[Any]]:
             first = run
             seen = seen_conditions(folder, run.facts)
         elif run.facts["model_sha256"] != first.facts["model_sha256"]:
-            raise ValueError(f"{folder} is of another base model than {options.folders[0]}, expected the same")
+            raise ValueError(f"{folder} has another base model than {options.folders[0]}, expected the same")
         of_texts: dict[str, Any] = dict(run.facts.get("texts") or {})
         given: dict[str, Any] = {"context": options.context or run.context, "limits": _limits(options)}
         given["chat_template_kwargs"] = of_texts.get("chat_template_kwargs")

@@ -19,14 +19,14 @@ def add(subcommands: argparse._SubParsersAction) -> None:
         "generate",
         help="write PEFT adapters from prompts with a trained generator",
         description="Writes one PEFT adapter folder for each line of FILE: a prompt, or JSON "
-        '{"name": "...", "prompts": ["...", "..."]}, whose name is that of the folder.',
+        '{"name": "...", "prompts": ["...", "..."]}, whose name becomes the folder\'s.',
     )
-    generate.add_argument("--run", type=Path, required=True, dest="folder", help="what lora-delta train has written")
+    generate.add_argument("--run", type=Path, required=True, dest="folder", help="folder written by lora-delta train")
     generate.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="text or JSON lines")
-    generate.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for the adapters' folders")
+    generate.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the adapter folders go")
     generate.add_argument("--last", action="store_true", help="the last generator, not the best on held-out conditions")
-    generate.add_argument("--base-model", help="name that the adapters give their base model (default: the run's)")
-    generate.add_argument("--device", help="default: a GPU where there is one, else the CPU")
+    generate.add_argument("--base-model", help="base model that the adapters name (default: the run's)")
+    generate.add_argument("--device", help="default: a GPU if there is one, else the CPU")
     generate.add_argument("--json", action="store_true", help="print the folders as JSON")
     generate.add_argument("--quiet", action="store_true", help="no progress bar")
     generate.set_defaults(run=_generate)

@@ -24,9 +24,9 @@ def add(subcommands: argparse._SubParsersAction) -> None:
     label = subcommands.add_parser(
         "label",
         help="write the deltas of many adapters to a folder",
-        description="Computes the deltas of LoRA adapters, many at a time, and adds them to a folder of labels. What "
-        "has a label there already is not computed again, and a killed job goes on when it is started again. Under "
-        "torchrun all processes share the work. Exit status 1 when an adapter has no label in the end.",
+        description="Computes the deltas of LoRA adapters, many at a time, and adds them to a folder of labels. "
+        "Adapters that already have a label there are not computed again, and a killed job resumes when it is started "
+        "again. Under torchrun all processes share the work. Exit status 1 if an adapter could not be labelled.",
     )
     label.add_argument(
         "adapters",
@@ -35,30 +35,30 @@ def add(subcommands: argparse._SubParsersAction) -> None:
         help="a PEFT adapter's folder, a folder of them, a glob, a .txt file with one per line, or a hub id",
     )
     label.add_argument("--model", required=True, help="hub id or folder of the base model, a Qwen2 or Qwen3 checkpoint")
-    label.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for the labels, new or begun before")
-    label.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the base weights (default: %(default)s)")
-    label.add_argument("--device", help="default: a GPU where there is one, else the CPU")
+    label.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="label folder, new or to resume")
+    label.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="base weights (default: %(default)s)")
+    label.add_argument("--device", help="default: a GPU if there is one, else the CPU")
     label.add_argument("--probes", type=Path, metavar="FILE", help="texts, one per line (default: five generic ones)")
     label.add_argument("--chat", action="store_true", help="put each probe into the model's chat template")
     label.add_argument(
         "--chat-template-kwargs",
         metavar="JSON",
-        help="further variables for that template: '{\"enable_thinking\": false}' for a Qwen3 that does not think",
+        help="further variables for that template, such as '{\"enable_thinking\": false}' for Qwen3 without thinking",
     )
-    label.add_argument("--max-length", type=int, default=256, help="tokens of a probe, at most (default: %(default)s)")
+    label.add_argument("--max-length", type=int, default=256, help="most tokens of a probe (default: %(default)s)")
     label.add_argument(
         "--layer",
         action="append",
         metavar="N[,N…]",
-        help="block to read out, from 0; -1 is after the last one and the final norm (the default). Several, by "
-        "commas or repetition, give a row for each: --layer=-1,12",
+        help="block to read, from 0; -1 (the default) is after the last one and the final norm. Several, separated by "
+        "commas or given by repetition, give a row each: --layer=-1,12",
     )
     label.add_argument(
-        "--pooling", choices=POOLINGS, default="mean", help="over the probes; none keeps each (default: %(default)s)"
+        "--pooling", choices=POOLINGS, default="mean", help="pool the probes; none keeps each (default: %(default)s)"
     )
-    label.add_argument("--adapters-per-pass", type=int, metavar="G", help="default: 8, and 32 on a GPU")
+    label.add_argument("--adapters-per-pass", type=int, metavar="G", help="default: 8, or 32 on a GPU")
     label.add_argument(
-        "--stream", choices=("disk", "host"), help="leave the base model there: for one that is larger than the device"
+        "--stream", choices=("disk", "host"), help="leave the base model there, if it does not fit on the device"
     )
     label.add_argument("--json", action="store_true", help="print the summary as JSON")
     label.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -67,7 +67,7 @@ def add(subcommands: argparse._SubParsersAction) -> None:
 
 def _label(options: argparse.Namespace) -> int:
     keep_freed_memory()
-    find_adapters(options.adapters)  # before anything large is read
+    find_adapters(options.adapters)  # fail before anything large is read
     probes = create_generic_probes() if options.probes is None else _probes(options.probes)
     given = options.chat_template_kwargs
     variables = None if given is None else parse_json(given, "--chat-template-kwargs", "a JSON object")
@@ -98,7 +98,7 @@ def _label(options: argparse.Namespace) -> int:
                 progress=not options.quiet,
             )
         except KeyboardInterrupt as error:
-            error.add_note(f"what was finished is in {options.out}, and the same command goes on there")
+            error.add_note(f"finished labels are in {options.out}, and the same command resumes from there")
             raise
         if speaks:
             facts = json.dumps(_facts(report, options.out), indent=1) if options.json else _summary(report, options.out)
@@ -109,7 +109,7 @@ def _label(options: argparse.Namespace) -> int:
 def _probes(path: Path) -> list[str]:
     probes = [line for line in read_lines(path, "a text file with one probe per line") if line.strip()]
     if not probes:
-        raise ValueError(f"--probes names {path}, which holds no text, expected one probe per line")
+        raise ValueError(f"--probes is {path}, which holds no text, expected one probe per line")
     return probes
 
 
@@ -131,7 +131,7 @@ def _facts(report: LabelReport, out: Path) -> dict[str, object]:
 
 def _summary(report: LabelReport, out: Path) -> str:
     computed, failed = len(report.computed), len(report.failed)
-    rate = f" in {report.seconds:.1f} s, {computed / report.seconds:.2f} a second" if computed else ""
+    rate = f" in {report.seconds:.1f} s, {computed / report.seconds:.2f} per second" if computed else ""
     head = f"{out} holds {report.labels} labels: {computed} computed{rate}; {len(report.reused)} were there already"
     lines = [f"  {failure.name}: {failure.reason}" for failure in report.failed]
     return "\n".join([head, *([f"{failed} failed:", *lines] if failed else [])])

@@ -13,11 +13,11 @@ def add(subcommands: argparse._SubParsersAction) -> None:
     """Register the subcommand."""
     plot = subcommands.add_parser(
         "plot",
-        help="draw the deltas of a label folder in two dimensions",
-        description="Draws the deltas of a label folder by their first two principal components; with classes, "
+        help="plot the deltas of a label folder in two dimensions",
+        description="Plots the deltas of a label folder in their first two principal components; with classes, "
         "coloured by class and with the silhouette score.",
     )
-    plot.add_argument("labels", type=Path, metavar="DELTAS", help="folder that lora-delta label has written")
+    plot.add_argument("labels", type=Path, metavar="DELTAS", help="folder written by lora-delta label")
     plot.add_argument("--classes", type=Path, metavar="FILE", help="JSON object {adapter's name or source: class}")
     plot.add_argument("--out", type=Path, metavar="FILE", help="a .png file (default: DELTAS/deltas.png)")
     plot.add_argument("--json", action="store_true", help="print what was drawn as JSON")

@@ -26,18 +26,18 @@ def add(subcommands: argparse._SubParsersAction) -> None:
     """Register the subcommand."""
     teach = subcommands.add_parser(
         "teach",
-        help="write down what the bare model says of a run's texts when it has read their conditions",
-        description="Writes the K likeliest next tokens, and their log-probabilities, at each token of the completions "
-        "of CONFIG.toml's data, as the bare model gives them behind the context that [teacher] describes. With "
-        "stored = FILE there, lora-delta train reads them for its loss 'kl' instead of asking the model in each step. "
-        "With --deltas it writes what the loss 'delta' of own texts compares with, for stored_deltas = FILE: the "
-        "hidden states of the bare model, and those of the prompted one or of teachers' adapters.",
+        help="store what the bare model predicts on a run's texts with their conditions in its context",
+        description="Writes the K likeliest next tokens and their log-probabilities at each token of the completions "
+        "of CONFIG.toml's data, as the bare model gives them after the context that [teacher] describes. With "
+        "stored = FILE there, lora-delta train reads them for its loss 'kl' instead of running the model in each step. "
+        "With --deltas it writes the targets of the loss 'delta' on own texts, for stored_deltas = FILE: the hidden "
+        "states of the bare model, and those of the prompted one or of teachers' adapters.",
     )
     teach.add_argument("config", type=Path, metavar="CONFIG.toml")
-    teach.add_argument("--k", type=int, default=64, help="tokens that are kept at each place (default: 64)")
-    teach.add_argument("--deltas", action="store_true", help="the targets of deltas instead")
+    teach.add_argument("--k", type=int, default=64, help="tokens kept at each position (default: 64)")
+    teach.add_argument("--deltas", action="store_true", help="write the targets of deltas instead")
     teach.add_argument("--out", type=Path, required=True, metavar="FILE")
-    teach.add_argument("--device", help="default: the file's, else a GPU where there is one, else the CPU")
+    teach.add_argument("--device", help="default: the file's, else a GPU if there is one, else the CPU")
     teach.add_argument("--quiet", action="store_true", help="no progress bar")
     teach.set_defaults(run=_teach)
 
@@ -54,7 +54,7 @@ def _teach(options: argparse.Namespace) -> int:
     if options.out.is_dir():
         raise ValueError(f"{options.out} is a folder, expected a file, or none yet")
     if options.deltas and "delta" not in config.training.text_terms:
-        raise ValueError(f"{options.config} has no loss 'delta' of texts = 'own', whose targets --deltas writes")
+        raise ValueError(f"{options.config} has no loss 'delta' with texts = 'own', whose targets --deltas writes")
     keep_freed_memory()
     device = options.device or config.device
     prompts = None if config.prompts is None else read_prompts(config.prompts)
@@ -70,12 +70,12 @@ def _teach(options: argparse.Namespace) -> int:
         )
         n_rows = write(options, config, base, weights, texts)
     what = "positions" if options.deltas else "tokens"
-    print(f"wrote what is said of {n_rows:,} {what} in {texts.n_texts:,} texts to {options.out}")
+    print(f"wrote targets for {n_rows:,} {what} in {texts.n_texts:,} texts to {options.out}")
     return 0
 
 
 def _blocks(texts: TextSet, options: argparse.Namespace) -> Iterator[range]:
-    """Lines that are asked for together."""
+    """Lines that are computed together."""
     from tqdm import tqdm
 
     for start in tqdm(range(0, texts.n_texts, _TEXTS_AT_ONCE), "teach", disable=options.quiet):
@@ -116,7 +116,7 @@ def _write_deltas(
     asked, labels, spec = config.training.delta, None, None
     if not config.training.delta_from_context:
         if config.labels is None:
-            raise ValueError(f"{options.config} has no labels, which the targets of teachers are read from")
+            raise ValueError(f"{options.config} has no labels, from which the teachers' targets are read")
         labels = DeltaLabels(config.labels)
         check_labelled(labels, texts.conditions, f"{config.data}")
         spec = common_spec(labels, texts.conditions, None, base)

@@ -16,13 +16,13 @@ def add(subcommands: argparse._SubParsersAction) -> None:
     """Register the subcommand."""
     train = subcommands.add_parser(
         "train",
-        help="train a generator from prompts to LoRA weights: by teachers' weights and deltas, by texts' loss",
+        help="train a generator from prompts to LoRA weights, on teachers' weights and deltas or on texts",
         description="Trains a reference generator on labelled teachers, on texts, or on both, as a TOML file says; the "
-        "module lora_delta.generate.run_config shows some. Run again, it goes on from its last checkpoint, under "
+        "module lora_delta.generate.run_config has examples. Run again, it resumes from its last checkpoint, under "
         "torchrun on any number of processes.",
     )
     train.add_argument("config", type=Path, metavar="CONFIG.toml")
-    train.add_argument("--device", help="default: the file's, else a GPU where there is one, else the CPU")
+    train.add_argument("--device", help="default: the file's, else a GPU if there is one, else the CPU")
     train.add_argument("--json", action="store_true", help="print the last step's metrics as JSON")
     train.add_argument("--quiet", action="store_true", help="no progress bar")
     train.set_defaults(run=_train)
@@ -37,13 +37,13 @@ def _train(options: argparse.Namespace) -> int:
     if options.device is not None:
         config = dataclasses.replace(config, device=options.device)
     keep_freed_memory()
-    if not config.stream:  # which is for little memory
+    if not config.stream:  # streaming is for machines with little memory
         use_huge_pages()
     with process_group(config.device) as ranks:
         history = train_run(config, ranks, progress=not options.quiet)
     if ranks.rank > 0:
         return 0
-    last = history[-1] if history else {}  # the log of a run that has ended may be lost
+    last = history[-1] if history else {}  # the log of a finished run may be lost
     if options.json:
         print(json.dumps(last, indent=1))
     else:

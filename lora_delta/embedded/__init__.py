@@ -1,7 +1,7 @@
-"""A small Qwen2 checkpoint inside the package: what runs where no model is named and no network is at hand.
+"""A small Qwen2 checkpoint inside the package, for use when no model is named or no network is available.
 
-It is trained on the small text tasks of ``tasks.py``, with a token per byte. ``python -m lora_delta.embedded.build``
-makes it again.
+It is trained on the small text tasks of ``tasks.py``, with one token per byte. ``python -m lora_delta.embedded.build``
+rebuilds it.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Makes the embedded checkpoint: ``python -m lora_delta.embedded.build [FOLDER]``, half an hour on two cores."""
+"""Builds the embedded checkpoint: ``python -m lora_delta.embedded.build [FOLDER]``, half an hour on two cores."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-STEPS, CONDITIONS, WORDS = 3000, 32, 6  # of a step: WORDS answers behind each condition
+STEPS, CONDITIONS, WORDS = 3000, 32, 6  # a step has CONDITIONS conditions with WORDS answers each
 BARE = 0.15  # share of rows without an instruction: their tasks cannot be known
 LEARNING_RATE, MATRIX_RATE = 4e-3, 2e-2
-WEIGHT_DECAY = 0.02  # of matrices
+WEIGHT_DECAY = 0.02  # for matrices
 WARMUP, FLAT = 40, 0.3  # steps, share of the steps
 
 
@@ -63,7 +63,7 @@ def embedded_config(tokenizer: Tokenizer) -> Qwen2Config:
 
 
 def batch(tokenizer: Tokenizer, chance: random.Random) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rows of a condition and several questions behind it, which do not see each other.
+    """Rows of a condition followed by several questions, which do not attend to each other.
 
     Returns:
         ids and positions (N, T), mask (N, 1, T, T), and targets (N, T), the next token of an answer, else −100.
@@ -103,16 +103,16 @@ def _padded(
 
 
 def rate(step: int, steps: int) -> float:
-    """The learning rates' factor: a line up, a flat part, a line down."""
+    """The learning rate factor: linear warm-up, constant, linear decay."""
     done = step / steps
     return min(1.0, (step + 1) / WARMUP) * (1.0 if done < FLAT else max(0.02, (1 - done) / (1 - FLAT)))
 
 
 @torch.no_grad()
 def muon_step(matrix: Tensor, momentum: Tensor, rate: float) -> None:
-    """A step of Muon (Jordan et al. 2024): momentum, whose singular values five Newton-Schulz steps bring near one.
+    """A step of Muon (Jordan et al. 2024): momentum, with singular values brought near one by five Newton-Schulz steps.
 
-    torch's own does these in bfloat16, which takes a CPU without such products most of the training's time.
+    torch's Muon does these in bfloat16, which on a CPU without bfloat16 products would take most of the training time.
     """
     assert matrix.grad is not None
     momentum.mul_(0.95).add_(matrix.grad)
@@ -127,7 +127,7 @@ def muon_step(matrix: Tensor, momentum: Tensor, rate: float) -> None:
 
 
 def trained_weights(config: Qwen2Config, tokenizer: Tokenizer, steps: int = STEPS) -> Qwen2Weights:
-    """Weights trained on the answers of the seen tasks, with and without an instruction."""
+    """Weights trained on the seen tasks' answers, with and without an instruction."""
     weights = init_weights(config, seed=0)
     assert isinstance(weights.embed_tokens, Tensor)
     inner = [one for block in weights.blocks for one in block.tensors().values()]

@@ -1,11 +1,12 @@
-"""A family of small text tasks in which what no one has shown follows from what was: an operation, then a decoration.
+"""A family of small text tasks in which unseen tasks follow from seen ones: an operation, then a decoration.
 
-"reverse, then add ing" is one of 12 × 14 tasks. A model that has learnt both parts in other company can do it, and a
-generator that has written adapters for the parts can write one for it. 120 tasks are seen; 24 are for choosing between
-generators (validation), and 24 for the last word (test): neither is in the embedded checkpoint's training either.
+"reverse, then add ing" is one of 12 × 14 tasks. A model that has learnt both parts in other combinations can do it, and
+a generator that has written adapters for the parts can write one for it. 120 tasks are seen; 24 are for choosing
+between generators (validation), and 24 for the final figures (test): the embedded checkpoint is trained on neither.
 
 An example is bytes: ``{condition}: {word}={answer}`` and the end-of-text token with an instruction, ``{word}={answer}``
-without. Without one the base model can only guess which task is meant; an adapter makes it do one of them.
+and that token without. Without an instruction the base model can only guess which task is meant; an adapter makes it do
+one of them.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from dataclasses import dataclass
 VOWELS = "aeiou"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WORD_LENGTHS = (3, 4, 5)
-CONTEXT = "{condition}: {prompt}"  # what the model reads before an answer that it is told how to make
-N_HELD_OUT = 24  # of each split
-SEEN_WORDINGS = 4  # of six: a generator is trained on these alone
+CONTEXT = "{condition}: {prompt}"  # what the model reads before an answer, if it gets an instruction
+N_HELD_OUT = 24  # tasks in each held-out split
+SEEN_WORDINGS = 4  # of six: a generator is trained on these only
 _TEMPLATES = ("{0} then {1}", "{0}, {1}", "{1} after {0}")
 
 
@@ -104,7 +105,7 @@ DECORATIONS = (
 
 @dataclass(frozen=True)
 class Task:
-    """An operation on words, and a decoration of what comes out."""
+    """An operation on words, and a decoration of its result."""
 
     operation: Part
     decoration: Part
@@ -127,8 +128,8 @@ class Task:
 
 
 def _splits() -> tuple[tuple[Task, ...], tuple[Task, ...], tuple[Task, ...]]:
-    """Seen, validation and test: a held-out task has two parts that change something, each of them at most three times
-    in a split."""
+    """Seen, validation and test: both parts of a held-out task change something, and each occurs at most three times in
+    a split."""
     every = [Task(operation, decoration) for operation in OPERATIONS for decoration in DECORATIONS]
     left = [task for task in every if task.operation.name != "copy" and task.decoration.wordings]
     random.Random(20).shuffle(left)
@@ -149,7 +150,7 @@ SEEN, VALIDATION, TEST = _splits()
 
 
 def word(chance: random.Random) -> str:
-    """A word of 3 to 5 letters, a third of them vowels."""
+    """A word of 3 to 5 letters; each is drawn from the vowels with probability 1/3, else from all letters."""
     return "".join(
         chance.choice(VOWELS if chance.random() < 1 / 3 else LETTERS) for _ in range(chance.choice(WORD_LENGTHS))
     )
@@ -158,7 +159,7 @@ def word(chance: random.Random) -> str:
 def lines(
     tasks: Sequence[Task], chance: random.Random, *, per_condition: int, wordings: slice = slice(SEEN_WORDINGS)
 ) -> Iterator[dict[str, str]]:
-    """Examples as :mod:`lora_delta.generate.text_lines` reads them, of every way to ask for each task."""
+    """Examples for every way to ask for each task, as :mod:`lora_delta.generate.text_lines` reads them."""
     for task in tasks:
         for condition in task.conditions(wordings):
             for _ in range(per_condition):

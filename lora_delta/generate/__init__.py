@@ -1,1 +1,1 @@
-"""Generators: token formats, reconstruction, conditions, losses, the training loop, and runs of it on disk."""
+"""Generators: token formats, reconstruction, conditions, losses, the training loop, and runs on disk."""

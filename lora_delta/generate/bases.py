@@ -1,4 +1,4 @@
-"""What a training run stands on: its base model, the mesh that holds it, and the labels of teachers."""
+"""What a training run is built on: the base model, the mesh that holds it, and the teachers' labels."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from .tokens import TokenFormat
 
 
 def mesh_of(ranks: Ranks, tensor_parallel: int) -> DeviceMesh | None:
-    """All ranks as a mesh of ``"dp"`` and ``"tp"``; None for one alone.
+    """A mesh of all ranks with dimensions ``"dp"`` and ``"tp"``; None for a single rank.
 
     Raises:
-        ValueError: the ranks are no multiple of ``tensor_parallel``.
+        ValueError: the number of ranks is not a multiple of ``tensor_parallel``.
     """
     if ranks.world_size % tensor_parallel:
         raise ValueError(f"tensor_parallel is {tensor_parallel}, expected a divisor of the {ranks.world_size} ranks")
@@ -62,10 +62,10 @@ def delta_of(
     spec: LoraSpec,
     adapters_per_pass: int | None = None,
 ) -> tuple[DifferentiableDeltaCompute, dict[str, Any]]:
-    """The delta that the labels are of, differentiable, and its settings.
+    """The delta that the labels were computed with, now differentiable, and its settings.
 
     Raises:
-        ValueError: another base model or dtype than the labels'.
+        ValueError: the base model or the dtype is not the labels'.
     """
     settings = labels.settings
     probes, layer = settings["probes"], settings["layer"]
@@ -83,13 +83,13 @@ def delta_of(
         adapters_per_pass=adapters_per_pass,
     )
     ours = label_settings(delta)
-    advice = "Take the base model and the dtype of the labels, or labels of these."
+    advice = "Use the base model and the dtype of the labels, or make labels with these."
     label_identity(ours).require_same(label_identity(settings).facts, labels.folder, advice)
     return delta, ours
 
 
 def check_labelled(labels: DeltaLabels, names: Iterable[str], where: str) -> None:
-    """Raises ``ValueError`` for an adapter, named in ``where``, that has no label."""
+    """Raises ``ValueError`` if an adapter that ``where`` names has no label."""
     for name in names:
         try:
             labels.entry(name)
@@ -100,10 +100,10 @@ def check_labelled(labels: DeltaLabels, names: Iterable[str], where: str) -> Non
 def common_spec(
     labels: DeltaLabels, names: Iterable[str], format: TokenFormat | None, config: Qwen2Config
 ) -> LoraSpec:
-    """The one spec of all teachers, as the labels say it.
+    """The spec that all teachers share, from the labels.
 
     Raises:
-        ValueError: teachers with different specs, or one that the format cannot hold.
+        ValueError: the teachers' specs differ, or the format cannot hold theirs.
     """
     specs = {name: labels.entry(name)["spec"] for name in names}
     first, facts = next(iter(specs.items()))

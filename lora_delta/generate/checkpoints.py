@@ -1,13 +1,15 @@
-"""The folder of a training run, and going on in it.
+"""The folder of a training run, and how a run resumes from it.
 
     run.json                  what the run depends on, for readers and for ``lora-delta generate``
     metrics.jsonl             a line for each step
-    checkpoint.pt             the state after a step, replaced as a whole
-    checkpoint.previous.pt    the one before: if checkpoint.pt is damaged, the run goes on from here
-    best.pt                   the generator that was best on held-out conditions, where those are looked at
-    texts-…, held_out-…       tokenized texts, and conditions/ states of their conditions: all can be made again
+    checkpoint.pt             the state after a step, replaced atomically
+    checkpoint.previous.pt    the one before: the run resumes from it if checkpoint.pt is damaged
+    best.pt                   the generator that did best on held-out conditions, if the run has an evaluation
+    texts-…, held_out-…       tokenized texts; they can be made again
+    conditions/               hidden states of their conditions; they can be made again
 
-The checkpoint is the truth: the log is mended to it. Both are read by ``torch.load`` and as JSON lines.
+The checkpoint is authoritative: the log is repaired to match it. ``torch.load`` reads checkpoints; the log is JSON
+lines.
 """
 
 from __future__ import annotations
@@ -40,15 +42,15 @@ Metrics = dict[str, float]
 
 @dataclass
 class Progress:
-    """How far a run has come.
+    """How far a run has got.
 
     Attributes:
-        steps: that are behind it, skipped ones included.
-        skipped: of these, how many have changed nothing, since the loss or the gradient was not finite.
-        skipped_in_a_row: how many of these have been the latest ones.
-        stale: how many evaluations there have been since the best one.
-        best: the score of that, least is best.
-        best_step: after how many steps it was.
+        steps: how many are done, including skipped ones.
+        skipped: how many of them changed nothing because the loss or the gradient was not finite.
+        skipped_in_a_row: how many of the latest steps were skipped, without a break.
+        stale: evaluations since the best one.
+        best: the score of the best evaluation; lower is better.
+        best_step: how many steps were done at that evaluation.
     """
 
     steps: int = 0
@@ -66,11 +68,11 @@ class Progress:
 
 
 class RunFolder:
-    """A run's folder while it is held; :meth:`held` makes one, or :meth:`locked` and then :meth:`begin`.
+    """A run's folder while it is locked; made by :meth:`held`, or by :meth:`locked` and then :meth:`begin`.
 
     Attributes:
-        progress: of the state in the folder.
-        history: metrics of the steps before that, as far as the log has them.
+        progress: that of the checkpoint in the folder.
+        history: the metrics of the steps up to the checkpoint, as far as the log has them.
     """
 
     def __init__(self, folder: Path, ranks: Ranks, stack: ExitStack) -> None:
@@ -79,18 +81,18 @@ class RunFolder:
         self._stack = stack
         self._state: dict[str, Any] | None = None
         self._log: TextIO | None = None
-        self._is_whole = False  # what checkpoint.pt holds, as far as we know
+        self._is_whole = False  # whether checkpoint.pt is known to be intact
 
     @classmethod
     @contextmanager
     def locked(cls, folder: str | Path, ranks: Ranks | None = None) -> Iterator[RunFolder]:
-        """Hold a folder, new or of a run that is to go on, for one job of however many ranks.
+        """Lock a folder, new or with a run to resume, for one job of any number of ranks.
 
         Args:
-            ranks: of the job; all of them make this call.
+            ranks: those of the job; all of them make this call.
 
         Raises:
-            ValueError: another job holds the folder.
+            ValueError: another job has locked the folder.
         """
         with ExitStack() as stack:
             run = cls(Path(folder), ranks or Ranks(), stack)
@@ -112,15 +114,15 @@ class RunFolder:
             yield run
 
     def begin(self, identity: Identity, about: Mapping[str, Any] | None = None) -> None:
-        """Take up the run that is there, or begin one. All ranks make this call.
+        """Resume the run in the folder, or begin one. All ranks make this call.
 
         Args:
             identity: what the run depends on.
             about: further facts for ``run.json``.
 
         Raises:
-            ValueError: the run in the folder depends on something else, and then nothing is written; no checkpoint in
-                it is whole.
+            ValueError: the run in the folder depends on something else, in which case nothing is written; or all its
+                checkpoints are damaged.
         """
         self.identity = identity
 
@@ -128,12 +130,12 @@ class RunFolder:
             found = newest_checkpoint(self.folder)
             if found is not None:
                 path, self._state = found
-                advice = "Go on with what it was made with, or take another folder."
+                advice = "Resume with what it was made with, or use another folder."
                 identity.require_same(self._state["identity"], path, advice)
                 self._is_whole = path.name == CHECKPOINT
             log = self.folder / METRICS
             if log.is_symlink() or (log.exists() and not log.is_file()):  # a pipe may never open
-                raise ValueError(f"{log} is not a file of its own, expected the log of a run")
+                raise ValueError(f"{log} is not a regular file, expected the log of a run")
             history = _mend(log, self.progress.steps)
             write_json(self.folder / RUN, {**(about or {}), "identity": identity.facts})
             self._log = self._stack.enter_context(log.open("a", encoding="utf-8"))
@@ -152,17 +154,17 @@ class RunFolder:
         generator: nn.Module,
         optimizer: torch.optim.Optimizer,
     ) -> Progress:
-        """Give them the state in the folder, if there is one.
+        """Load the state in the folder, if there is one, into both.
 
         Raises:
-            ValueError: it is that of another module.
+            ValueError: the state is another module's.
         """
         progress = self.progress
         if self._state is not None:
             try:
                 generator.load_state_dict(self._state["generator"])
                 optimizer.load_state_dict(self._state["optimizer"])
-            except Exception as error:  # whatever a state of another shape makes them raise
+            except Exception as error:  # whatever they raise for a state of another shape
                 raise ValueError(f"{self.folder} has a checkpoint of another generator: {_line(error)}") from error
             self._state = {"progress": asdict(progress)}  # the tensors have been copied
         return progress
@@ -179,10 +181,10 @@ class RunFolder:
         optimizer: torch.optim.Optimizer,
         progress: Progress,
     ) -> None:
-        """Replace the checkpoint, and keep the one before."""
-        if self._log is None:  # the first rank's task
+        """Replace the checkpoint, and keep the previous one."""
+        if self._log is None:  # only the first rank saves
             return
-        os.fsync(self._log.fileno())  # after a power cut the log is not to lag behind the checkpoint
+        os.fsync(self._log.fileno())  # after a power cut the log must not lag behind the checkpoint
         state = {
             "identity": self.identity.facts,
             "progress": asdict(progress),
@@ -196,9 +198,9 @@ class RunFolder:
                 kept = previous.with_name(f"{previous.name}.{os.getpid()}{UNFINISHED}")
                 kept.unlink(missing_ok=True)
                 try:
-                    os.link(path, kept)  # so that both are there at every moment
+                    os.link(path, kept)  # so that both exist at every moment
                     kept.replace(previous)
-                    kept.unlink(missing_ok=True)  # it stays where previous was another name of the same file
+                    kept.unlink(missing_ok=True)  # replace() leaves it if previous was a link to the same file
                 except OSError:  # a file system without hard links
                     path.replace(previous)
         self._is_whole = True
@@ -213,10 +215,10 @@ class RunFolder:
 
 
 def newest_checkpoint(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint in a folder that is whole, and its state; None where there has been none yet.
+    """The newest intact checkpoint in a folder, and its state; None if there is no checkpoint yet.
 
     Raises:
-        ValueError: there are some, and none is whole.
+        ValueError: there are checkpoints, but none is intact.
     """
     path, previous = Path(folder) / CHECKPOINT, Path(folder) / PREVIOUS
     if not path.exists() and not previous.exists():
@@ -228,47 +230,47 @@ def newest_checkpoint(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
             state = read_checkpoint(previous)
         except ValueError:
             raise error from None
-        warnings.warn(f"{error}; the one before, after {state['progress']['steps']} steps, is taken", stacklevel=2)
+        warnings.warn(f"{error}; the previous one, after {state['progress']['steps']} steps, is used", stacklevel=2)
         return previous, state
 
 
 def best_checkpoint(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
-    """The generator of a folder that was best on held-out conditions; None where none were looked at.
+    """The generator in a folder that did best on held-out conditions; None if there was no evaluation.
 
     Raises:
-        ValueError: it is not whole.
+        ValueError: it is damaged.
     """
     path = Path(folder) / BEST
     return (path, read_checkpoint(path, _GENERATOR)) if path.exists() else None
 
 
 def read_checkpoint(path: Path, holds: Mapping[str, type] = _HOLDS) -> dict[str, Any]:
-    """A checkpoint's state, on the CPU wherever it was made.
+    """A checkpoint's state, on the CPU whatever device it was made on.
 
     Raises:
-        ValueError: no such file, or not one byte for byte as it was written.
+        ValueError: no such file, or its bytes are not as they were written.
         OSError: it cannot be read.
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist, expected a checkpoint of a training run")
-    path.open("rb").close()  # whatever is raised from here on is about what it holds
+    path.open("rb").close()  # errors raised from here on are about its contents
     try:
-        with zipfile.ZipFile(path) as records:  # torch writes a CRC-32 for each record, and does not look at it
-            if sum(record.file_size for record in records.infolist()) > path.stat().st_size:  # nor compresses any
-                raise ValueError("its records hold more than the file: they are compressed, or share their bytes")
+        with zipfile.ZipFile(path) as records:  # torch writes a CRC-32 for each record but does not check it
+            if sum(record.file_size for record in records.infolist()) > path.stat().st_size:  # torch compresses none
+                raise ValueError("its records are larger than the file: they are compressed, or share their bytes")
             if damaged := records.testzip():
-                raise ValueError(f"the checksum of {damaged} is another")
+                raise ValueError(f"the checksum of {damaged} does not match")
         state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or any(not isinstance(state.get(key), kind) for key, kind in holds.items()):
             raise ValueError(f"it does not hold {', '.join(holds)}")
         Progress(**state["progress"])
-    except Exception as error:  # zipfile and torch raise whatever garbage leads them to
-        raise ValueError(f"{path} is damaged, or no checkpoint of a training run: {_line(error)}") from error
+    except Exception as error:  # zipfile and torch may raise anything on garbage
+        raise ValueError(f"{path} is damaged, or not a checkpoint of a training run: {_line(error)}") from error
     return state
 
 
 def _mend(path: Path, steps: int) -> list[Metrics]:
-    """The log's metrics of the steps before ``steps``; the file then has these and no others, and a warning says so."""
+    """The log's metrics of the steps before ``steps``. Other lines are removed from the file, with a warning."""
     content = path.read_bytes() if path.is_file() else b""
     kept: dict[int, Metrics] = {}
     unreadable, later = 0, 0
@@ -286,13 +288,13 @@ def _mend(path: Path, steps: int) -> list[Metrics]:
         with replaces(path) as unfinished:
             unfinished.write_bytes(mended)
     odd = {
-        f"{later} of steps after the checkpoint's {steps}, which are computed again": later,
+        f"{later} for steps after the checkpoint's {steps}, which are computed again": later,
         f"{unreadable} that cannot be read": unreadable,
-        f"none of {steps - len(history)} steps before the checkpoint": steps - len(history),
+        f"none for {steps - len(history)} steps before the checkpoint": steps - len(history),
     }
     if mended != content or len(history) < steps:
-        found = "; ".join(words for words, count in odd.items() if count) or "some twice, or not in their order"
-        warnings.warn(f"{path} is mended to the checkpoint: among its lines are {found}", stacklevel=2)
+        found = "; ".join(words for words, count in odd.items() if count) or "some repeated or out of order"
+        warnings.warn(f"{path} is repaired to match the checkpoint: among its lines are {found}", stacklevel=2)
     return history
 
 

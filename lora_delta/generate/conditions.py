@@ -1,4 +1,4 @@
-"""What a generator is conditioned on: prompts, as the hidden states that the base model itself gives them."""
+"""What a generator is conditioned on: prompts, as hidden states of the base model itself."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..files import clear_unfinished, replaces
 from ..identity import sha256_of
 from ..probes.tokenization import check_probes, tokenize_probes
 
-# So few that a GPU, which reads all weights for each pass, computes the neighbours of a prompt in the same time.
+# Few enough that on a GPU, which reads all weights for each pass, a prompt's neighbours cost no extra time.
 _PROMPTS_PER_PASS = 8
 KEEP_BYTES = 2 * 1024**3
 
@@ -45,27 +45,27 @@ class Condition:
 
     @classmethod
     def collate(cls, states: Sequence[Tensor]) -> Condition:
-        """Of N tensors (T_i, H)."""
+        """Collate N tensors (T_i, H)."""
         padded = torch.nn.utils.rnn.pad_sequence(list(states), batch_first=True)
         lengths = torch.tensor([len(one) for one in states], device=padded.device)
         return cls(padded, torch.arange(padded.shape[1], device=padded.device) < lengths[:, None])
 
 
 class PromptEncoder:
-    """Prompts to the bare model's hidden states of all their tokens, through the engine.
+    """Maps prompts to the bare model's hidden states at all their tokens, through the engine.
 
-    A list of prompts is computed in passes of eight, the same ones whichever of the prompts is asked for: the states of
-    a prompt depend on the others of its pass by rounding, and so they depend on nothing but the list. What was computed
-    is kept, pass by pass, up to a number of bytes; what was used longest ago goes first.
+    A list of prompts is computed in passes of eight, the same passes whichever prompt is requested: rounding makes a
+    prompt's states depend on the other prompts of its pass, so this way they depend on the list alone. Computed passes
+    are kept in memory up to a number of bytes; the least recently used go first.
 
     Args:
-        layer: after which block, as in :func:`qwen_functional.forward.forward_vjp`.
-        max_length: longer prompts are cut to so many tokens.
-        keep_bytes: of the states that are kept.
-        cache: where they are kept on disk as well, for the next run.
+        layer: the block whose output is read, as in :func:`qwen_functional.forward.forward_vjp`.
+        max_length: longer prompts are cut to this many tokens.
+        keep_bytes: how many bytes of states are kept in memory.
+        cache: keeps them on disk as well, for the next run.
 
     Raises:
-        ValueError: a layer that the model does not have, or no room for a token.
+        ValueError: a layer that the model does not have, or a ``max_length`` that leaves no room for a token.
     """
 
     def __init__(
@@ -95,16 +95,16 @@ class PromptEncoder:
         return list(self.lazily(prompts))
 
     def lazily(self, prompts: Sequence[str]) -> PromptStates:
-        """The same as a sequence that computes what it is asked for.
+        """The same as a sequence that computes items on access.
 
         Raises:
-            ValueError: as above; when an item is asked for, a prompt without tokens.
+            ValueError: as above; on access to an item, a prompt without tokens.
         """
         check_probes(prompts)
         return PromptStates(self, tuple(prompts))
 
     def states_of(self, texts: tuple[str, ...]) -> list[Tensor]:
-        """Of one pass."""
+        """The states of one pass."""
         states = self._kept.pop(texts, None)
         if states is None:
             states = None if self.cache is None else self.cache.load(texts)
@@ -125,12 +125,12 @@ class PromptEncoder:
 
 
 class ConditionCache:
-    """States of prompts on disk, a file for each pass of the encoder, up to a number of bytes; then none is added.
+    """States of prompts on disk, a file for each pass of the encoder. Once the files reach a size, none is added.
 
     Args:
-        folder: of these files alone.
+        folder: a folder for these files alone.
         key: what the states depend on besides the prompts: model, layer, length.
-        most_bytes: of all files.
+        most_bytes: the limit on the size of all files.
     """
 
     def __init__(self, folder: str | Path, key: str, most_bytes: int) -> None:
@@ -138,7 +138,7 @@ class ConditionCache:
         self._bytes = self._counted()
 
     def clear(self) -> None:
-        """Remove what killed processes were writing; the caller holds the folder."""
+        """Remove what killed processes left unfinished; the caller has locked the folder."""
         if self.folder.is_dir():
             clear_unfinished(self.folder)
         self._bytes = self._counted()
@@ -147,7 +147,7 @@ class ConditionCache:
         return sum(path.stat().st_size for path in self.folder.iterdir()) if self.folder.is_dir() else 0
 
     def load(self, texts: Sequence[str]) -> list[Tensor] | None:
-        """What is there of a pass, to the bit as it was saved; None where there is nothing, or nothing whole."""
+        """The states of a pass, bit for bit as they were saved; None if they are missing or damaged."""
         path = self._path(texts)
         if not path.is_file():  # a pipe may never open
             return None
@@ -155,13 +155,13 @@ class ConditionCache:
             with safe_open(str(path), "pt") as file:
                 states = [file.get_tensor(str(index)) for index in range(len(texts))]
                 return states if (file.metadata() or {}).get("sha256") == _digest(states) else None
-        except Exception:  # whatever garbage leads the library to: it is computed again
+        except Exception:  # the library may raise anything on garbage; the pass is computed again
             return None
 
     def save(self, texts: Sequence[str], states: Sequence[Tensor]) -> None:
-        """Keep a pass, if there is room."""
+        """Save a pass, if there is room."""
         path = self._path(texts)
-        free = self.most_bytes - self._bytes + (path.stat().st_size if path.exists() else 0)  # a damaged one goes
+        free = self.most_bytes - self._bytes + (path.stat().st_size if path.exists() else 0)  # it is replaced
         if _nbytes(states) > free:
             return
         tensors = {str(index): one.contiguous() for index, one in enumerate(states)}
@@ -185,7 +185,7 @@ def _digest(states: Sequence[Tensor]) -> str:
 
 
 class PromptStates(Sequence[Tensor]):
-    """The states of a list of prompts, by :meth:`PromptEncoder.lazily`."""
+    """The states of a list of prompts, made by :meth:`PromptEncoder.lazily`."""
 
     def __init__(self, encoder: PromptEncoder, prompts: Sequence[str]) -> None:
         self.encoder, self.prompts = encoder, prompts
@@ -200,7 +200,7 @@ class PromptStates(Sequence[Tensor]):
     def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
         if isinstance(index, slice):
             return [self[one] for one in range(*index.indices(len(self)))]
-        position = range(len(self))[index]  # negative ones too, or IndexError
+        position = range(len(self))[index]  # allows negative indices; raises IndexError
         start = position - position % _PROMPTS_PER_PASS
         return self.encoder.states_of(tuple(self.prompts[start : start + _PROMPTS_PER_PASS]))[position - start]
 

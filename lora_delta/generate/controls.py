@@ -1,4 +1,4 @@
-"""The ways that are judged on a file of texts: a run's generator, adapters from elsewhere, teachers, and controls."""
+"""The ways judged on a file of texts: a run's generator, adapters from elsewhere, teachers, and controls."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _TASK = b'"task"'
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """How much of a file is judged: conditions of each group, spread evenly, and texts of each; None for all."""
+    """How much of a file is judged: conditions per group, spread evenly, and texts per condition; None for all."""
 
     conditions: int | None = 64
     texts: int | None = 16
@@ -65,19 +65,19 @@ def read_cases(
     limits: Limits = Limits(),
     progress: bool = True,
 ) -> list[Case]:
-    """Cases of files of texts.
+    """Cases from files of texts.
 
-    A condition is a case; where conditions are names in ``prompts``, each prompt of a name is. A case's task is what
-    the condition's first line says in ``"task"``, else the condition.
+    Each condition is a case; if conditions are names in ``prompts``, each prompt of a name is a case. A case's task is
+    the first ``"task"`` among the condition's lines, or the condition itself if there is none.
 
     Args:
-        folder: of the base model's checkpoint.
-        encoder: of a generator's conditions.
-        seen: what a generator was trained on; other conditions are held out.
+        folder: the base model's checkpoint.
+        encoder: the encoder of a generator's conditions.
+        seen: the conditions a generator was trained on; all others are held out.
         context, chat_template_kwargs: how the prompted base's context is made, see :class:`TextReader`.
 
     Raises:
-        ValueError: a file that is off, with the number of the line.
+        ValueError: an invalid file; the message has the line number.
     """
     names = None if prompts is None else {name: own[0] for name, own in prompts.items()}
     reader = TextReader(
@@ -100,7 +100,7 @@ def read_cases(
 
 
 def _groups(texts: TextSet, seen: frozenset[str], limits: Limits) -> dict[str, list[int]]:
-    """Which conditions are judged."""
+    """The indices of the conditions to judge, by group."""
     groups: dict[str, list[int]] = {SEEN: [], HELD_OUT: []}
     for index, condition in enumerate(texts.conditions):
         groups[SEEN if condition in seen else HELD_OUT].append(index)
@@ -129,7 +129,7 @@ def _cases(
 
 
 def _tasks(path: Path) -> dict[str, str]:
-    """{condition: task} of lines that say one; all lines are good by now."""
+    """{condition: task} from the lines that name a task; the lines have been validated by now."""
     found: dict[str, str] = {}
     with path.open("rb") as lines:
         for line in lines:
@@ -141,7 +141,7 @@ def _tasks(path: Path) -> dict[str, str]:
 
 
 def judge_run(run: Run, judge: Judge, *, seed: int = 0) -> dict[str, list[Verdict | None]]:
-    """What a generator writes, and the controls of it."""
+    """The adapters that a generator writes, and controls for them."""
 
     def lora(tensors: Mapping[str, Tensor]) -> Lora:
         return run.spec.bind(run.config, tensors)
@@ -166,7 +166,7 @@ def judge_run(run: Run, judge: Judge, *, seed: int = 0) -> dict[str, list[Verdic
 
 
 def judge_base(judge: Judge) -> dict[str, list[Verdict | None]]:
-    """The bare model, and the one that reads the condition."""
+    """The bare model, without and with the condition in its context."""
     return {BARE: list(judge.bare()), PROMPTED: list(judge.prompted())}
 
 
@@ -177,12 +177,13 @@ def judge_teachers(
     run: Run,
     judge: Judge,
 ) -> dict[str, list[Verdict | None]]:
-    """Each case's own teacher, where all of a group have one by name; the mean one; that of the nearest condition.
+    """The mean teacher, the teacher with the nearest condition, and each case's own teacher, if one has its name.
 
-    Near is what has the largest cosine of the mean of its states, less the mean over all teachers.
+    The nearest condition is the one with the largest cosine between mean states, after the mean over all teachers is
+    subtracted.
 
     Args:
-        prompts: of the teachers, by their names in the labels.
+        prompts: the teachers' prompts, by their names in the labels.
     """
     names = list(prompts)
     each = [load_peft_adapter(labels.source(name), config=run.config)[1] for name in names]
@@ -212,7 +213,7 @@ def judge_teachers(
 def judge_adapters(
     adapters: Mapping[str, str | Path], config: Qwen2Config, weights: Qwen2Weights, judge: Judge
 ) -> dict[str, list[Verdict | None]]:
-    """Adapters from elsewhere by a case's name, those of other cases, and their mean where they have one spec.
+    """Each case's adapter from elsewhere, found by name, another case's, and their mean if they share a spec.
 
     Raises:
         ValueError: a case without an adapter.
@@ -244,12 +245,12 @@ def judge_adapters(
 
 
 def seen_conditions(folder: str | Path, facts: Mapping[str, Any]) -> frozenset[str]:
-    """The conditions that a run was trained on, as far as its folder knows them: those of its texts."""
+    """The conditions a run was trained on, as far as its folder tells: those of its texts."""
     for place in sorted(Path(folder).glob("texts-*")):
         try:
             texts = TextSet.opened(place)
         except ValueError as error:
-            warnings.warn(f"what the run has seen is not known: {error}", stacklevel=2)
+            warnings.warn(f"which conditions the run has seen is not known: {error}", stacklevel=2)
             continue
         if dict(texts.facts) == json.loads(json.dumps(facts.get("texts"))):
             return frozenset(texts.conditions)
@@ -259,7 +260,7 @@ def seen_conditions(folder: str | Path, facts: Mapping[str, Any]) -> frozenset[s
 def base_judge(
     config: Qwen2Config, weights: Qwen2Weights, cases: Sequence[Case], per_pass: int = 16
 ) -> Judge:
-    """A judge of what adapters do to a base model."""
+    """A judge of adapters of a base model."""
     return Judge(DifferentiableLMLoss(config, weights), cases, per_pass=per_pass)
 
 

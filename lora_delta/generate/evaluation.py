@@ -1,4 +1,4 @@
-"""How a generator does on conditions that it is not trained on."""
+"""How a generator does on conditions it is not trained on."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Evaluation:
     Attributes:
         tasks: held-out conditions and their texts.
         every: steps between evaluations; there is one after the last step as well.
-        conditions, texts: so many conditions are looked at, spread evenly over all of them, and so many texts of each,
-            the first ones; None for all.
-        patience: so many evaluations in a row without a better one end the run; None for never.
+        conditions: how many conditions are evaluated, spread evenly over all of them; None for all.
+        texts: how many texts of each condition, from the first; None for all.
+        patience: the run ends after this many evaluations in a row without improvement; None for never.
     """
 
     tasks: TrainingSet
@@ -40,22 +40,23 @@ class Evaluation:
             raise ValueError("the tasks of an evaluation are empty, expected at least one")
 
     def measured(self, generator: nn.Module, terms: Terms, shares: Shares, device: torch.device) -> Metrics:
-        """``held_out_lm``, nats per token of all completions, and ``held_out_accuracy``, the share of completions that
-        greedy decoding writes as a whole; with a KL loss ``held_out_kl``, nats per token; with a delta of texts to the
-        prompted base ``held_out_delta``, a mean over conditions.
+        """``held_out_lm``, nats per token over all completions, and ``held_out_accuracy``, the share of completions
+        that greedy decoding reproduces in full; with a KL loss ``held_out_kl``, nats per token; with a delta of texts
+        against the prompted base ``held_out_delta``, a mean over conditions.
 
-        What a teacher has said of the training's texts alone is no KL of these, and its adapters are none of theirs.
+        There is no KL to a stored teacher, and no delta whose targets are stored or come from teachers' adapters: these
+        cover the training texts only.
 
-        The ranks of ``shares`` look at a part of the conditions each. A condition is read with its first prompts.
+        Each rank of ``shares`` evaluates a part of the conditions. A condition is read with its first prompts.
         """
         if terms.texts is None:
-            raise ValueError("an evaluation needs a loss of texts, expected 'lm', 'kl' or a delta of texts")
+            raise ValueError("an evaluation needs a loss on texts, expected 'lm', 'kl' or a delta of texts")
         options, lm_texts = terms.options, terms.texts
         names = self._names(terms)
         counted = [name for name in names if name not in ("lm", "accuracy")]
         n = len(self.tasks) if self.conditions is None else min(self.conditions, len(self.tasks))
         own = [index * len(self.tasks) // n for index in range(n)][shares.own(n)]
-        sums = torch.zeros(2, len(names), dtype=torch.float64, device=device)  # values, and of how many each is
+        sums = torch.zeros(2, len(names), dtype=torch.float64, device=device)  # sums of values, and their counts
         was_training = generator.training
         generator.eval()
         try:
@@ -72,7 +73,7 @@ class Evaluation:
                     scores = [one for own in lm_texts.lm.scores(examples, written.tensors) for one in own]
                     totals = {"lm": sum(one.nats for one in scores), "accuracy": sum(one.right for one in scores)}
                     if counted:
-                        # Beside the cross-entropy a KL has no label smoothing.
+                        # Next to the cross-entropy, a KL is computed without label smoothing.
                         ones = dict.fromkeys([*counted, *(["lm"] if "kl" in counted else [])], 1.0)
                         _, means = lm_texts.mean(written.tensors, batch.texts, ones, n_tokens=count)
                         totals |= {name: float(means[name]) * of.get(name, count) for name in counted}
@@ -89,7 +90,7 @@ class Evaluation:
         return Batch([name_of(self.tasks, index) for index in indices], states, tasks, texts, 0)
 
     def score(self, metrics: Metrics, terms: Terms) -> float:
-        """By which generators are compared, least is best: the terms as the last step weighs them."""
+        """What generators are compared by, lower is better: the terms, weighted as in the last step."""
         options, names = terms.options, self._names(terms)
         weights = {name: options.losses[name](options.steps) for name in names if options.needs(name)}
         return sum(weight * metrics[f"{PREFIX}{name}"] for name, weight in (weights or {"lm": 1.0}).items())

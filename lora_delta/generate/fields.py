@@ -10,17 +10,18 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from ..probes.tokenization import shortened
 
-_MOST = 10**9  # of an integer that says nothing else: a count beyond is a slip of the pen
+_MOST = 10**9  # for integers without a limit of their own: a larger count is a typo
 _WORDS = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string"}
 
 
 @dataclass(frozen=True)
 class Range:
-    """Which values of a type are taken.
+    """Which values of a type are allowed.
 
     Attributes:
-        least, above, most: for a number: from here, beyond here, up to here. Of an integer ``most`` is a billion.
-        one_of: for a string.
+        least, above, most: bounds of a number: from ``least``, above ``above``, up to ``most``. For an integer ``most``
+            defaults to a billion.
+        one_of: the strings allowed.
     """
 
     least: float | None = None
@@ -29,7 +30,7 @@ class Range:
     one_of: Sequence[str] | None = None
 
     def holds(self, value: Any) -> bool:
-        """Whether it has a value of the right type."""
+        """Whether a value of the right type is within the range."""
         if self.one_of is not None:
             return value in self.one_of
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -42,7 +43,7 @@ class Range:
         )
 
     def words(self, kind: type) -> str:
-        """What is expected of a value of a type."""
+        """What is expected of a value of a type, in words."""
         if self.one_of is not None:
             return f"one of {tuple(self.one_of)}"
         words = "a table" if issubclass(kind, Mapping) else _WORDS.get(kind, f"a {kind.__name__}")
@@ -58,7 +59,7 @@ def option(default: Any, **bounds: Any) -> Any:
 
     Args:
         default: a value, or a function that makes one.
-        bounds: of the range.
+        bounds: those of the range.
     """
     metadata = {"range": Range(**bounds)}
     if callable(default):
@@ -70,10 +71,10 @@ def check_fields(options: Any) -> None:
     """Hold each field of a dataclass to its annotation and its range; an integer becomes a float where one belongs.
 
     Annotations are ``int``, ``float``, ``bool``, ``str``, classes, ``Mapping[str, …]``, Any, and unions of those with
-    None. A bool is no integer, and NaN and infinity are no numbers.
+    None. A bool does not count as an integer, nor NaN or infinity as a number.
 
     Raises:
-        ValueError: a value that is off; the message names the field, the value, and what was expected.
+        ValueError: an invalid value; the message names the field, the value, and what was expected.
     """
     hints = get_type_hints(type(options))
     for one in fields(options):
@@ -82,7 +83,8 @@ def check_fields(options: Any) -> None:
 
 
 def check_value(name: str, value: Any, kind: Any, range: Range = Range()) -> Any:
-    """The value, of the type ``kind`` and within the range; else a ``ValueError`` as of :func:`check_fields`."""
+    """The value, if it is of the type ``kind`` and within the range; else a ``ValueError`` as in :func:`check_fields`.
+    """
     if kind is Any:
         return value
     if isinstance(kind, UnionType):

@@ -1,8 +1,8 @@
-"""The reference generators: a transformer over slots, with cross-attention to a condition, that writes adapters; and
+"""The reference generators: a transformer over slots with cross-attention to a condition, which writes adapters; and
 a sum over a condition's tokens.
 
-Any ``nn.Module`` from (states, mask) to LoRA tokens (B, L, h, w), or to LoRA tensors {PEFT name: (B, …)}, takes their
-place in the training loop.
+In the training loop any ``nn.Module`` can replace them that maps (states, mask) to LoRA tokens (B, L, h, w), or to
+LoRA tensors {PEFT name: (B, …)}.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from .fields import Range, check_value
 from .tokens import TokenFormat
 
 WRITES = ("B", "AB")
-_Place = tuple[str, str, int, int]  # projection, side, rows, columns: what may have one head
+_Place = tuple[str, str, int, int]  # projection, side, rows, columns: matrices that can share a head
 
 
 class SlotTransformer(nn.Module):
-    """Slots (layers × places in a layer) that attend to each other and to a condition, all at once.
+    """Slots (layers × places in a layer) that attend to each other and to a condition, in parallel.
 
-    A slot's embedding is the sum of one for the layer and one for the place.
+    A slot's embedding is the sum of a layer embedding and a place embedding.
 
     Args:
-        layers, places: of the slots.
+        layers, places: how many there are.
         condition_size: H of the conditions.
-        width, depth, heads: of the transformer.
+        width, depth, heads: sizes of the transformer.
     """
 
     def __init__(self, layers: int, places: int, condition_size: int, width: int, depth: int, heads: int) -> None:
@@ -56,18 +56,18 @@ class SlotTransformer(nn.Module):
 
 
 class LoRAGenerator(nn.Module):
-    """Maps conditions to LoRA tokens, all at once.
+    """Maps conditions to LoRA tokens, in parallel.
 
-    There is a slot for each projection's A and B in each layer. Each token is a mean and a mixture of a few components
-    of its own place, which are learned; its slot says how they are mixed. They start as the principal components of the
-    teachers' tokens at that place (:meth:`fit`): LoRA weights are noise to anything smoother, and places have little in
-    common.
+    There is a slot for each projection's A and B in each layer. A token is a mean plus a mixture of a few components,
+    both learned for its place; its slot gives the mixing weights. The components start as the principal components of
+    the teachers' tokens at that place (:meth:`fit`): to anything smoother LoRA weights are noise, and places have
+    little in common.
 
     Args:
-        format: of the tokens.
+        format: the tokens' format.
         condition_size: H of the conditions.
-        width, depth, heads: of the transformer.
-        components: that are mixed at each place; there are L·components·h·w parameters in them.
+        width, depth, heads: sizes of the transformer.
+        components: how many are mixed at each place; they have L·components·h·w parameters.
 
     Attributes:
         basis: (L, 1 + components, h·w), the mean and the components of each place.
@@ -98,19 +98,19 @@ class LoRAGenerator(nn.Module):
 
     @torch.no_grad()
     def fit(self, tokens: Tensor) -> None:
-        """Start from teachers' tokens (N, L, h, w): their mean, and as many principal components as there are.
+        """Initialize from teachers' tokens (N, L, h, w): their mean, and as many principal components as there are.
 
-        A component is scaled so that the teachers' shares in it have a mean square of one. NaN padding counts as
-        the mean.
+        A component is scaled so that the teachers' coefficients for it have a mean square of one. NaN padding counts
+        as the mean.
 
         Raises:
-            ValueError: no teachers, or tokens of another shape than the format's.
+            ValueError: no teachers, or tokens whose shape is not the format's.
         """
         shape = (self.format.n_tokens, *self.format.token_shape)
         if tokens.dim() != 4 or not len(tokens) or tuple(tokens.shape[1:]) != shape:
             expected = f"(N, {', '.join(map(str, shape))})"
             raise ValueError(f"tokens have shape {tuple(tokens.shape)}, expected {expected} with an N of 1 or more")
-        tokens = tokens.to("cpu", self.basis.dtype)  # devices choose other signs of eigenvectors: so all start alike
+        tokens = tokens.to("cpu", self.basis.dtype)  # eigenvectors' signs differ between devices
         mean = tokens.nanmean(0).nan_to_num()
         rows = (tokens - mean).nan_to_num().flatten(2).transpose(0, 1)  # (L, N, h·w)
         _, vectors = torch.linalg.eigh(rows @ rows.mT)  # ascending
@@ -125,17 +125,17 @@ class LoRAGenerator(nn.Module):
             self.mixtures, x.unbind(2), strict=True
         )]  # fmt: skip
         mixture = torch.cat(mixed, 2).flatten(1, 2).to(self.basis.dtype)  # (B, L, components)
-        mixture = nn.functional.pad(mixture, (1, 0), value=1.0)  # the mean counts as one
+        mixture = nn.functional.pad(mixture, (1, 0), value=1.0)  # the mean has weight 1
         with torch.autocast(states.device.type, enabled=False):
-            # Place by place: tokens (B, L, h, w) are a view of (L, B, h·w), of which no copy is made.
+            # Place by place: tokens (B, L, h, w) are a view of (L, B, h·w), not a copy.
             tokens = torch.bmm(mixture.transpose(0, 1), self.basis)
         return tokens.transpose(0, 1).unflatten(-1, self.format.token_shape)
 
 
 class _Matrices(nn.Module):
-    """A and B of every adapted module of a spec, by kind: matrices of one projection, side and shape, layer by layer.
+    """A and B of every module a spec adapts, by kind: all layers' matrices of one projection, side and shape.
 
-    They begin as a LoRA of PEFT does: B is zero, A is random, the same for all conditions.
+    They start as PEFT initializes a LoRA: B is zero, A is random, the same for all conditions.
     """
 
     def __init__(self, config: Qwen2Config, spec: LoraSpec) -> None:
@@ -154,10 +154,10 @@ class _Matrices(nn.Module):
             self.start.append(nn.Parameter(start))
 
     def written(self, moved: Sequence[Tensor | None], n: int) -> dict[str, Tensor]:
-        """{PEFT name: (B, rows, columns)} of n conditions.
+        """{PEFT name: (B, rows, columns)} for n conditions.
 
         Args:
-            moved: of each kind by how much each matrix differs from its start, (names, B, rows·columns); or None.
+            moved: for each kind, the difference of each matrix from its start, (names, B, rows·columns); or None.
         """
         found: dict[str, Tensor] = {}
         for ((_, _, rows, columns), names), start, one in zip(self._kinds.items(), self.start, moved, strict=True):
@@ -168,14 +168,14 @@ class _Matrices(nn.Module):
 
 
 class DirectGenerator(_Matrices):
-    """Maps conditions to A and B of every adapted module, with whatever ranks and modules a spec has.
+    """Maps conditions to A and B of every adapted module, for any ranks and modules of a spec.
 
-    There is a slot for each module of each layer, and a linear head for each kind of matrix, which all layers share.
+    There is a slot for each module of each layer, and a linear head for each kind of matrix, shared by all layers.
 
     Args:
-        config, spec: of the adapters.
+        config, spec: the base model's config and the adapters' spec.
         condition_size: H of the conditions.
-        width, depth, heads: of the transformer.
+        width, depth, heads: sizes of the transformer.
     """
 
     def __init__(
@@ -211,24 +211,23 @@ class DirectGenerator(_Matrices):
         x = self.slots(states, mask).flatten(1, 2)
         moved = []
         for index, head in enumerate(self.heads):
-            # Layers first: each layer's adapters are contiguous, as the engine takes them.
+            # Layers first: each layer's adapters are contiguous, as the engine needs them.
             moved.append(head(x.index_select(1, self.get_buffer(f"slots_{index}")).transpose(0, 1)))
         return self.written(moved, len(states))
 
 
 class AdditiveGenerator(_Matrices):
-    """Maps conditions to A and B by a sum over their tokens: what two words ask for is what each asks for, added.
+    """Maps conditions to A and B by a sum over their tokens: the effect of two words is the sum of their effects.
 
     ``z = Σ_t φ(s_t) · σ(gate(s_t)) / scale`` over a condition's tokens, and every matrix is its start plus ``z W``. It
-    generalizes to conditions of new combinations of parts where states are read early, after the first block say: later
-    ones have mixed a text's words already. B alone is written by default, and A is shared by all conditions, and
-    trained.
+    generalizes to new combinations of known parts if states are read early, for example after the first block: later
+    states already mix a text's words. By default only B is written; A is trained, and shared by all conditions.
 
     Args:
-        config, spec: of the adapters.
+        config, spec: the base model's config and the adapters' spec.
         condition_size: H of the conditions.
-        width: of φ between its two layers.
-        features: of z.
+        width: hidden size of φ.
+        features: size of z.
         scale: about the square root of the number of tokens in a condition.
         writes: ``"B"``, or ``"AB"``.
     """
@@ -260,8 +259,8 @@ class AdditiveGenerator(_Matrices):
 
     @torch.no_grad()
     def fit(self, tensors: Mapping[str, Tensor]) -> None:
-        """Start from teachers {PEFT name: (N, rows, columns)}: their mean, and as many principal components as there
-        are of all that is written.
+        """Initialize from teachers {PEFT name: (N, rows, columns)}: their mean, and as many principal components, over
+        all matrices that are written, as there are.
 
         Raises:
             ValueError: names or shapes that are not the spec's.
@@ -270,7 +269,7 @@ class AdditiveGenerator(_Matrices):
         found = {name: tuple(tensor.shape[1:]) for name, tensor in tensors.items()}
         if found != expected:
             odd = sorted(set(found.items()) ^ set(expected.items()))[0]
-            raise ValueError(f"teachers' {odd[0]!r} is of shape {found.get(odd[0])}, expected {expected.get(odd[0])}")
+            raise ValueError(f"teachers' {odd[0]!r} has shape {found.get(odd[0])}, expected {expected.get(odd[0])}")
         n = len(next(iter(tensors.values())))
         rows, gram = [], torch.zeros(n, n, dtype=torch.float64)
         for (_, side, *_), names, start in zip(self._kinds, self._kinds.values(), self.start, strict=True):

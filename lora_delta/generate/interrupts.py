@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, held back until a step is whole."""
+"""Ctrl-C and SIGTERM, held back until a step is complete."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import time
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-_SECONDS = 2.0  # Ctrl-C under torchrun comes twice at once: from the terminal, and from torchrun
+_SECONDS = 2.0  # under torchrun Ctrl-C arrives twice at once: from the terminal, and from torchrun
 
 
 class Interrupts:
-    """While it is entered, SIGINT and SIGTERM wait: an exception in the middle of an optimizer's step would leave a
-    state that is neither the old nor the new one.
+    """A context manager that holds back SIGINT and SIGTERM: an exception in the middle of an optimizer's step would
+    leave a state that is neither the old nor the new one.
 
-    A signal that Python code does not handle (SIGTERM, unless the command line or a caller has set a handler) is left
-    as it is, and so are all outside the main thread. A second signal, two seconds later or more, does not wait.
+    A signal without a Python handler (SIGTERM, unless the command line or a caller has set one) is left alone, and
+    outside the main thread all signals are. A second signal, two seconds later or more, is not held back.
 
     Attributes:
-        pending: whether one waits.
+        pending: whether a signal is held back.
     """
 
     def __enter__(self) -> Interrupts:
@@ -41,7 +41,7 @@ class Interrupts:
             self.pending, self._first, self._since = True, number, time.monotonic()
 
     def end(self, note: str) -> NoReturn:
-        """Raise what the signal's own handler raises, with a note; of one that came to another process, Ctrl-C's."""
+        """Raise what the signal's own handler raises, with a note; KeyboardInterrupt if another process got it."""
         number, self.pending = self._first, False
         try:
             if number is not None:
@@ -55,7 +55,7 @@ class Interrupts:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._before.items():
-            if signal.getsignal(number) == self._hold:  # else the handler that has been called has set another one
+            if signal.getsignal(number) == self._hold:  # else the handler, once called, has set another
                 signal.signal(number, handler)
         if self.pending and error is None and self._first is not None:
             self._before[self._first](self._first, None)

@@ -1,9 +1,9 @@
-"""What adapters do to the texts that they are there for, beside controls without which no such figure means anything.
+"""What adapters do on the texts they are meant for, next to controls, without which such figures mean nothing.
 
-A *case* is a condition with texts; a *way* is an adapter for each case, or none: generated ones, those of another
-condition, of gibberish, a mean of all, the bare model. The prompted base, which reads the condition in its context, is
-what could be had. A way's figures are means over cases, with an interval over tasks, and over runs where there are
-several.
+A *case* is a condition with texts; a *way* is an adapter for each case, or none: the generated one, another
+condition's, one for gibberish, the mean of all, the bare model. The prompted base, which reads the condition in its
+context, is the reference. A way's figures are means over cases, with an interval over tasks, and over runs if there
+are several.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ MEAN, BARE, PROMPTED = "mean of generated", "bare model", "prompted base"
 RESAMPLES, LEVEL = 2000, 0.95
 _LAYER = -1
 
-Adapters = Callable[[Sequence[int]], Lora]  # of the cases of these numbers
+Adapters = Callable[[Sequence[int]], Lora]  # the adapters of the cases with these indices
 
 
 @dataclass(frozen=True)
 class Case:
-    """A condition that is judged.
+    """A condition that adapters are judged on.
 
     Attributes:
-        group: ``"seen conditions"`` or another; figures are of one group each.
-        task: what intervals are over: cases of one task are not independent.
+        group: ``"seen conditions"`` or another; figures are computed for each group.
+        task: what intervals resample: cases of one task are not independent.
         condition: its text, or its name.
-        states: (T, H), as a generator reads it; None where there is no generator.
+        states: (T, H), as a generator reads it; None without a generator.
         examples: (prompt ids, completion ids) pairs.
-        contexts: what the prompted base reads in the place of each prompt.
-        name: of the condition where it has one, else the condition.
+        contexts: what the prompted base reads instead of each prompt.
+        name: the condition's name if it has one, else the condition.
     """
 
     group: str
@@ -55,13 +55,13 @@ class Case:
 
 
 class Verdict(NamedTuple):
-    """Of one way, on one case.
+    """The result of one way on one case.
 
     Attributes:
-        nats, n_tokens: the sum of −log p over all tokens of its completions.
-        n_right, n_texts: how many completions greedy decoding writes as a whole.
-        cosine, distance: of the deltas of the tokens that predict the completions, after the final norm, with those of
-            the prompted base: the mean of their cosines, and the root of Σ‖delta − target‖² / Σ‖target‖².
+        nats, n_tokens: the sum of −log p over all tokens of its completions, and how many there are.
+        n_right, n_texts: how many completions greedy decoding reproduces in full, and how many there are.
+        cosine, distance: deltas at the tokens that predict the completions, after the final norm, against those of the
+            prompted base: the mean of their cosines, and the root of Σ‖delta − target‖² / Σ‖target‖².
     """
 
     nats: float
@@ -73,10 +73,10 @@ class Verdict(NamedTuple):
 
 
 class Judge:
-    """Judges ways on cases, some at a time.
+    """Judges ways on cases, several at a time.
 
     Args:
-        lm: of the base model; its spec says nothing here.
+        lm: the loss of the base model; its spec does not matter here.
         per_pass: cases at a time.
     """
 
@@ -91,20 +91,20 @@ class Judge:
             self._wanted += self._read(numbers, None, True)
 
     def passes(self, per_pass: int | None = None) -> Iterator[Sequence[int]]:
-        """The cases of each pass."""
+        """The indices of the cases of each pass."""
         n, step = len(self.cases), per_pass or self.per_pass
         yield from (range(start, min(start + step, n)) for start in range(0, n, step))
 
     def bare(self) -> list[Verdict]:
-        """Of the bare model."""
+        """Verdicts on the bare model."""
         return [self._verdict(number, self._base[number]) for number in range(len(self.cases))]
 
     def prompted(self) -> list[Verdict]:
-        """Of the bare model that reads each condition in its context."""
+        """Verdicts on the bare model with each condition in its context."""
         return [self._verdict(number, self._wanted[number]) for number in range(len(self.cases))]
 
     def judged(self, adapters: Adapters, *, per_pass: int | None = None) -> list[Verdict]:
-        """Of an adapter for each case."""
+        """Verdicts on an adapter for each case."""
         found = []
         for numbers in self.passes(per_pass):
             states = self._read(numbers, adapters(numbers), False)
@@ -112,7 +112,7 @@ class Judge:
         return found
 
     def others(self) -> list[int]:
-        """For each case the number of another one of its group, of another task where there is one."""
+        """For each case the index of another one of its group, with another task if there is one."""
         found = []
         for number, case in enumerate(self.cases):
             order = [*range(number + 1, len(self.cases)), *range(number)]
@@ -121,7 +121,7 @@ class Judge:
         return found
 
     def _read(self, numbers: Sequence[int], lora: Lora | None, prompted: bool) -> list[Tensor]:
-        """(T, H) of each case's tokens that predict its completions, on the CPU."""
+        """(T, H) for each case: the states at the tokens that predict its completions, on the CPU."""
         examples: Examples = [self.cases[number].examples for number in numbers]
         if prompted:
             examples = in_context(examples, [self.cases[number].contexts for number in numbers], "completion")
@@ -145,13 +145,13 @@ class Judge:
 
 
 def gibberish(condition: str, seed: int) -> str:
-    """Random letters and blanks, as many as the condition has characters."""
+    """Random letters and spaces, as many as the condition has characters."""
     chance = random.Random(f"{seed} {condition}")
     return "".join(chance.choice("abcdefghijklmnopqrstuvwxyz ") for _ in condition).strip() or "x"
 
 
 def mean_adapter(adapters: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean of each tensor (…) over all adapters, of batches (B, …)."""
+    """The mean (…) of each tensor over all adapters, from batches (B, …)."""
     n = sum(len(next(iter(one.values()))) for one in adapters)
     return {name: torch.stack([one[name].sum(0) for one in adapters]).sum(0) / n for name in adapters[0]}
 
@@ -159,12 +159,12 @@ def mean_adapter(adapters: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 def figures(
     cases: Sequence[Case], runs: Sequence[Mapping[str, Sequence[Verdict | None]]], *, seed: int = 0
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """{group: {way: figures}} of one or several runs over the same cases.
+    """{group: {way: figures}} for one or more runs over the same cases.
 
     Each has ``loss``, nats per token; ``accuracy``, the share of completions that are right; ``cosine`` and
-    ``distance`` as in :class:`Verdict`, means over cases; ``accuracy_interval``, in which 95 % of 2,000 resamples of
-    tasks, and of runs, have their accuracy; and of how much all this is. A way that has no verdict on a case of a group
-    has no figures of that group.
+    ``distance`` as in :class:`Verdict`, means over cases; ``accuracy_interval``, which holds the accuracy of 95 % of
+    2,000 resamples of tasks and runs; and the numbers of conditions, tasks, runs and texts. A way that lacks a verdict
+    on a case of a group has no figures for that group.
     """
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for group in dict.fromkeys(case.group for case in cases):
@@ -200,7 +200,7 @@ def figures(
 
 
 def _interval(n_right: Tensor, n_texts: Tensor, seed: int) -> list[float]:
-    """Of the accuracy, over resampled runs and tasks (runs, tasks)."""
+    """The interval of the accuracy over resampled runs and tasks; counts are (runs, tasks)."""
     chance = torch.Generator().manual_seed(seed)
     runs, tasks = n_right.shape
     rows = torch.randint(runs, (RESAMPLES, runs), generator=chance)

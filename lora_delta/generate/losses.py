@@ -1,7 +1,7 @@
-"""What a generator is trained on: losses of deltas, of tokens and of LoRA tensors.
+"""What a generator is trained on: losses on deltas, on tokens and on LoRA tensors.
 
 Pure functions, differentiable to any order in both arguments. Half precision is computed in float32; a loss is a
-scalar in float32, or in float64 where an input is float64.
+float32 scalar, or float64 if an input is float64.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from .. import autograd
 
 
 def delta_mse(delta: Tensor, target: Tensor, *, normalize: bool = False) -> Tensor:
-    """Mean square of ``delta − target``, over all elements, and so over adapters.
+    """Mean square of ``delta − target`` over all elements, and so over adapters.
 
     Args:
-        delta, target: (H,), (G, H) or (G, …, H), as :class:`DifferentiableDeltaCompute` gives them.
-        normalize: the mean over vectors of ``‖delta − target‖² / ‖target‖²`` instead: a target counts the same however
-            long it is, and a delta of zero costs 1. A target of zero has no length to divide by; there the divisor
-            is H, which is the plain mean square.
+        delta, target: (H,), (G, H) or (G, …, H), as :class:`DifferentiableDeltaCompute` returns them.
+        normalize: the mean over vectors of ``‖delta − target‖² / ‖target‖²`` instead: a target counts the same whatever
+            its norm, and a delta of zero costs 1. For a target of zero the divisor is H, which gives the plain mean
+            square.
 
     Raises:
         ValueError: different shapes or devices, no elements, or a tensor that is not floating point.
@@ -42,10 +42,10 @@ def delta_mse(delta: Tensor, target: Tensor, *, normalize: bool = False) -> Tens
 
 
 def delta_cosine(delta: Tensor, target: Tensor) -> Tensor:
-    """1 − cosine similarity along the last dimension, mean over all vectors: from 0, the same way, to 2, opposite.
+    """1 − cosine similarity along the last dimension, mean over all vectors: from 0 (same direction) to 2 (opposite).
 
     Where either vector is zero there is no angle: the loss is 1 there, as with ``F.cosine_similarity``, and the
-    gradient zero. So alone it moves no generator away from a LoRA of zeros.
+    gradient is zero. On its own it therefore cannot move a generator away from a LoRA of zeros.
 
     Args:
         delta, target: (H,), (G, H) or (G, …, H).
@@ -59,10 +59,10 @@ def delta_cosine(delta: Tensor, target: Tensor) -> Tensor:
 def cosine_distances(delta: Tensor, target: Tensor) -> Tensor:
     """1 − cosine similarity of each pair of vectors, 1 where one of them is zero."""
     tiny = torch.finfo(delta.dtype).tiny
-    # NaN counts as an angle, or it would hide behind a loss of 1.
+    # NaN counts as having an angle, or a loss of 1 would hide it.
     has_angle = ~((delta.square().sum(-1) <= tiny) | (target.square().sum(-1) <= tiny))[..., None]
-    # A long vector's squares overflow: its largest entry comes to 1 before. where() stands before the norm: a gradient
-    # of 0/0 would pass through a where() behind it, as 0 · NaN.
+    # Squares of a long vector overflow: it is first scaled so that its largest entry is 1. where() comes before the
+    # norm: after it, the gradient of 0/0 would pass through where() as 0 · NaN.
     largest = [torch.where(has_angle, v.detach().abs().amax(-1, keepdim=True), 1.0) for v in (delta, target)]
     units = [torch.where(has_angle, v / scale, 1.0) for v, scale in zip((delta, target), largest, strict=True)]
     units = [v / torch.linalg.vector_norm(v, dim=-1, keepdim=True) for v in units]
@@ -74,7 +74,7 @@ def cosine_distances(delta: Tensor, target: Tensor) -> Tensor:
 def delta_loss(
     delta: Tensor, target: Tensor, *, mse_weight: float = 1.0, cosine_weight: float = 1.0, normalize: bool = False
 ) -> Tensor:
-    """``mse_weight · delta_mse + cosine_weight · delta_cosine``; a part of weight 0 is not computed.
+    """``mse_weight · delta_mse + cosine_weight · delta_cosine``; a part with weight 0 is not computed.
 
     Args:
         delta, target, normalize: see :func:`delta_mse`.
@@ -108,19 +108,19 @@ def adapters_delta_loss(
     mse_weight: float = 1.0,
     cosine_weight: float = 1.0,
 ) -> Tensor:
-    """The loss (G,) of adapters that have vectors of their own, some more than others.
+    """The loss (G,) of adapters that each have their own vectors, not all equally many.
 
-    For each adapter ``mse_weight · Σ‖delta − target‖² / Σ‖target‖²``, the sums over its vectors, plus ``cosine_weight``
-    times the mean over them of one minus the cosine; a mean over layers. The size of an adapter's targets as a whole
-    does not count so, while a vector that hardly moves does not count as much as one that does. Where all targets of
-    an adapter are zero the divisor is their number of elements.
+    For each adapter ``mse_weight · Σ‖delta − target‖² / Σ‖target‖²``, summed over its vectors, plus ``cosine_weight``
+    times their mean of one minus the cosine; then the mean over layers. The overall size of an adapter's targets thus
+    does not matter, but within an adapter a vector that hardly moves counts less than one that does. If all targets of
+    an adapter are zero, the divisor is their number of elements.
 
     Args:
         deltas, targets: (layers, V, H).
-        adapters: (V,) integer, whose vector each is.
+        adapters: (V,) integer, the adapter that each vector belongs to.
 
     Raises:
-        ValueError: as :func:`delta_loss`; other shapes.
+        ValueError: as :func:`delta_loss`, or other shapes.
     """
     _check_weights(mse_weight, cosine_weight)
     deltas, targets = _checked_pair("deltas", deltas, targets)
@@ -143,13 +143,13 @@ def adapters_delta_loss(
 
 
 def tokens_mse(tokens: Tensor, target_tokens: Tensor | Sequence[Tensor]) -> Tensor:
-    """Mean square error of Drag-and-Drop tokens, over the elements that the target has: its NaN are padding.
+    """Mean squared error of Drag-and-Drop tokens, over the elements that are not NaN in the target: NaN is padding.
 
-    What a generator writes into the padding costs nothing and gets a gradient of zero, be it NaN.
+    What a generator writes into the padding, even NaN, adds no loss and gets a gradient of zero.
 
     Args:
         tokens: (L, h, w) or (G, L, h, w).
-        target_tokens: of the same shape, or G tensors (L, h, w).
+        target_tokens: the same shape, or G tensors (L, h, w).
 
     Raises:
         ValueError: a target that is NaN throughout, or as :func:`delta_mse`.
@@ -160,7 +160,7 @@ def tokens_mse(tokens: Tensor, target_tokens: Tensor | Sequence[Tensor]) -> Tens
     else:
         check_float("tokens", tokens)
         if len(tokens) != len(target_tokens):
-            raise ValueError(f"tokens have shape {tuple(tokens.shape)}, and there are {len(target_tokens)} targets")
+            raise ValueError(f"tokens have shape {tuple(tokens.shape)}, but there are {len(target_tokens)} targets")
         pairs = [_checked_pair("tokens", one, other) for one, other in zip(tokens, target_tokens, strict=True)]
         tokens, given = tokens.to(pairs[0][0].dtype), [target for _, target in pairs]
     if any(map(is_symbolic, (tokens, *given))):
@@ -174,19 +174,19 @@ def tokens_mse(tokens: Tensor, target_tokens: Tensor | Sequence[Tensor]) -> Tens
 def _plain_tokens_mse(tokens: Tensor, targets: Sequence[Tensor]) -> Tensor:
     target = torch.stack(list(targets)).view(tokens.shape)
     kept = ~target.isnan()
-    # Safe with NaN: a difference passes gradients on unscaled, so the zeros of where() stay zeros.
+    # Safe with NaN: a subtraction does not scale gradients, so the zeros from where() stay zero.
     return torch.where(kept, tokens - target, 0.0).square().sum() / kept.sum()
 
 
 def tensors_mse(tensors: Mapping[str, Tensor], target_tensors: Mapping[str, Tensor]) -> Tensor:
-    """Mean square error of LoRA tensors, over all elements of all tensors.
+    """Mean squared error of LoRA tensors, over all elements of all tensors.
 
     Args:
         tensors, target_tensors: {name: (r, in) or (out, r)}, or with G in front; names in any spelling that
             :meth:`LoraSpec.bind` reads.
 
     Raises:
-        ValueError: names that differ or fit nothing, no tensors, or, with its name, as :func:`delta_mse`.
+        ValueError: names that differ or match no module, no tensors, or as :func:`delta_mse`, with the tensor's name.
     """
     pairs = _checked_pairs(tensors, target_tensors, same_shape=True)
     total = torch.stack([(ours - theirs).square().sum() for ours, theirs in pairs.values()]).sum()
@@ -201,19 +201,19 @@ def product_mse(
     target_spec: LoraSpec | None = None,
     normalize: bool = False,
 ) -> Tensor:
-    """Mean square error of the weight updates ``ΔW = s · B A``, over all their elements.
+    """Mean squared error of the weight updates ``ΔW = s · B A``, over all their elements.
 
-    Blind to the gauge: ``B M`` and ``M⁻¹ A`` are the same update. No ΔW is formed: the work and the memory are those
-    of (rank × rank) Gram matrices, in float64, so that little is lost where two updates are nearly
-    equal. Nothing is lost where their tensors are nearly equal as well.
+    Gauge-invariant: ``B M`` and ``M⁻¹ A`` give the same update. No ΔW is formed: work and memory are those of
+    (rank × rank) Gram matrices, in float64, so that little precision is lost if two updates are nearly equal, and
+    none if their tensors are nearly equal as well.
 
     Args:
         tensors, target_tensors: {name: (r, in) or (out, r)}, or with G in front; the same modules in both. Their
             ranks may differ.
-        spec: whose scaling, alpha / r, both updates have; by default 1.
-        target_spec: that of the target, where it is another.
-        normalize: ``Σ ‖ΔW − ΔW_target‖² / Σ ‖ΔW_target‖²``, summed over an adapter's modules, and the mean of that over
-            adapters. A target of zero has no length to divide by; there the divisor is its number of elements.
+        spec: gives the scaling, alpha / r, of both updates; by default it is 1.
+        target_spec: the target's spec, if it is another.
+        normalize: ``Σ ‖ΔW − ΔW_target‖² / Σ ‖ΔW_target‖²``, summed over an adapter's modules, then averaged over
+            adapters. If an adapter's target is zero, the divisor is its number of elements.
 
     Raises:
         ValueError: an A without its B or of another rank, a rank that is not the spec's, or as :func:`tensors_mse`.
@@ -241,14 +241,14 @@ def tensors_l1(tensors: Mapping[str, Tensor]) -> Tensor:
         tensors: {name: (r, in) or (out, r)}, or with G in front.
 
     Raises:
-        ValueError: no tensors, a name that fits nothing, or a tensor that is empty or not floating point.
+        ValueError: no tensors, a name that matches no module, or a tensor that is empty or not floating point.
     """
     given = _checked(tensors).values()
     return torch.stack([one.abs().sum() for one in given]).sum() / sum(one.numel() for one in given)
 
 
 def tensors_l2(tensors: Mapping[str, Tensor]) -> Tensor:
-    """Mean square of LoRA tensors, otherwise as :func:`tensors_l1`."""
+    """Mean square of LoRA tensors; otherwise as :func:`tensors_l1`."""
     given = _checked(tensors).values()
     return torch.stack([one.square().sum() for one in given]).sum() / sum(one.numel() for one in given)
 
@@ -260,7 +260,7 @@ def product_l2(tensors: Mapping[str, Tensor], *, spec: LoraSpec | None = None) -
 
     Args:
         tensors: {name: (r, in) or (out, r)}, or with G in front.
-        spec: whose scaling, alpha / r, the updates have; by default 1.
+        spec: gives the scaling, alpha / r, of the updates; by default it is 1.
 
     Raises:
         ValueError: an A without its B or of another rank, or as :func:`tensors_l1`.
@@ -279,16 +279,16 @@ def _squared(A: Tensor, B: Tensor, scaling: float) -> Tensor:
 
 
 def _module(by_place: Mapping[tuple[int, str, str], Any], layer: int, projection: str) -> tuple[Any, Any]:
-    """What is there for A and for B."""
+    """The entries of a module's A and B."""
     for side in "AB":
         if (layer, projection, side) not in by_place:
             name = peft_name(layer, projection, side)
-            raise ValueError(f"LoRA tensor {name!r} is missing, expected the A and the B of each module")
+            raise ValueError(f"LoRA tensor {name!r} is missing, expected both A and B of each module")
     return by_place[layer, projection, "A"], by_place[layer, projection, "B"]
 
 
 def _scaling(spec: LoraSpec | None, layer: int, projection: str, A: Tensor, B: Tensor) -> float:
-    """Of a module under a spec, whose rank its tensors have."""
+    """A module's scaling under a spec; its tensors must have the spec's rank."""
     rank, scaling = spec.rank_and_scaling(layer, projection) if spec else (A.shape[-2], 1.0)
     if A.shape[-2] != rank or B.shape[-1] != rank:
         name, shapes = peft_name(layer, projection, "A"), f"{tuple(A.shape)} and {tuple(B.shape)}"
@@ -302,8 +302,8 @@ def _squared_distance(
     """``‖s B A − s' B' A'‖²`` and ``‖s' B' A'‖²``, each () or (G,), in float64."""
     A, B, target_A, target_B = A.double(), scaling * B.double(), target_A.double(), target_scaling * target_B.double()
     if A.shape == target_A.shape:
-        # B A − B' A' = ½ (B − B') (A + A') + ½ (B + B') (A − A'): differences of the tensors are taken before they
-        # are multiplied, which cancels nothing where they are nearly equal, and is exactly 0 where they are equal.
+        # B A − B' A' = ½ (B − B') (A + A') + ½ (B + B') (A − A'): subtracting the tensors before multiplying avoids
+        # cancellation where they are nearly equal, and gives exactly 0 where they are equal.
         left, right = torch.cat((B - target_B, B + target_B), -1), torch.cat((A + target_A, A - target_A), -2) / 2
     else:
         left, right = torch.cat((B, -target_B), -1), torch.cat((A, target_A), -2)
@@ -316,9 +316,9 @@ def _product_norm2(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _recomputed(function: Callable[..., Any], *arguments: Tensor | float) -> Any:
-    """The function's value; its float64 copies are made again for the gradient, instead of kept.
+    """The function's value; its float64 copies are recomputed for the gradient, not kept.
 
-    Not inside torch.func transforms, which take no hooks on saved tensors.
+    Except inside torch.func transforms, which do not support hooks on saved tensors.
     """
     if any(isinstance(argument, Tensor) and is_symbolic(argument) for argument in arguments):
         return function(*arguments)
@@ -326,7 +326,7 @@ def _recomputed(function: Callable[..., Any], *arguments: Tensor | float) -> Any
 
 
 def _nonzero_or(scale: Tensor, instead: int) -> Tensor:
-    """A divisor that is never zero: ``instead`` where the scale is."""
+    """A divisor that is never zero: the scale, or ``instead`` where the scale is zero."""
     return torch.where(scale > torch.finfo(scale.dtype).tiny, scale, float(instead))
 
 
@@ -368,7 +368,7 @@ def _checked(tensors: Mapping[str, Tensor]) -> dict[tuple[int, str, str], Tensor
 def _checked_pairs(
     tensors: Mapping[str, Tensor], target_tensors: Mapping[str, Tensor], same_shape: bool
 ) -> dict[tuple[int, str, str], tuple[Tensor, Tensor]]:
-    """{(layer, projection, side): (tensor, target)} after all checks; shapes may differ in rank at most."""
+    """{(layer, projection, side): (tensor, target)} after all checks; shapes may differ only in rank."""
     ours, theirs = (_by_place(given) for given in (tensors, target_tensors))
     for place in ours | theirs:
         if place not in ours or place not in theirs:
@@ -383,7 +383,7 @@ def _checked_pairs(
         free = -2 if place[2] == "A" else -1  # the rank's dimension
         if a.dim() not in (2, 3) or a.dim() != b.dim() or _without(a, free) != _without(b, free):
             shapes = f"{tuple(a.shape)}, its target {tuple(b.shape)}"
-            raise ValueError(f"{name} has shape {shapes}: expected two or three dimensions that differ in rank at most")
+            raise ValueError(f"{name} has shape {shapes}: expected two or three dimensions that differ only in rank")
     first = next(iter(pairs.values()))[0].shape
     for place, (a, _) in pairs.items():
         if a.shape[:-2] != first[:-2]:

@@ -1,4 +1,4 @@
-"""Files of prompts, and the names in them."""
+"""Prompt files, and the names in them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ..files import UNFINISHED
 from ..probes.tokenization import check_text, shortened
 
 _MOST_BYTES = 1 << 32  # of a file
-_MOST_NAME_BYTES = 200  # of 255 that file systems take: a file that is being written has a longer name
-# Not in file names everywhere: separators, what Windows keeps for itself, control characters, half of a pair.
+_MOST_NAME_BYTES = 200  # file systems allow 255: a file that is being written has a longer name
+# Not allowed in file names everywhere: separators, what Windows reserves, control characters, lone surrogates.
 _ODD = re.compile(r'[/\\:*?"<>|\x00-\x1f\x7f\ud800-\udfff]')
 _DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?", re.IGNORECASE)
 
@@ -22,15 +22,15 @@ _DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?",
 def read_prompts(
     path: Path, key: str = "adapter", check_name: Callable[[str], None] | None = None
 ) -> dict[str, list[str]]:
-    """{name: prompts} from JSON lines ``{key: name, "prompts": [...]}``, or from plain text, a prompt a line.
+    """{name: prompts} from JSON lines ``{key: name, "prompts": [...]}``, or from plain text, one prompt per line.
 
     Plain lines are named ``prompt-0000`` and so on.
 
     Args:
-        check_name: raises ``ValueError`` for a name that is off.
+        check_name: raises ``ValueError`` for an invalid name.
 
     Raises:
-        ValueError: no such file, no prompts in it, or a line that is off, by its number.
+        ValueError: no such file, no prompts in it, or an invalid line, with its number.
     """
     numbered = [
         (number, line)
@@ -45,7 +45,7 @@ def read_prompts(
         where = f"line {number} of {path}"
         name, prompts = (f"prompt-{len(read):04d}", [line]) if plain else _entry(line, key, where)
         if name in read:
-            raise ValueError(f"{where} names {shortened(name)} again, expected a new {key!r} in each line")
+            raise ValueError(f"{where} names {shortened(name)} again, expected a new {key!r} on each line")
         try:
             if check_name is not None:
                 check_name(name)
@@ -67,7 +67,7 @@ def _entry(line: str, key: str, where: str) -> tuple[str, list[str]]:
 
 
 class FolderNames:
-    """Checks names that are to become folders beside each other, on any system; a call takes one."""
+    """Checks names of folders in one place, for any system; each call takes a name."""
 
     def __init__(self) -> None:
         self._taken: dict[str, str] = {}
@@ -76,17 +76,17 @@ class FolderNames:
         """Take a name.
 
         Raises:
-            ValueError: it is empty, begins with a dot (``..`` does), ends with a dot or a blank, holds a separator or
-                another character that some system refuses, is too long or a device of Windows, or differs from one
-                before by upper and lower case or by how accents are written, of which some systems make one.
+            ValueError: it is empty, begins with a dot (as ``..`` does) or a space, ends with a dot or a space, holds a
+                separator or another character that some system refuses, is too long, is a Windows device, or differs
+                from an earlier name only in case or in how accents are encoded, which some systems do not distinguish.
         """
         problem = None
         if not name or name != name.strip() or name[0] == "." or name[-1] == "." or name.endswith(UNFINISHED):
-            problem = "a name that neither begins nor ends with a dot or a blank"
+            problem = "a name that neither begins nor ends with a dot or a space"
         elif odd := _ODD.search(name):
             problem = f"a name without {odd[0]!r}"
         elif _DEVICES.fullmatch(name):
-            problem = "a name that is no device of Windows"
+            problem = "a name that is not a Windows device"
         elif len(name.encode()) > _MOST_NAME_BYTES:
             problem = f"a name of at most {_MOST_NAME_BYTES} bytes"
         if problem is not None:
@@ -94,5 +94,5 @@ class FolderNames:
         folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
         if folded in self._taken:
             before = shortened(self._taken[folded])
-            raise ValueError(f"{shortened(name)} and {before} are one folder on some systems, expected others")
+            raise ValueError(f"{shortened(name)} and {before} are one folder on some systems, expected distinct names")
         self._taken[folded] = name

@@ -1,4 +1,4 @@
-"""Learned maps from a generator's tokens to LoRA tensors, where the fixed detokenizer is to be improved upon."""
+"""Learned maps from a generator's tokens to LoRA tensors, to improve on the fixed detokenizer."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from .tokens import TokenFormat, named_format
 class SimpleLoRAReconstructor(nn.Module):
     """Tokens to LoRA tensors by learned linear maps, as a correction to the fixed detokenizer.
 
-    The plain form of the idea, a dense layer from all tokens to each LoRA tensor, would have 2·10¹³ weights for a
-    Qwen2.5-0.5B at rank 8. Here that dense map is factored along the axes of the token stack. Every chunk of a LoRA
-    still depends linearly on every token, through
+    A dense layer from all tokens to each LoRA tensor would have 2·10¹³ weights for a Qwen2.5-0.5B at rank 8. Here that
+    dense map is factored along the axes of the token stack. Every chunk of a LoRA still depends linearly on every
+    token, through
 
-    * ``down`` (w → width) and ``rows`` (h → rank), ``up`` (width → c): one for each projection and side, shared by
-      all its tokens in all layers, as chunks of one kind of matrix are alike;
-    * ``gain`` and ``bias`` (L, width): what is special to a token's layer and chunk;
-    * ``gather`` (mixing, L) and ``spread`` (L, mixing): what a chunk learns from the other tokens.
+    * ``down`` (w → width), ``rows`` (h → rank) and ``up`` (width → c): one for each projection and side, shared by all
+      its tokens in all layers, since chunks of one kind of matrix are alike;
+    * ``gain`` and ``bias`` (L, width): specific to a token's layer and chunk;
+    * ``gather`` (mixing, L) and ``spread`` (L, mixing): what a chunk takes from the other tokens.
 
     The correction is added to the normalized chunk, before the token's own mean and standard deviation are applied
-    (arXiv 2506.16406), so a learning rate means the same for a small LoRA and for a large one. ``up`` starts at zero:
-    a new module gives exactly what :meth:`TokenFormat.detokenize` gives, and training starts from there. (At
-    the very first step, gradients of the other maps are therefore zero, as are those of a LoRA's A.)
+    (arXiv 2506.16406), so a learning rate means the same for small and large LoRAs. ``up`` starts at zero: a new module
+    gives exactly what :meth:`TokenFormat.detokenize` gives, and training starts from there. (At the very first step the
+    gradients of the other maps are therefore zero, as are those of a LoRA's A.)
 
     Args:
         token_shape: (L, h, w) of a token stack.
         lora_shapes: {PEFT name: (rows, cols)} of the tensors to write, such as ``LoraSpec.shapes(config)``.
-        format: the token format where its order or constants are not the published ones; found from the shapes
-            by default. :meth:`from_format` takes it alone.
+        format: the token format, if its order or constants are not the published ones; by default it is found from the
+            shapes. :meth:`from_format` takes a format alone.
         width: size of the bottleneck between ``down`` and ``up``.
         mixing: how many mixtures of tokens all chunks share; 0 for none.
 
@@ -81,7 +81,7 @@ class SimpleLoRAReconstructor(nn.Module):
         return cls(token_shape, format.shapes, format=format, width=width, mixing=mixing)
 
     def forward(self, tokens: Tensor) -> dict[str, Tensor]:
-        """LoRA tensors of one token stack, or of G.
+        """LoRA tensors of one token stack, or of G stacks.
 
         Args:
             tokens: (L, h, w) or (G, L, h, w), finite.
@@ -103,7 +103,7 @@ class SimpleLoRAReconstructor(nn.Module):
         """What is added to the normalized chunks, affine in the tokens: (…, layers, n, r, c) for each part.
 
         Args:
-            parts: (…, layers, n, h, w) each, as :meth:`TokenFormat.split` gives.
+            parts: (…, layers, n, h, w) each, as returned by :meth:`TokenFormat.split`.
         """
         dtype, sizes = self.down.dtype, [part.shape[-3] for part in parts]
         narrow = [rows @ (part.to(dtype) @ down) for part, down, rows in zip(parts, self.down, self.rows, strict=True)]

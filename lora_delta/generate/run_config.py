@@ -1,7 +1,7 @@
-"""A training run as a TOML file says it.
+"""A training run, described by a TOML file.
 
-On teachers, the file names their labels (what ``lora-delta label`` wrote, and with what settings) and their prompts;
-the rest has defaults::
+To train on teachers, name their labels (the folder that ``lora-delta label`` wrote, which also fixes probes, layer and
+pooling) and their prompts; the rest has defaults::
 
     base = "Qwen/Qwen2.5-0.5B"        # hub id or folder
     labels = "deltas"                 # paths are relative to the file
@@ -18,7 +18,7 @@ the rest has defaults::
     weights = 1.0
     delta = {weight = 1.0, kind = "linear", warmup_steps = 100}
 
-On the language model's loss of texts it needs no teachers, see :mod:`lora_delta.generate.text_lines`::
+The language model's loss on texts needs no teachers, see :mod:`lora_delta.generate.text_lines`::
 
     base = "Qwen/Qwen2.5-0.5B"
     data = "train.jsonl"              # conditions are texts, or names in a file of prompts
@@ -35,20 +35,21 @@ On the language model's loss of texts it needs no teachers, see :mod:`lora_delta
     every = 200
     patience = 5
 
-A run goes on from its last checkpoint, to the bit as if it had not stopped, or is refused where anything that it
-depends on has changed, which is named. ``steps`` can be raised. A step whose loss or gradient is not finite is skipped
-and said, with its adapters; Ctrl-C and SIGTERM save the step that is under way. Texts are tokenized once, into the
-run's folder, and read as they are drawn; the states of conditions are kept there as well. Where ``prompts`` names a
-file, conditions of the data are names in it. ``mean = "tokens"`` in ``[training]`` counts each token of a step the
-same, over ranks and accumulation. ``[log]`` sends metrics to TensorBoard (``tensorboard = true``) or Weights & Biases
-(``wandb = "project"``) besides ``metrics.jsonl``.
+A run resumes from its last checkpoint, bit for bit as if it had not stopped, or is refused with the name of whatever
+has changed among the things it depends on. ``steps`` can be raised. A step whose loss or gradient is not finite is
+skipped, and a warning names its adapters; Ctrl-C and SIGTERM save the step in progress. Texts are tokenized once, into
+the run's folder, and read as they are drawn; the states of conditions are kept there as well. If ``prompts`` names a
+file, the data's conditions are names in it. ``mean = "tokens"`` in ``[training]`` weighs all tokens of a step equally,
+over ranks and accumulation. ``[log]`` sends metrics to TensorBoard (``tensorboard = true``) or Weights & Biases
+(``wandb = "project"``) in addition to ``metrics.jsonl``.
 
-``delta`` compares deltas of the adapters' own texts with those of the prompted base, whose context ``[teacher]``
-describes, or with ``target = "teacher"`` with those of labelled adapters. ``lora-delta teach run.toml --out FILE``
-writes down what the teacher of ``kl`` says, for ``stored = FILE`` in ``[teacher]``, and with ``--deltas`` what
-``delta`` compares with, for ``stored_deltas = FILE``: a step then costs what one on ``lm`` does. With ``kind =
-"additive"`` in ``[generator]`` a condition's tokens add up, each for itself, so that a new combination of known parts
-is known: choose an early ``condition_layer``, such as 0, where a text's words are not mixed yet.
+``delta`` with ``texts = "own"`` compares deltas of the adapters' own texts with those of the prompted base, whose
+context ``[teacher]`` describes (``target = "context"``), or with those of labelled adapters (``target = "teacher"``).
+``lora-delta teach run.toml --out FILE`` stores the output of the teacher of ``kl``, for ``stored = FILE`` in
+``[teacher]``, and with ``--deltas`` the targets of ``delta``, for ``stored_deltas = FILE``: a step then costs as much
+as one on ``lm``. With ``kind = "additive"`` in ``[generator]`` the contributions of a condition's tokens are added
+independently, so that the generator covers new combinations of known parts: choose an early ``condition_layer``, such
+as 0, where a text's words are not mixed yet.
 """
 
 from __future__ import annotations
@@ -76,10 +77,10 @@ from .texts import ON_BAD_LINE
 from .trackers import TrackerOptions
 
 _PATHS = ("labels", "prompts", "data", "out")
-_MOST = 2**16  # of a size in [format] and [generator]
+_MOST = 2**16  # largest size in [format] and [generator]
 _FORMAT = ("rank", "chunk_width")
 TRANSFORMER, ADDITIVE = "transformer", "additive"
-# The sizes of each kind of generator: of one that writes tokens, that writes A and B, and of the additive one.
+# The options of each kind of generator: one that writes tokens, one that writes A and B, and the additive one.
 _OF_TOKENS = ("width", "depth", "heads", "components")
 _OF_MATRICES = ("width", "depth", "heads")
 _OF_SUMS = ("width", "features", "scale", "writes", "from_teachers")
@@ -87,7 +88,7 @@ _OF_SUMS = ("width", "features", "scale", "writes", "from_teachers")
 
 @dataclass(frozen=True)
 class AdapterOptions:
-    """The adapters that a generator writes where no teachers say it; see :class:`qwen_functional.LoraSpec`.
+    """The adapters that a generator writes, if no teachers determine them; see :class:`qwen_functional.LoraSpec`.
 
     Attributes:
         alpha: by default twice the rank.
@@ -106,7 +107,7 @@ class AdapterOptions:
 
     @property
     def spec(self) -> LoraSpec:
-        """Raises ``ValueError`` for modules or layers that cannot be."""
+        """Raises ``ValueError`` for impossible modules or layers."""
         given: dict[str, Any] = {"rank": self.rank, "alpha": 2 * self.rank if self.alpha is None else self.alpha}
         for name in ("target_modules", "layers_to_transform"):
             if getattr(self, name) is not None:
@@ -116,11 +117,11 @@ class AdapterOptions:
 
 @dataclass(frozen=True)
 class TextOptions:
-    """The loss of texts.
+    """The loss on texts.
 
     Attributes:
-        on_bad_line: ``"error"``, or ``"skip"``: leave it out, and say so.
-        max_tokens: of a prompt with its completion; by default the model's positions.
+        on_bad_line: ``"error"``, or ``"skip"``: leave the line out, with a warning.
+        max_tokens: limit for a prompt with its completion; by default the model's number of positions.
         reduction, label_smoothing: see :class:`lora_delta.DifferentiableLMLoss`.
         chat_template_kwargs: further variables of the chat template, where texts are messages.
     """
@@ -137,19 +138,20 @@ class TextOptions:
             json.dumps(self.chat_template_kwargs, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
             found = shortened(self.chat_template_kwargs)
-            raise ValueError(f"chat_template_kwargs is {found}, expected values that JSON has: {error}") from error
+            raise ValueError(f"chat_template_kwargs is {found}, expected values that JSON can hold: {error}") from error
 
 
 @dataclass(frozen=True)
 class TeacherOptions:
-    """Who says the distributions of the loss ``"kl"``, and by what context deltas of texts to the prompted base are.
+    """The teacher of the loss ``"kl"``, and the context of the prompted base, the target of deltas of own texts.
 
     Attributes:
-        context: what the bare model reads instead of a prompt, of ``{condition}`` and ``{prompt}``; where texts are
-            messages, the condition is the system's instead.
-        temperature: by which logits are divided.
-        stored: a file of what it says of all completions of ``data``, in their order; ``lora-delta teach`` writes one.
-        stored_deltas: likewise of what deltas of these texts should be; ``lora-delta teach --deltas`` writes it.
+        context: what the bare model reads instead of a prompt, made of ``{condition}`` and ``{prompt}``; if texts are
+            messages, the condition goes into the system message instead.
+        temperature: logits are divided by it.
+        stored: a file of the teacher's distributions on all completions of ``data``, in order; written by
+            ``lora-delta teach``.
+        stored_deltas: a file of the target deltas of these texts, likewise; written by ``lora-delta teach --deltas``.
     """
 
     context: str = CONTEXT
@@ -177,24 +179,25 @@ class EvaluationOptions:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What a TOML file says; see the module's docstring.
+    """The contents of a TOML file; see the module's docstring.
 
     Attributes:
-        labels: of teachers, for the loss ``"weights"``, and for ``"delta"`` unless its target is the prompted base.
-        prompts: of each adapter that is named in the labels or in the data; without them the data's conditions are
-            themselves the prompts.
+        labels: teachers' labels, for the loss ``"weights"``, and for ``"delta"`` unless its target is the prompted
+            base.
+        prompts: the prompts of each adapter named in the labels or in the data; without them the data's conditions
+            are themselves the prompts.
         data: JSON lines of texts, for the losses ``"lm"`` and ``"kl"``, and for deltas of adapters' own texts.
-        dtype: of the base weights.
-        device: by default a GPU where there is one, else the CPU.
-        tensor_parallel: how many of ``torchrun``'s processes hold the base model together.
+        dtype: dtype of the base weights.
+        device: by default a GPU if there is one, else the CPU.
+        tensor_parallel: how many of ``torchrun``'s processes share one copy of the base model.
         stream: leave the base model on disk, see :func:`qwen_functional.load_pretrained`.
-        condition_layer: the block whose output conditions the generator, −1 after the final norm.
-        max_length: tokens of a prompt: a longer one is cut, a longer condition of the data is a bad line.
-        condition_cache: bytes of conditions' states that are kept in the run's folder.
+        condition_layer: the block whose output conditions the generator; −1 is after the final norm.
+        max_length: most tokens of a prompt: a longer one is cut, a longer condition of the data is a bad line.
+        condition_cache: bytes of conditions' states to keep in the run's folder.
         format: ``rank`` and ``chunk_width`` of :meth:`TokenFormat.for_config`; without it the generator writes A and B.
-        generator: ``kind``, ``"transformer"`` by default, and the sizes of :class:`LoRAGenerator`, or without a format
-            of :class:`DirectGenerator`; or ``"additive"`` and those of :class:`AdditiveGenerator`, which starts as the
-            teachers are with ``from_teachers``.
+        generator: ``kind``, by default ``"transformer"``, with the sizes of :class:`LoRAGenerator`, or without a format
+            of :class:`DirectGenerator`; or ``"additive"`` with those of :class:`AdditiveGenerator`, which starts from
+            the teachers if ``from_teachers`` is set.
 
     Raises:
         ValueError: a value of another type, or out of its range; losses without what they need.
@@ -235,29 +238,29 @@ class RunConfig:
             ("data", of_texts, self.data is None),
         ):
             if terms and missing:
-                raise ValueError(f"{name} is not there, which the loss {terms[0]!r} needs")
+                raise ValueError(f"{name} is missing, which the loss {terms[0]!r} needs")
         if self.labels is None and self.data is None:
-            raise ValueError("neither labels nor data are there, expected what the generator is trained on")
+            raise ValueError("labels and data are both missing, expected at least one to train on")
         if self.labels is not None and self.prompts is None:
-            raise ValueError("prompts are not there, expected those of the adapters that the labels are of")
+            raise ValueError("prompts is missing, expected the prompts of the labelled adapters")
         if self.labels is not None and self.adapter is not None:
-            raise ValueError("adapter stands beside labels, expected one: the teachers of the labels say what it is")
+            raise ValueError("adapter and labels are both given, expected one: the labelled teachers fix the adapter")
         if self.evaluation is not None and not of_texts:
-            raise ValueError("evaluation is there without a loss of texts, expected 'lm', 'kl' or a delta of texts")
+            raise ValueError("evaluation is given without a loss on texts, expected 'lm', 'kl' or a delta of texts")
         if self.adapter is not None:
             rank = None if self.format is None else self.format["rank"]
             if rank not in (None, self.adapter.rank):
-                raise ValueError(f"adapter.rank is {self.adapter.rank}, expected {rank} as the format's")
+                raise ValueError(f"adapter.rank is {self.adapter.rank}, expected {rank}, the format's rank")
 
     @property
     def asks_teachers_for(self) -> tuple[str, ...]:
-        """Those of the losses that read teachers' adapters in each step."""
+        """The losses that read teachers' adapters in each step."""
         stored = self.teacher.stored_deltas is not None and "delta" in self.training.text_terms
         return tuple(name for name in self.training.teacher_terms if name != "delta" or not stored)
 
     @property
     def asks_base_for(self) -> tuple[str, ...]:
-        """Those of the losses that run the bare model behind contexts in each step."""
+        """The losses that run the bare model on contexts in each step."""
         kl = self.training.needs("kl") and self.teacher.stored is None
         delta = self.training.delta_from_context and self.teacher.stored_deltas is None
         return ("kl",) * kl + ("delta",) * delta
@@ -266,9 +269,9 @@ class RunConfig:
         sizes = dict(self.generator)
         kind = check_value("generator.kind", sizes.pop("kind", TRANSFORMER), str, Range(one_of=(TRANSFORMER, ADDITIVE)))
         if kind == TRANSFORMER and self.format is None and "components" in sizes:
-            raise ValueError("generator has 'components', which one that writes tokens has: expected a format as well")
+            raise ValueError("generator has 'components', but only token writers do: expected a format as well")
         if kind == ADDITIVE and self.format is not None:
-            raise ValueError("generator is additive beside a format, expected one of them: it writes A and B")
+            raise ValueError("generator is additive and there is a format, expected one of them: it writes A and B")
         known = _OF_SUMS if kind == ADDITIVE else _OF_TOKENS if self.format is not None else _OF_MATRICES
         _check_keys("generator", sizes, known)
         for name, value in sizes.items():
@@ -279,15 +282,15 @@ class RunConfig:
             else:
                 check_value(f"generator.{name}", value, int, Range(least=1, most=_MOST))
         if sizes.get("from_teachers") and self.labels is None:
-            raise ValueError("generator starts from_teachers without labels, expected those of teachers")
+            raise ValueError("generator starts from_teachers without labels, expected the teachers' labels")
 
     @classmethod
     def from_toml(cls, path: str | Path) -> RunConfig:
         """Read a file.
 
         Raises:
-            ValueError: no such file, not TOML, a key that is missing, unknown, or of another type or range; the message
-                names file and key.
+            ValueError: no such file, not TOML, a key that is missing, unknown, of another type or out of range; the
+                message names file and key.
         """
         path = Path(path)
         text = read_text(path, "a run in TOML")
@@ -311,7 +314,7 @@ _TABLES: dict[str, type] = {
 
 
 def _arguments(cls: type[RunConfig], table: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Of the class, from what a file in ``folder`` holds."""
+    """Arguments of the class, from the contents of a file in ``folder``."""
     losses = table.pop("losses", None)
     _check_keys("the file", table, [f.name for f in fields(cls)], required=("base", "out"))
     training = dict(check_value("training", table.get("training", {}), dict))
@@ -352,7 +355,7 @@ def _arguments(cls: type[RunConfig], table: dict[str, Any], folder: Path) -> dic
 
 def _path(name: str, value: Any) -> str:
     if "\0" in check_value(name, value, str):
-        raise ValueError(f"{name} is {shortened(value)}, expected a path, which holds no null character")
+        raise ValueError(f"{name} is {shortened(value)}, expected a path without null characters")
     return value
 
 

@@ -1,4 +1,4 @@
-"""A training run as its file says it, and the generator that it leaves in its folder."""
+"""A training run as its TOML file describes it, and the generator that it leaves in its folder."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ from .texts import TextSet
 from .tokens import TokenFormat
 from .training import loss_facts, train
 
-STATISTICS = 64  # teachers whose tokens start the generator
+STATISTICS = 64  # how many teachers initialize the generator
 _CONDITIONS, _TEXTS, _HELD_OUT = "conditions", "texts", "held_out"  # in the folder of a run
 
 
 def train_run(config: RunConfig, ranks: Ranks | None = None, *, progress: bool = True) -> list[Metrics]:
-    """Train a generator as a file says; its folder then holds what :mod:`lora_delta.generate.checkpoints` describes.
+    """Train a generator; the run's folder then holds what :mod:`lora_delta.generate.checkpoints` describes.
 
-    The deltas are computed under the settings of the labels: probes, layer and pooling. Several ranks share each
+    Deltas are computed with the settings of the labels: probes, layer and pooling. Several ranks share each
     micro-batch, and ``config.tensor_parallel`` of them the base model.
 
     Returns:
@@ -55,7 +55,7 @@ def train_run(config: RunConfig, ranks: Ranks | None = None, *, progress: bool =
 
     Raises:
         ValueError: labels of another base model or dtype, an adapter without a label, teachers that differ in their
-            spec or do not fit the token format, texts that are off, a folder whose run depends on something else, or as
+            spec or do not fit the token format, invalid texts, a folder whose run depends on something else, or as
             ``train``.
     """
     ranks = Ranks() if ranks is None else ranks
@@ -93,7 +93,7 @@ def train_run(config: RunConfig, ranks: Ranks | None = None, *, progress: bool =
     with ExitStack() as stack:
         texts, own, held_out, cache, run = None, None, None, None, None
         if reads_texts:
-            run = stack.enter_context(RunFolder.locked(config.out, ranks))  # texts are written there
+            run = stack.enter_context(RunFolder.locked(config.out, ranks))  # texts are stored there
             own, held_out = text_sets(config, folder, base, prompts, ranks, progress=progress)
             texts = _text_losses(config, base, weights, spec, own)
             facts |= {_TEXTS: own.facts, "loss": loss_facts(texts)}
@@ -136,17 +136,17 @@ def text_sets(
     with_context: bool | None = None,
     progress: bool = True,
 ) -> tuple[TextSet, TextSet | None]:
-    """The texts of a run, and its held-out ones, tokenized in its folder.
+    """The texts of a run, and its held-out texts, tokenized into its folder.
 
     Args:
-        folder: of the checkpoint.
-        with_context: whether a teacher's contexts are made; by default where the run asks the bare model in its steps.
+        folder: the base model's checkpoint.
+        with_context: whether to make a teacher's contexts; by default if the run's steps need the bare model on them.
 
     Raises:
         ValueError: no data, or as :meth:`TextSet.compiled`.
     """
     if config.data is None:
-        raise ValueError("data is not there, expected a file of texts")
+        raise ValueError("data is missing, expected a file of texts")
     if with_context is None:
         with_context = bool(config.asks_base_for)
     reader = TextReader(
@@ -174,7 +174,7 @@ def text_sets(
 def _text_losses(
     config: RunConfig, base: Qwen2Config, weights: Qwen2Weights, spec: LoraSpec, texts: TextSet
 ) -> TextLosses:
-    """Of a run; what a teacher has said is held to its texts."""
+    """The losses on a run's texts; what a teacher has stored is checked against the texts."""
     smoothing, reduction = config.texts.label_smoothing, config.texts.reduction
     passes = config.adapters_per_pass
     lm = DifferentiableLMLoss(
@@ -199,7 +199,7 @@ def _text_losses(
 
 
 def stored_deltas_facts(config: RunConfig, texts: TextSet, model_sha256: str) -> dict[str, Any]:
-    """What the targets of a run's deltas of texts depend on."""
+    """What the target deltas of a run's texts depend on."""
     asked = config.training.delta
     found = {"model_sha256": model_sha256, "texts_sha256": texts.facts["sha256"], "positions": asked.positions}
     found |= {"layers": asked.layers, "target": asked.target}
@@ -233,14 +233,14 @@ def _tasks(
         return Tasks(encoder, known, prompts, None, texts)
     without = sorted(set(prompts) - set(known))
     if without:
-        raise ValueError(f"{config.data} has no text for {without[0]!r} of {config.prompts}, expected some for each")
+        raise ValueError(f"{config.data} has no text for {without[0]!r} of {config.prompts}, expected texts for each")
     return Tasks(encoder, list(prompts), prompts, dataset, texts)
 
 
 def _generator(
     format: TokenFormat | None, base: Qwen2Config, spec: LoraSpec, asked: Mapping[str, Any]
 ) -> LoRAGenerator | DirectGenerator | AdditiveGenerator:
-    """One that writes tokens, or without a format A and B; or an additive one."""
+    """A generator that writes tokens, or A and B if there is no format; or an additive one."""
     sizes = {name: value for name, value in asked.items() if name not in ("kind", "from_teachers")}
     if asked.get("kind") == ADDITIVE:
         return AdditiveGenerator(base, spec, base.hidden_size, **sizes)
@@ -250,7 +250,7 @@ def _generator(
 
 
 def _fit(generator: LoRAGenerator | DirectGenerator | AdditiveGenerator, tasks: Tasks, config: RunConfig) -> None:
-    """Start from the first teachers, where the generator does so."""
+    """Initialize from the first teachers, if the generator does so."""
     by_tensors = isinstance(generator, AdditiveGenerator) and bool(config.generator.get("from_teachers"))
     if config.labels is None or not (by_tensors or isinstance(generator, LoRAGenerator)):
         return
@@ -270,12 +270,12 @@ def _label_facts(labels: DeltaLabels, name: str) -> list[Any]:
 
 @dataclass(frozen=True)
 class Run:
-    """A generator with all it needs: base model, encoder of its conditions, spec of the adapters, format of tokens.
+    """A generator with all it needs: base model, encoder of conditions, adapters' spec, token format.
 
     Attributes:
         facts: what its checkpoint depends on.
-        folder: of the base model.
-        context: how a teacher's context is made of ``{condition}`` and ``{prompt}``, as the run's file says it.
+        folder: the base model's folder.
+        context: how a teacher's context is made of ``{condition}`` and ``{prompt}``, as the run's file says.
     """
 
     base: str
@@ -298,17 +298,17 @@ class Run:
 def load_run(
     folder: str | Path, device: str | None = None, *, last: bool = False, lm_head: bool = False
 ) -> Run:
-    """A trained generator from the folder of its run, with what its checkpoint was made with.
+    """A trained generator from its run's folder, with the base model and settings of its checkpoint.
 
-    It is the one that was best on held-out conditions, where the run has looked at some, else that of the last
-    checkpoint. ``run.json`` says where the base model is: it may be edited where that has moved.
+    It is the generator that did best on held-out conditions, if the run has an evaluation, else that of the last
+    checkpoint. ``run.json`` says where the base model is; edit it if the model has moved.
 
     Args:
-        last: take that of the last checkpoint in any case.
-        lm_head: whether the base model has one.
+        last: use that of the last checkpoint in any case.
+        lm_head: whether to load the base model's head.
 
     Raises:
-        ValueError: not the folder of a run; files in it that are damaged, or not of the same run; another base model.
+        ValueError: not a run's folder; files in it that are damaged or belong to different runs; another base model.
     """
     folder = Path(folder)
     told = read_json_object(folder / RUN, "the folder of a training run")
@@ -317,13 +317,13 @@ def load_run(
         raise ValueError(f"{folder} holds no checkpoint, expected the folder of a training run")
     path, state = found
     facts: Mapping[str, Any] = state["identity"]
-    advice = "Expected both of one run."
+    advice = "Expected both from one run."
     Identity(facts).require_same(told.get("identity", {}), folder / RUN, advice)
     if not isinstance(told.get("base"), str) or "condition_layer" not in facts:
         raise ValueError(f"{folder / RUN} names no base model, expected a run of lora-delta train")
     where, config, weights = load_base(told["base"], facts["dtype"], device, lm_head=lm_head)
     ours = Identity({"model_sha256": model_fingerprint(config, weights)}, {"model_sha256": f"here of {told['base']}"})
-    ours.require_same({"model_sha256": facts["model_sha256"]}, path, "Take the base model that it was trained on.")
+    ours.require_same({"model_sha256": facts["model_sha256"]}, path, "Use the base model that it was trained on.")
     format, spec = None, spec_of(facts["spec"])
     if "format" in facts:
         format = TokenFormat.for_config(config, facts["format"]["rank"], facts["format"]["chunk_width"])

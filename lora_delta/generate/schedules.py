@@ -1,4 +1,4 @@
-"""Values by step, and the weighted sum of loss terms that they make."""
+"""Values by step, and the sum of loss terms weighted by them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class Schedule:
 
     Args:
         weight: the value after the ramp.
-        kind: the ramp between the two: ``"constant"`` has none, and ``weight`` from ``begin`` on; ``"linear"`` is a
-            line, ``"cosine"`` half a period of a cosine, which starts and ends flat.
+        kind: the ramp between the two: ``"constant"`` has none, the value is ``weight`` from ``begin`` on; ``"linear"``
+            is a line, ``"cosine"`` half a period of a cosine, which starts and ends flat.
         warmup_steps: the length of the ramp; 0 for ``"constant"``, else 1 or more.
-        start: the value before.
+        start: the value before the ramp.
         begin: the first step of the ramp, from 0.
 
     Raises:
-        ValueError: an unknown kind, weights that are not finite, steps that are not integers in their range.
+        ValueError: an unknown kind, weights that are not finite, steps that are not integers or out of range.
     """
 
     weight: float
@@ -58,10 +58,10 @@ class Schedule:
 
 
 def learning_rate(warmup_steps: int, steps: int) -> Callable[[int], float]:
-    """Factors of the learning rate by step: a line up to 1 in ``warmup_steps``, then a cosine down to a tenth.
+    """Learning rate factors by step: linear up to 1 in ``warmup_steps``, then a cosine down to a tenth.
 
     The first step has ``1 / warmup_steps``; step ``warmup_steps − 1`` and the next one have 1; step ``steps``, the one
-    after the last, would have the tenth. For :class:`torch.optim.lr_scheduler.LambdaLR`.
+    after the last, would have a tenth. For :class:`torch.optim.lr_scheduler.LambdaLR`.
     """
     up = Schedule(1.0, "linear", warmup_steps) if warmup_steps else Schedule(1.0)
     down = Schedule(0.1, "cosine", max(1, steps - warmup_steps), start=1.0, begin=warmup_steps)
@@ -80,12 +80,12 @@ def weighted_sum(
         step: from 0.
 
     Returns:
-        The sum, and {name: value, not weighted, detached}, in the order of ``terms`` and without those not called.
-        A term of weight 0 stays out of the sum, even if it is NaN.
+        The sum, and {name: value}, unweighted and detached, in the order of ``terms`` and without those not called.
+        A term with weight 0 stays out of the sum, even if it is NaN.
 
     Raises:
-        ValueError: names that differ, a term that is not one floating-point number, a bad step, or no term whose
-            weight is other than 0: such a step would train nothing.
+        ValueError: names that differ, a term that is not one floating-point number, an invalid step, or all weights 0:
+            such a step would train nothing.
     """
     odd = sorted(set(terms) ^ set(schedules))
     if odd:

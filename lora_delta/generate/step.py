@@ -1,4 +1,4 @@
-"""One step of training: the tasks that are drawn, their losses, and the gradient, shared by all ranks."""
+"""One training step: drawing the tasks, their losses, and the gradient, shared by all ranks."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from .schedules import weighted_sum
 from .tasks import Batch, Draw, TrainingSet
 from .terms import Terms, Written, n_targets
 
-_SEED = 1_000_003  # steps of a seed: more than a run has
-_NAMED = 3  # adapters in a message
+_SEED = 1_000_003  # distance of seeds, in steps: more than a run has
+_NAMED = 3  # adapters named in a message
 
 
 @dataclass(frozen=True)
 class Stepper:
-    """What all steps of a run share. ``generator`` may be a DistributedDataParallel of it."""
+    """What all steps of a run share. ``generator`` may be wrapped in DistributedDataParallel."""
 
     generator: nn.Module
     tasks: TrainingSet
@@ -55,7 +55,7 @@ class Stepper:
         return self.terms.options
 
     def step(self, step: int) -> tuple[Metrics, str, bool]:
-        """A step: its metrics; what was not finite, for which it was skipped; whether the run is to end after it."""
+        """Do a step. Returns its metrics; what was not finite, if it was skipped; whether the run should end now."""
         options, sums = self.options, dict[str, float]()
         norms: list[tuple[list[str], Tensor]] = []
         self.optimizer.zero_grad()
@@ -65,12 +65,12 @@ class Stepper:
             if options.mean == "tokens" and options.needs("lm", "kl"):
                 batches = list(batches)
                 count = torch.tensor(sum(n_targets(batch.texts) for batch in batches), device=self.device)
-                # A rank's gradients of a micro-batch count as a share of the step's.
+                # A rank's gradients from a micro-batch are a share of the step's.
                 n_tokens = int(self.shares.sum_(count)) / (self.shares.size * options.accumulate)
             for number, batch in enumerate(batches, 1):
                 with ExitStack() as stack:
                     if number < options.accumulate and isinstance(self.generator, nn.parallel.DistributedDataParallel):
-                        stack.enter_context(self.generator.no_sync())  # ranks sum their gradients once a step
+                        stack.enter_context(self.generator.no_sync())  # ranks reduce their gradients once per step
                     values, rows = self.backward(step, batch, n_tokens)
                 norms += [(batch.names, one) for one in rows]
                 for name, value in values.items():
@@ -81,7 +81,7 @@ class Stepper:
         metrics = {**sums, "gradient_norm": norm}
         odd = ""
         if is_odd:
-            self.optimizer.zero_grad()  # a parameter without a gradient is left alone
+            self.optimizer.zero_grad()  # parameters without a gradient are left alone
             numbers = ", ".join(f"{name} {value:.3g}" for name, value in metrics.items())
             odd = f"step {step} is not finite: {numbers}; {self.culprits(norms)}"
             metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
@@ -89,9 +89,9 @@ class Stepper:
         return {"step": step, **metrics, "learning_rate": rate}, odd, ends
 
     def backward(self, step: int, batch: Batch, n_tokens: float | None) -> tuple[dict[str, float], list[Tensor]]:
-        """Adds a micro-batch's gradients; the loss and its terms, none where nothing counts in this step.
+        """Add a micro-batch's gradients. Returns the loss and its terms, empty if no term has a weight in this step.
 
-        Also the norm (B,) of the gradient of each adapter, as it was written.
+        Also returns the norm (B,) of each adapter's gradient, in the form in which the generator wrote it.
         """
         options = self.options
         schedules = {
@@ -101,10 +101,10 @@ class Stepper:
         }
         weights = {name: schedule(step) for name, schedule in schedules.items()}
         if not any(weights.values()):
-            return {}, []  # delta loss alone, between two of its steps
+            return {}, []  # only a delta loss, between two of its steps
         own = options.text_terms
         if "delta" not in own and not any(weight for name, weight in weights.items() if name != "delta"):
-            batch = batch.first(batch.n_deltas)  # nobody asks for the other adapters
+            batch = batch.first(batch.n_deltas)  # the other adapters are not needed
         condition = Condition.collate(batch.states).to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=options.bf16):
             written = Written(self.generator(condition.states, condition.mask), self.terms.format)
@@ -133,7 +133,7 @@ class Stepper:
         return {"loss": float(loss.detach()), **named}, written.norms
 
     def micro_batches(self, step: int) -> Iterator[Batch]:
-        """This rank's tasks of a step, one micro-batch after the other."""
+        """This rank's tasks of a step, one micro-batch after another."""
         chance = torch.Generator().manual_seed(self.options.seed * _SEED + step)
         for _ in range(self.options.accumulate):
             drawn = self.draw.indices(chance)
@@ -142,9 +142,9 @@ class Stepper:
             yield self.draw.batch(own, len(first) // self.shares.size)
 
     def shared(self, sums: dict[str, float], is_finite: bool) -> tuple[dict[str, float], bool, bool]:
-        """The means over all ranks; whether one of them met what is not finite; whether one was interrupted.
+        """The means over all ranks; whether any rank met a value that is not finite; whether any was interrupted.
 
-        So that all skip alike, and end after the same step.
+        This way all ranks skip the same steps, and end after the same step.
         """
         if self.ranks.world_size == 1:
             return sums, not is_finite, self.interrupts.pending
@@ -162,12 +162,12 @@ class Stepper:
         if not odd and found:
             return f"the largest gradient is that of adapter {max(found, key=lambda pair: pair[1])[0]}"
         rest = f" and {len(odd) - _NAMED} others" if len(odd) > _NAMED else ""
-        return f"by adapter {', '.join(list(odd)[:_NAMED])}{rest}"
+        return f"caused by adapter {', '.join(list(odd)[:_NAMED])}{rest}"
 
 
 @contextmanager
 def _random_numbers(seed: int, rank: int, device: torch.device) -> Iterator[None]:
-    """Global generators seeded by these, and left as they were: what is drawn depends on no earlier step."""
+    """Seed the global generators from these, and restore them: what is drawn does not depend on earlier steps."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed((31 * seed + rank + 1) % 2**63)  # not the seed that draws the tasks
+        torch.manual_seed((31 * seed + rank + 1) % 2**63)  # not the seed used to draw the tasks
         yield

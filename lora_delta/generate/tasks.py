@@ -1,4 +1,4 @@
-"""What a generator is trained on: conditions, and what there is to learn for each; and a step's share of them."""
+"""What a generator is trained on: conditions with what there is to learn for each, and the batches of a step."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .texts import Texts, TextSet
 
 
 class Task(NamedTuple):
-    """A condition, and what its adapter should be or do; what no loss asks for may be None.
+    """A condition, and what its adapter should be or do; what no loss needs may be None.
 
     Attributes:
-        states: (T, H) of each of the condition's prompts; those that are drawn are looked up.
-        tokens: (L, h, w), of a teacher; or
+        states: (T, H) for each of the condition's prompts; only those that are drawn are looked up.
+        tokens: (L, h, w), a teacher's; or
         tensors: {PEFT name: tensor}, its A and B.
-        delta: (H,) or another shape of deltas, of a teacher.
-        texts: those that the adapter is there for; likewise.
+        delta: (H,) or another shape of deltas, a teacher's.
+        texts: the texts the adapter is meant for; only those that are drawn are looked up.
     """
 
     states: Sequence[Tensor]
@@ -34,10 +34,10 @@ class Task(NamedTuple):
 
 
 class TrainingSet(Protocol):
-    """N tasks, as :class:`Task` or tuples of as much of it as there is.
+    """N tasks, each a :class:`Task` or a tuple of its first fields.
 
-    There may be an attribute ``names``, which names the tasks in messages, and a method ``texts(index)``, of which
-    ``n_tokens(i)`` says how long a text is without reading it: ranks then share a batch by its tokens.
+    Two members are optional: ``names``, the tasks' names in messages, and ``texts(index)``, whose result has a method
+    ``n_tokens(i)`` that tells a text's length without reading it: ranks then share a batch by its tokens.
     """
 
     def __len__(self) -> int: ...
@@ -46,13 +46,13 @@ class TrainingSet(Protocol):
 
 
 class Tasks:
-    """What a run is trained on; states of prompts are computed, and texts read, when they are looked at.
+    """What a run is trained on; states of prompts are computed, and texts read, on access.
 
     Args:
-        names: of the tasks.
-        prompts: of each name; None where the conditions of ``texts`` are themselves the prompts.
-        dataset: of teachers, in the names' order, if there are any.
-        texts: by condition, if there are any; all names are among them.
+        names: the tasks' names.
+        prompts: the prompts of each name; None if the conditions of ``texts`` are themselves the prompts.
+        dataset: the teachers, if there are any, in the order of the names.
+        texts: texts by condition, if there are any; every name is one of their conditions.
     """
 
     def __init__(
@@ -86,14 +86,14 @@ class Tasks:
         return Task(states, tokens, delta, self.texts(index), tensors)
 
     def texts(self, index: int) -> Texts | tuple[()]:
-        """Of a task."""
+        """The texts of a task."""
         if self._texts is None:
             return ()
         return self._texts.texts(index if self._places is None else self._places[self.names[index]])
 
 
 class _Item(Sequence[Any]):
-    """One item of a sequence, as a sequence; it is looked up when it is asked for."""
+    """One item of a sequence, as a sequence; it is looked up on access."""
 
     def __init__(self, of: Sequence[Any], index: int) -> None:
         self._of, self._index = of, index
@@ -111,9 +111,9 @@ class Batch:
     """This rank's tasks of a micro-batch, with the prompts and texts that were drawn.
 
     Attributes:
-        names: of the tasks, for messages.
-        states: (T, H) of each.
-        n_deltas: so many of them, the first ones, are for the delta loss.
+        names: the tasks' names, for messages.
+        states: (T, H) for each task.
+        n_deltas: how many tasks, from the first, are for the delta loss.
     """
 
     names: list[str]
@@ -140,11 +140,11 @@ class Batch:
 
 
 class Draw:
-    """The tasks of each step, by the step's number alone: a resumed run draws the same, and so do all ranks.
+    """Draws the tasks of each step from the step's number alone: a resumed run draws the same, and so do all ranks.
 
     Args:
-        size, n_deltas: of a micro-batch.
-        prompts, texts: how many of a task's are drawn.
+        size, n_deltas: how many tasks a micro-batch has, and how many of them for the delta loss.
+        prompts, texts: how many of each task's are drawn.
     """
 
     def __init__(self, tasks: TrainingSet, size: int, n_deltas: int, prompts: int, texts: int) -> None:
@@ -154,19 +154,19 @@ class Draw:
         self._texts_of = getattr(tasks, "texts", None)
 
     def indices(self, chance: torch.Generator) -> list[tuple[int, int]]:
-        """(task, seed of what is drawn within it) of a micro-batch."""
+        """(task, seed for what is drawn within it) for each task of a micro-batch."""
         drawn = torch.randperm(len(self.tasks), generator=chance)[: self.size].tolist()
         return list(zip(drawn, torch.randint(2**62, (self.size,), generator=chance).tolist(), strict=True))
 
     def cost(self, index: int, seed: int) -> int:
-        """How many tokens its texts have; 0 where that is not known without reading them."""
+        """How many tokens a task's drawn texts have; 0 if that is not known without reading them."""
         if self._texts_of is None:
             return 0
         texts = self._texts_of(index)
         return sum(texts.n_tokens(one) for one in _chosen(len(texts), self.texts, seed ^ 1))
 
     def batch(self, drawn: Sequence[tuple[int, int]], n_deltas: int) -> Batch:
-        """Of some of the indices, of which the first ``n_deltas`` are for the delta loss."""
+        """The batch of some of the indices; the first ``n_deltas`` are for the delta loss."""
         names, states, tasks, texts = [], [], [], []
         for index, seed in drawn:
             task = Task(*self.tasks[index])

@@ -1,4 +1,4 @@
-"""The terms of a training loss, of what a generator has written."""
+"""The terms of the training loss of what a generator has written."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from .tokens import TokenFormat
 
 @dataclass(frozen=True)
 class TextLosses:
-    """Cross-entropy, KL and delta of texts under generated adapters, all in one pass of those that are asked for.
+    """Cross-entropy, KL and delta of texts under generated adapters; the ones requested are computed in one pass.
 
     Attributes:
-        lm: on the ranks of a mesh without a ``"dp"`` dimension.
-        temperature: of the teacher of the KL, by which logits are divided.
-        stored: what that teacher said of all pairs of the texts' file; by default the bare model is asked, on the
+        lm: the cross-entropy; if on a mesh, one without a ``"dp"`` dimension.
+        temperature: the logits of the KL's teacher are divided by it.
+        stored: that teacher's distributions on all pairs of the texts' file; by default it is the bare model on the
             texts' contexts.
-        delta: of the same config, weights and spec.
+        delta: a delta with the same config, weights and spec.
         from_context: whether the target of the delta is the bare model on the texts' contexts; else it is a teacher's
             adapter.
-        stored_deltas: the targets of the deltas of all pairs of the texts' file, in the place of both.
-        mse_weight, cosine_weight: of the parts of the delta's loss, see
+        stored_deltas: the targets of the deltas of all pairs of the texts' file, instead of either.
+        mse_weight, cosine_weight: weights of the parts of the delta loss, see
             :func:`lora_delta.generate.losses.adapters_delta_loss`.
     """
 
@@ -62,13 +62,13 @@ class TextLosses:
         n_tokens: float | None = None,
         teachers: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum of the terms, and each one's mean over adapters, or over tokens where they are counted.
+        """The weighted sum of the terms, and each one's mean over adapters, or over tokens if ``n_tokens`` is given.
 
         Args:
-            teachers: their adapters {PEFT name: (B, …)}, where the target of the delta is theirs.
+            teachers: teachers' adapters {PEFT name: (B, …)}, if they are the target of the delta.
 
         Raises:
-            ValueError: a text without a context that a term needs, no delta or no teachers for ``"delta"``.
+            ValueError: a text without a context that a term needs, or no delta or no teachers for ``"delta"``.
         """
         terms = [name for name in ("kl", "lm", "delta") if name in weights]  # in the order of the columns
         parts: list[Tensor] = []
@@ -103,7 +103,7 @@ class TextLosses:
         terms: Sequence[str],
         teachers: Mapping[str, Tensor] | None,
     ) -> tuple[Teacher | None, DeltaTarget | None]:
-        """What the KL's teacher says, and what the deltas should be; the prompted base is asked once for both."""
+        """The KL's teacher distributions and the target deltas; the prompted base runs once for both."""
         lm, delta = self.lm, self.delta
         said: Teacher | None = None
         if "kl" in terms and self.stored is not None:
@@ -139,7 +139,7 @@ class TextLosses:
 
 
 def numbers_of(texts: Sequence[Sequence[Text]]) -> list[list[int]]:
-    """Of all pairs, in the file of the texts."""
+    """The numbers of all pairs in the texts' file."""
     return [[text.number + index for text in own for index in range(len(text.pairs))] for own in texts]
 
 
@@ -157,7 +157,7 @@ def contexts_of(texts: Sequence[Sequence[Text]]) -> list[list[Tensor]]:
 
 
 def n_targets(texts: Sequence[Sequence[Text]]) -> int:
-    """How many tokens the losses of texts are taken of."""
+    """How many tokens the losses on texts are computed on."""
     return DifferentiableLMLoss.n_targets(pairs_of(texts))
 
 
@@ -167,13 +167,13 @@ def pairs_of(texts: Sequence[Sequence[Text]]) -> list[list[tuple[Tensor, Tensor]
 
 
 class Written:
-    """What a generator has written for a batch: tokens (B, L, h, w), which ``format`` reads, or LoRA tensors."""
+    """What a generator has written for a batch: tokens (B, L, h, w) in ``format``, or LoRA tensors."""
 
     def __init__(self, output: Tensor | Mapping[str, Tensor], format: TokenFormat | None) -> None:
         self.format = format
         self.tokens = _wide(output) if isinstance(output, Tensor) else None
         self._tensors = None if isinstance(output, Tensor) else {name: _wide(one) for name, one in output.items()}
-        self.norms: list[Tensor] = []  # after the backward: of each adapter's gradient, as it was written, (B,)
+        self.norms: list[Tensor] = []  # (B,) after the backward: each adapter's gradient norm
         look = partial(_add_norm, self.norms)
         for one in [self.tokens] if self.tokens is not None else (self._tensors or {}).values():
             if one.requires_grad:
@@ -181,25 +181,25 @@ class Written:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Of all adapters, {PEFT name: (B, …)}."""
+        """The tensors of all adapters, {PEFT name: (B, …)}."""
         if self._tensors is None:
             self._tensors = self._read(self.tokens)
         return self._tensors
 
     def first(self, n: int) -> dict[str, Tensor]:
-        """Of the first n adapters."""
+        """The tensors of the first n adapters."""
         if self._tensors is not None:
             return {name: one[:n] for name, one in self._tensors.items()}
         return self.tensors if self.tokens is not None and n == len(self.tokens) else self._read(self.tokens, n)
 
     def _read(self, tokens: Tensor | None, n: int | None = None) -> dict[str, Tensor]:
         if self.format is None or tokens is None:
-            raise ValueError("the generator writes tokens and there is no format, expected the format of its tokens")
-        return self.format.detokenize(tokens[:n], validate=False)  # a step looks at its loss and gradient
+            raise ValueError("the generator writes tokens but there is no format, expected the format of its tokens")
+        return self.format.detokenize(tokens[:n], validate=False)  # a step checks its loss and gradient instead
 
 
 def _add_norm(norms: list[Tensor], gradient: Tensor) -> None:
-    """A hook; one that knew the tensor which has it would keep that for good, and the tape behind it."""
+    """A hook. If it referred to its own tensor, that would never be freed, nor would the autograd graph behind it."""
     norm = torch.linalg.vector_norm(gradient, dim=tuple(range(1, gradient.dim())))
     norms[:] = [torch.hypot(norms[0], norm) if norms else norm]
 
@@ -210,11 +210,11 @@ def _wide(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Terms:
-    """Makes the terms of the loss.
+    """Builds the terms of the loss.
 
     Attributes:
-        format: of a generator that writes tokens.
-        delta, texts: for the losses of these names.
+        format: the format of a generator that writes tokens.
+        delta, texts: for the delta loss on probes, and for the losses on texts.
     """
 
     options: TrainingOptions
@@ -235,7 +235,7 @@ class Terms:
         return self.delta.device if self.delta is not None else self.texts.lm.device if self.texts is not None else None
 
     def functions(self, written: Written, batch: Batch, names: Sequence[str]) -> dict[str, Callable[[], Tensor]]:
-        """The terms of these names, those of texts aside."""
+        """The terms with these names, except those on texts."""
         made: dict[str, Callable[[], Tensor]] = {
             "weights": partial(self._weights, written, batch),
             "delta": partial(self._delta, written, batch),
@@ -247,7 +247,7 @@ class Terms:
 
     @property
     def asks_teachers_deltas(self) -> bool:
-        """Whether deltas of texts are compared with those of teachers' adapters, which a step has to read."""
+        """Whether deltas of texts are compared with those of teachers' adapters, which each step must read."""
         texts = self.texts
         return texts is not None and not texts.from_context and texts.stored_deltas is None
 
@@ -259,14 +259,14 @@ class Terms:
         """The adapters {PEFT name: (B, …)} of a batch's teachers.
 
         Raises:
-            ValueError: a task has none, tokens of teachers without their format.
+            ValueError: a task has none, or teachers are tokens and there is no format.
         """
         if any(task.tensors is not None for task in batch.tasks):
             each = batch.targets("tensors", loss)
             return {name: torch.stack([one[name] for one in each]).to(self.device) for name in each[0]}
         tokens = torch.stack(batch.targets("tokens", loss)).to(self.device or "cpu")
         if self.format is None:
-            raise ValueError(f"teachers are tokens and there is no format, which the loss {loss!r} needs")
+            raise ValueError(f"teachers are tokens but there is no format, which the loss {loss!r} needs")
         return self.format.detokenize(_wide(tokens))
 
     def _weights(self, written: Written, batch: Batch) -> Tensor:

@@ -1,14 +1,14 @@
-"""Lines of texts that adapters are there for, and their token ids.
+"""Lines of texts that adapters are meant for, and their token ids.
 
-A line is JSON, with a condition and a text of one of three kinds::
+A line is JSON with a condition and one of three kinds of text::
 
     {"condition": "Reverse the word.", "prompt": "cat=", "completion": "tac"}
     {"condition": "...", "messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
     {"condition": "...", "text": "..."}
 
-A prompt and its completion are tokenized apart, and the tokenizer's end-of-text token follows a completion and counts.
-Of messages, through the checkpoint's chat template, each of the assistant's turns is a completion and what stands
-before it the prompt. A text without a prompt is a completion as a whole. What else a line holds is left alone.
+A prompt and its completion are tokenized separately; the tokenizer's end-of-text token ends the completion and counts
+as part of it. Messages go through the checkpoint's chat template; each assistant turn is a completion, and everything
+before it is its prompt. A text without a prompt is all completion. Other keys of a line are ignored.
 """
 
 from __future__ import annotations
@@ -40,13 +40,12 @@ _RENDERED_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Text:
-    """A line's text, in token ids.
+    """A line's text, as token ids.
 
     Attributes:
-        pairs: (prompt, completion) each; several of a conversation.
-        contexts: for each pair the prompt of a teacher, which holds the condition as well; empty where none was asked
-            for.
-        number: of the pairs of its file, the first one's.
+        pairs: (prompt, completion) pairs; a conversation can have several.
+        contexts: for each pair the teacher's prompt, which includes the condition; empty if none was requested.
+        number: the number of its first pair among the pairs of its file.
     """
 
     pairs: tuple[tuple[Tensor, Tensor], ...]
@@ -55,18 +54,19 @@ class Text:
 
 
 class TextReader:
-    """Lines to token ids, by a checkpoint's tokenizer and chat template.
+    """Turns lines into token ids, with a checkpoint's tokenizer and chat template.
 
     Args:
-        folder: of the checkpoint.
-        max_tokens: of a prompt with its completion; a longer text is a bad line.
-        max_condition: tokens of a condition likewise; None where conditions are names.
-        names: what a condition may be where conditions are names, of prompts or adapters; or {name: the text that a
-            teacher reads for it}.
+        folder: the checkpoint.
+        max_tokens: most tokens of a prompt with its completion; a longer text is a bad line.
+        max_condition: most tokens of a condition, likewise; None if conditions are names.
+        names: the names allowed as conditions, if conditions are names of prompts or adapters; or {name: the text that
+            a teacher reads for it}.
         context: how a teacher's prompt is made of ``{condition}`` and ``{prompt}``; None for no teacher. In messages
-            the condition becomes the system's, before what that says already.
+            the condition is put at the start of the system message.
         chat_template_kwargs: further variables of the chat template.
-        whole_prompts: whether a context has to end with the prompt, token by token, as all of it is read behind both.
+        whole_prompts: whether a context has to end with the prompt, token for token: deltas at all positions read the
+            prompt there too.
 
     Raises:
         ValueError: a tokenizer that names no end-of-text token, a context without ``{condition}``.
@@ -109,10 +109,10 @@ class TextReader:
         try:
             template: str | None = self.template.source
         except ValueError:
-            template = None  # messages are bad lines then
+            template = None  # then messages are bad lines
         return {
             "tokenizer_sha256": hashlib.sha256(words.encode()).hexdigest(),
-            "special_tokens": self.named,  # which of them ends a text, and what a template may name
+            "special_tokens": self.named,  # one ends a text, and a template may use any
             "split_special_tokens": self.tokenizer.encode_special_tokens,
             "vocab_size": self.vocab_size,
             "template_sha256": None if template is None else hashlib.sha256(template.encode()).hexdigest(),
@@ -137,7 +137,7 @@ class TextReader:
         ids = self._encode([string for one in good for string in one.strings()])
         conditions: dict[str, list[int]] = {}
         if self.max_condition is not None:
-            texts = list(dict.fromkeys(one.condition for one in good))  # neighbours often share a long one
+            texts = list(dict.fromkeys(one.condition for one in good))  # neighbouring lines often share a long one
             conditions = dict(zip(texts, self._encode([(text, True) for text in texts]), strict=True))
         at = 0
         for index, one in enumerate(found):
@@ -174,7 +174,7 @@ class TextReader:
         return _Line(condition, said, [(prompt, completion)], contexts)
 
     def _render(self, found: list[Any]) -> None:
-        """Put what the chat template makes of them into the lines of messages, or an error in their place."""
+        """Render the lines of messages with the chat template; an error takes the place of its line."""
         places = [index for index, one in enumerate(found) if isinstance(one, _Line) and one.messages]
         for start in range(0, len(places), _RENDERED_AT_ONCE):
             self._render_some(found, places[start : start + _RENDERED_AT_ONCE])
@@ -194,7 +194,7 @@ class TextReader:
         except ValueError as error:
             if len(places) == 1:
                 found[places[0]] = error
-            else:  # which one it is
+            else:  # bisect for the bad line
                 half = len(places) // 2
                 self._render_some(found, places[:half])
                 self._render_some(found, places[half:])
@@ -209,7 +209,7 @@ class TextReader:
             at += n
 
     def _encode(self, strings: Sequence[tuple[str, bool]]) -> list[list[int]]:
-        """The ids of texts, each with the tokenizer's own special tokens added or not."""
+        """The ids of texts; for each a flag says whether the tokenizer adds its special tokens."""
         ids: list[list[int]] = [[]] * len(strings)
         for special in (False, True):
             places = [index for index, (_, flag) in enumerate(strings) if flag == special]
@@ -228,13 +228,13 @@ class TextReader:
         for index, one in enumerate(completions):
             if not line.messages:
                 completions[index] = [*one, self.end]
-            elif self.end in one:  # a template may write a line's end behind it
+            elif self.end in one:  # a template may write a newline after it
                 completions[index] = one[: len(one) - one[::-1].index(self.end)]
         for before in (prompts, contexts):
             for prompt, completion in zip(before, completions, strict=before is prompts):
                 size = len(prompt) + len(completion)
                 if size > self.max_tokens:
-                    what = "it" if before is prompts else "it, with its condition before it,"
+                    what = "it" if before is prompts else "it, with its condition in front,"
                     raise ValueError(f"{what} has {size:,} tokens, expected at most {self.max_tokens:,}")
                 if not len(prompt) and len(completion) < 2:
                     raise ValueError("it has no token after the first one")
@@ -251,22 +251,22 @@ class TextReader:
 
 @dataclass
 class _Line:
-    """A line between JSON and ids."""
+    """A line, parsed but not yet tokenized."""
 
     condition: str
-    said: str  # of it to a teacher
+    said: str  # the condition as a teacher reads it
     pairs: Sequence[tuple[str, str]] = ()
     contexts: Sequence[str] = ()
     messages: Sequence[dict[str, Any]] = ()
 
     def strings(self) -> list[tuple[str, bool]]:
-        """All texts, and whether the tokenizer adds special tokens: prompts, completions, contexts."""
+        """All texts (prompts, completions, contexts), each with whether the tokenizer adds special tokens."""
         plain = not self.messages
         prompts = [(prompt, plain and prompt != "") for prompt, _ in self.pairs]
         return [*prompts, *((c, False) for _, c in self.pairs), *((text, plain) for text in self.contexts)]
 
     def conversations(self, with_context: bool) -> list[tuple[list[dict[str, Any]], bool]]:
-        """What the template is to render, and whether an answer is to follow: for each of the assistant's turns."""
+        """For each assistant turn, what the template has to render, and whether an answer follows it."""
         asked = []
         for messages in (self.messages, *([self._with_condition()] if with_context else ())):
             for index, message in enumerate(messages):
@@ -284,7 +284,7 @@ class _Line:
         pairs = []
         for prompt, whole in zip(texts[::2], texts[1::2], strict=True):
             if not whole.startswith(prompt) or len(whole) == len(prompt):
-                raise ValueError("the chat template does not write an answer behind the prompt that it writes for one")
+                raise ValueError("the chat template does not write an answer after the prompt that it writes for one")
             check_text(whole, "what the chat template writes")
             pairs.append((prompt, whole[len(prompt) :]))
         n = len(pairs) // 2 if with_context else len(pairs)
@@ -292,7 +292,7 @@ class _Line:
 
 
 def _messages(value: Any) -> list[dict[str, Any]]:
-    expected = 'expected a list of {"role": ..., "content": ...} with a turn of the assistant that is not the first'
+    expected = 'expected a list of {"role": ..., "content": ...} with an assistant turn that is not the first'
     is_list = isinstance(value, list) and all(isinstance(one, dict) for one in value)
     if not is_list or any(not isinstance(one.get(name), str) for one in value for name in ("role", "content")):
         raise ValueError(f"messages is {shortened(value)}, {expected}")

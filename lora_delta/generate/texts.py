@@ -1,4 +1,4 @@
-"""Texts that adapters are there for, tokenized once into files, of which a step reads what it draws."""
+"""Texts that adapters are meant for, tokenized once into files, from which a step reads what it draws."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _ARRAYS = ("pairs", "first_pairs", "lines", "bounds", "numbers", "condition_ends
 
 
 class Conditions(Sequence[str]):
-    """The conditions of a :class:`TextSet`, read where they are asked for."""
+    """The conditions of a :class:`TextSet`, read on access."""
 
     def __init__(self, content: np.ndarray, ends: Tensor) -> None:
         self._content, self._ends = content, ends
@@ -51,11 +51,11 @@ class Conditions(Sequence[str]):
 
 
 class TextSet:
-    """Texts by condition, in files that :meth:`compiled` has written; what is asked for is read.
+    """Texts by condition, in files written by :meth:`compiled` and read on access.
 
     Attributes:
         conditions: (C,) texts, or names, in the order of their first lines.
-        facts: what the ids depend on, the file's sha256 among it.
+        facts: what the ids depend on, including the file's sha256.
         skipped, first_skipped: how many bad lines were left out, and what is wrong with the first.
     """
 
@@ -80,14 +80,14 @@ class TextSet:
         on_bad_line: str = "error",
         progress: bool = True,
     ) -> TextSet:
-        """Of a file of JSON lines, tokenized into a folder within ``folder``; what is there already is taken.
+        """Tokenize a file of JSON lines into a folder within ``folder``; if that is there already, it is used.
 
         Args:
-            name: its name begins so; a hash of what the ids depend on follows.
-            on_bad_line: ``"error"``, or ``"skip"``: leave it out; a warning says how many there were, and the first.
+            name: the start of that folder's name; a hash of what the ids depend on follows.
+            on_bad_line: ``"error"``, or ``"skip"``: leave bad lines out; a warning gives their number and the first.
 
         Raises:
-            ValueError: no such file, a bad line, by its number, or none that is good.
+            ValueError: no such file, a bad line, with its number, or no good line.
         """
         if on_bad_line not in ON_BAD_LINE:
             raise ValueError(f"on_bad_line is {on_bad_line!r}, expected one of {ON_BAD_LINE}")
@@ -102,7 +102,7 @@ class TextSet:
             made = cls.opened(place)
         except ValueError:  # not there, or damaged
             unfinished = place.with_name(f"{place.name}.{os.getpid()}{UNFINISHED}")
-            shutil.rmtree(unfinished, ignore_errors=True)  # of a killed process that had this one's number
+            shutil.rmtree(unfinished, ignore_errors=True)  # left by a killed process with the same id
             unfinished.mkdir(parents=True)
             try:
                 _Compiler(path, unfinished, reader, on_bad_line).run(facts, progress)
@@ -119,10 +119,10 @@ class TextSet:
 
     @classmethod
     def opened(cls, folder: str | Path) -> TextSet:
-        """What :meth:`compiled` has written into a folder of its own.
+        """Open a folder written by :meth:`compiled`.
 
         Raises:
-            ValueError: it is not there, or not byte for byte as it was written.
+            ValueError: it is missing, or its bytes are not as they were written.
         """
         folder = Path(folder)
         try:
@@ -132,9 +132,9 @@ class TextSet:
                 told = json.loads(file.metadata()["told"])
                 arrays = {name: file.get_tensor(name) for name in _ARRAYS}
             if told.pop("sha256") != sha256_of(told) or _digests(folder, arrays) != told["digests"]:
-                raise ValueError("its checksums are others")
+                raise ValueError("its checksums do not match")
             return cls(folder, told["facts"], (told["skipped"], told["first_skipped"]), arrays)
-        except Exception as error:  # whatever garbage leads the library to
+        except Exception as error:  # the library may raise anything on garbage
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(f"{folder} does not hold tokenized texts: {reason}") from error
 
@@ -143,7 +143,7 @@ class TextSet:
         return len(self.conditions)
 
     def texts(self, index: int) -> Texts:
-        """Those of a condition."""
+        """The texts of a condition."""
         return Texts(self, self._lines[int(self._bounds[index]) : int(self._bounds[index + 1])])
 
     @property
@@ -152,7 +152,7 @@ class TextSet:
 
     @property
     def completions(self) -> Tensor:
-        """Tokens of the completion of each pair, in the file's order, that have one before them."""
+        """How many tokens of each pair's completion have a token before them, in the file's order."""
         return self._pairs[:, 2] - self._pairs[:, 1] - (self._pairs[:, 1] == self._pairs[:, 0]).long()
 
     def positions(self, kind: str) -> Tensor:
@@ -163,7 +163,7 @@ class TextSet:
         return torch.ones_like(whole) if kind == "last" else whole
 
     def conditions_of_lines(self) -> Tensor:
-        """(lines,) which condition each is of."""
+        """(lines,) the condition that each line belongs to."""
         of = torch.empty(len(self._lines), dtype=torch.int64)
         of[self._lines] = torch.arange(len(self)).repeat_interleave(self._bounds.diff())
         return of
@@ -179,7 +179,7 @@ class TextSet:
         return Text(tuple(pairs), tuple(contexts), first)
 
     def n_tokens(self, line: int) -> int:
-        """Of its prompts and completions."""
+        """How many tokens a line's prompts and completions have."""
         own = self._pairs[int(self._first_pairs[line]) : int(self._first_pairs[line + 1])]
         return int((own[:, 2] - own[:, 0]).sum())
 
@@ -203,7 +203,7 @@ class Texts(Sequence[Text]):
         return self._whole.text(int(self._lines[range(len(self))[index]]))
 
     def n_tokens(self, index: int) -> int:
-        """Of a text, without reading it."""
+        """How many tokens a text has, without reading it."""
         return self._whole.n_tokens(int(self._lines[index]))
 
 
@@ -248,7 +248,7 @@ class _Compiler:
             "condition_ends": torch.tensor(self.condition_ends),
         }
         if whole.hexdigest() != facts["sha256"]:
-            raise ValueError(f"{self.path} has changed while it was read, expected it to stay as it is")
+            raise ValueError(f"{self.path} changed while it was read, expected it to stay the same")
         told = {
             "facts": facts,
             "skipped": self.skipped,
@@ -285,14 +285,14 @@ class _Compiler:
 
 
 def _blocks(lines: BinaryIO, also: Callable[[bytes], None]) -> Iterator[list[tuple[int, bytes]]]:
-    """(number, line) of the lines that are not blank, some at a time; ``also`` is given every byte."""
+    """(number, line) for the lines that are not blank, in blocks; ``also`` is called with every byte."""
     block: list[tuple[int, bytes]] = []
     number = 0
     while line := lines.readline(MOST_LINE + 1):
         also(line)
         number += 1
         rest = line
-        while len(rest) > MOST_LINE and not rest.endswith(b"\n"):  # what no memory is to hold
+        while len(rest) > MOST_LINE and not rest.endswith(b"\n"):  # too long to hold in memory
             rest = lines.readline(MOST_LINE + 1)
             also(rest)
         if line.strip():
@@ -305,7 +305,7 @@ def _blocks(lines: BinaryIO, also: Callable[[bytes], None]) -> Iterator[list[tup
 
 
 def _digests(folder: Path, arrays: Mapping[str, Tensor]) -> dict[str, Any]:
-    """sha256 of all that a :class:`TextSet` holds."""
+    """sha256 of everything that a :class:`TextSet` holds."""
     found: dict[str, Any] = {
         name: [str(arrays[name].dtype), *arrays[name].shape, hashlib.sha256(arrays[name].numpy().data).hexdigest()]
         for name in _ARRAYS

@@ -2,7 +2,8 @@
 
 A is cut along its input features, and Bᵀ along its output features, into chunks w of (rank, chunk_width). With m the
 mean and s the unbiased standard deviation of w, a token (rank + 2, chunk_width + 2) is ``(w − m) / s``, framed below
-and on the right by copies of a 2×2 block that holds m and s. A generator's frame is noisy: all its blocks are averaged.
+and on the right by copies of a 2×2 block that encodes m and s. The frame that a generator writes is noisy, so all its
+blocks are averaged.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ from qwen_functional.lora import parse_name, peft_name
 
 @dataclass(frozen=True)
 class TokenFormat:
-    """A token format: declare one of your own with other values, or take one of ``FORMATS``.
+    """A token format: one of ``FORMATS``, or your own with other values.
 
-    Tokens stand layer by layer; in a layer by ``order``; in a projection A's chunks, then Bᵀ's.
+    Tokens are ordered by layer; within a layer by ``order``; within a projection A's chunks come first, then Bᵀ's.
 
     Args:
         projection_shapes: {projection: (out_features, in_features)} of the base model.
-        rank: the LoRA's rank, the same for all projections; even, since the frame is of 2×2 blocks.
+        rank: the LoRA's rank, the same for all projections; even, since the frame consists of 2×2 blocks.
         chunk_width: features in a token; even, and a divisor of every in_features and out_features.
-        order: the projections that have tokens, in their order. The others carry no LoRA.
+        order: the projections that have tokens, in order. The others have no LoRA.
         mean_scale, std_slope, std_floor, log_offset: both rows of the frame's block are
             ``[mean_scale · m, log(std_slope · s + std_floor) + log_offset]``.
 
@@ -79,7 +80,7 @@ class TokenFormat:
 
     @classmethod
     def for_config(cls, config: Qwen2Config, rank: int, chunk_width: int, name: str = "custom") -> TokenFormat:
-        """The format of all seven projections of a Qwen2 of any size. Raises as the constructor."""
+        """The format for all seven projections of a Qwen2 of any size. Raises as the constructor."""
         shapes = {projection: projection_shape(config, projection) for projection in PROJECTIONS}
         return cls(name, config.num_hidden_layers, shapes, rank, chunk_width)
 
@@ -90,7 +91,7 @@ class TokenFormat:
         """The format whose tokens (L, h, w) make up LoRA tensors of these shapes.
 
         Args:
-            lora_shapes: {PEFT name: (rows, cols)}, as :meth:`qwen_functional.LoraSpec.shapes` gives.
+            lora_shapes: {PEFT name: (rows, cols)}, as returned by :meth:`qwen_functional.LoraSpec.shapes`.
 
         Raises:
             ValueError: no format has both, or as the constructor.
@@ -120,12 +121,12 @@ class TokenFormat:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of one LoRA."""
+        """How many tokens a LoRA has."""
         return self.num_hidden_layers * sum(n for *_, n in self.groups)
 
     @property
     def groups(self) -> list[tuple[str, str, int]]:
-        """(projection, side, tokens) of a layer's groups of tokens, in their order; side is ``"A"`` or ``"B"``."""
+        """(projection, side, number of tokens) for a layer's groups of tokens, in order; side is ``"A"`` or ``"B"``."""
         c, shapes = self.chunk_width, self.projection_shapes
         return [(p, side, shapes[p][side == "A"] // c) for p in self.order for side in "AB"]
 
@@ -149,15 +150,15 @@ class TokenFormat:
     def tokenize(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """LoRA tensors to tokens, differentiably.
 
-        The published tokenizer fills what a chunk leaves of a token with NaN; as chunks divide the features, nothing
-        is left. Where a chunk is constant (a B of zeros) it divides 0 by 0: here that token holds 0, and comes back.
+        The published tokenizer pads incomplete chunks with NaN; here chunks divide the features, so there are none. For
+        a constant chunk (a B of zeros) it divides 0 by 0; here such a token holds 0, and is detokenized exactly.
 
         Args:
             tensors: {name: (r, in) or (out, r)}, or with a G in front of all; named as
                 :meth:`qwen_functional.LoraSpec.bind` reads them.
 
         Returns:
-            (L, h, w) or (G, L, h, w), in the tensors' dtype; computed in float32 where that is a half precision.
+            (L, h, w) or (G, L, h, w), in the tensors' dtype; computed in float32 if that is a half precision.
 
         Raises:
             ValueError: a tensor is missing, is not of this format, is of another shape or is not finite.
@@ -168,7 +169,7 @@ class TokenFormat:
             layers = torch.stack([given[peft_name(i, projection, side)] for i in range(self.num_hidden_layers)], -3)
             wide = (layers if side == "A" else layers.mT).unflatten(-1, (n, c)).transpose(-3, -2)
             chunks = wide.to(accumulation_dtype(wide.dtype))  # (…, layers, n, r, c)
-            # Over views of the tensors' own layout, which is the published order of summation.
+            # Computed over views in the tensors' own layout, which gives the published order of summation.
             mean, std = (f((-2, -1), keepdim=True) for f in (chunks.mean, chunks.std))
             scales.append(mean + std)
             corner = (chunks - mean) / torch.where(std == 0, 1.0, std)
@@ -184,12 +185,11 @@ class TokenFormat:
 
         Args:
             tokens: (L, h, w), or (G, L, h, w) for G adapters.
-            validate: False does without the look at every number, which on a GPU waits for it, and with it without the
-                error for one that is not finite.
+            validate: False skips the check that every number is finite, which on a GPU forces a synchronization.
 
         Returns:
             {PEFT name: (r, in) or (out, r)}, or with a G in front; in the tokens' dtype and in the order of
-            ``shapes``. Means and standard deviations are computed in float32 at least.
+            ``shapes``. Means and standard deviations are computed in at least float32.
 
         Raises:
             ValueError: tokens of another shape, not floating point, or not finite. Every entry is read, so none
@@ -199,11 +199,11 @@ class TokenFormat:
         return self.join(parts, tokens.dtype, validate=validate)
 
     def split(self, tokens: Tensor, *, validate: bool = True) -> list[Tensor]:
-        """Tokens by ``groups``: views (…, layers, n, h, w) of a stack (L, h, w) or (G, L, h, w), which is checked."""
+        """Check a stack (L, h, w) or (G, L, h, w) and split it by ``groups``, into views (…, layers, n, h, w)."""
         self._check_tokens(tokens)
         by_layer = tokens.unflatten(-3, (self.num_hidden_layers, -1))
         if validate and not is_symbolic(tokens):
-            ends = torch.stack(tokens.detach().aminmax())  # NaN is both
+            ends = torch.stack(tokens.detach().aminmax())  # a NaN makes both NaN
             if not torch.isfinite(ends).all():
                 self._check_finite("tokens", torch.isfinite(by_layer).all(-1).all(-1))
         return list(by_layer.split([n for *_, n in self.groups], -3))
@@ -211,22 +211,22 @@ class TokenFormat:
     def read(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normalized chunks (…, r, c) of tokens (…, h, w), and the mean and standard deviation (…, 1, 1) of each.
 
-        The chunks are a view; the other two are float32 at least.
+        The chunks are a view; the other two are at least float32.
         """
         r, c, wide = self.rank, self.chunk_width, accumulation_dtype(tokens.dtype)
-        # Splits, since each slice's gradient would fill a stack of zeros; sums in the order of the published ones.
+        # Split, since the gradient of each slice would allocate a stack of zeros; sums are in the published order.
         left, right = tokens.split([c, 2], -1)
         corner, below = left.split([r, 2], -2)
         bottom = torch.cat([below, right[..., r:, :]], -1).to(wide).unflatten(-1, (c // 2 + 1, 2)).mean(-2)
         block = (bottom + right.to(wide).unflatten(-2, (r // 2 + 1, 2)).mean(-3)) * 0.5  # (…, 2, 2)
-        m, log_std = block.unbind(-1)  # (…, 2): both rows say the same, but for noise
+        m, log_std = block.unbind(-1)  # (…, 2): both rows are the same, up to noise
         std = (torch.exp(log_std - self.log_offset) - self.std_floor) / self.std_slope
         return corner, (m / self.mean_scale).mean(-1)[..., None, None], std.mean(-1)[..., None, None]
 
     def join(
         self, parts: Sequence[tuple[Tensor, Tensor, Tensor]], dtype: torch.dtype, *, validate: bool = True
     ) -> dict[str, Tensor]:
-        """LoRA tensors, all contiguous, of what :meth:`read` gives for each part of :meth:`split`."""
+        """LoRA tensors, all contiguous, from the results of :meth:`read` for each part of :meth:`split`."""
         if validate:
             self._check_finite("tokens", torch.cat([mean + std for _, mean, std in parts], -3).isfinite()[..., 0, 0])
         joined = {}
@@ -247,7 +247,7 @@ class TokenFormat:
             raise ValueError(f"tokens have shape {tuple(tokens.shape)}, expected {expected} in format {self.name!r}")
 
     def _checked_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors under PEFT's names, each of its shape, all with the same G; or a ``ValueError``."""
+        """The tensors by PEFT name, each with the right shape and all with the same G; or a ``ValueError``."""
         if not isinstance(tensors, Mapping):
             raise ValueError(f"tensors is a {type(tensors).__name__}, expected a dict of LoRA tensors")
         shapes = self.shapes
@@ -273,7 +273,7 @@ class TokenFormat:
                     f"(G, {shape[0]}, {shape[1]}) in format {self.name!r}, with the same G for all"
                 )
             if tensor.device != first.device:
-                raise ValueError(f"LoRA tensor {name!r} is on {tensor.device}, expected {first.device} as the others")
+                raise ValueError(f"LoRA tensor {name!r} is on {tensor.device}, expected {first.device} like the others")
             given[canonical] = tensor
         missing = [name for name in shapes if name not in given]
         if missing:
@@ -313,7 +313,7 @@ FORMATS = {
 
 
 def named_format(format: str | TokenFormat) -> TokenFormat:
-    """A format of ``FORMATS`` by its name, or the format given. ``ValueError`` for a name that is not there."""
+    """The format given, or the one in ``FORMATS`` with this name. ``ValueError`` for an unknown name."""
     if isinstance(format, TokenFormat):
         return format
     if not isinstance(format, str) or format not in FORMATS:
@@ -322,7 +322,7 @@ def named_format(format: str | TokenFormat) -> TokenFormat:
 
 
 def real_places(tokens: Tensor) -> Tensor:
-    """Boolean, of the tokens' shape: which entries a loss may compare. The published files pad with NaN."""
+    """Boolean, in the tokens' shape: which entries a loss may compare. The published files pad with NaN."""
     return ~torch.isnan(tokens)
 
 
@@ -330,7 +330,7 @@ class DifferentiableDetokenizer:
     """Tokens of one format to LoRA tensors and back, with gradients in both directions.
 
     Args:
-        format: a name of ``FORMATS``, or a format of one's own.
+        format: a name in ``FORMATS``, or a custom format.
 
     Raises:
         ValueError: a name that is not in ``FORMATS``.

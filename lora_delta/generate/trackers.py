@@ -1,4 +1,4 @@
-"""Metrics of a run in TensorBoard and in Weights & Biases, where they are installed and asked for."""
+"""A run's metrics in TensorBoard and in Weights & Biases, if these are installed and requested."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .fields import check_fields
 
 @dataclass(frozen=True)
 class TrackerOptions:
-    """Where the metrics of a run go besides ``metrics.jsonl``.
+    """Where the metrics of a run go in addition to ``metrics.jsonl``.
 
     Attributes:
-        tensorboard: to a TensorBoard log in the run's folder.
-        wandb: to this project of Weights & Biases, as one run, however often it is taken up.
+        tensorboard: whether to write a TensorBoard log in the run's folder.
+        wandb: a Weights & Biases project to log to, as one run, however often it is resumed.
     """
 
     tensorboard: bool = False
@@ -32,12 +32,12 @@ class Trackers:
     """Open trackers, for one process.
 
     Args:
-        folder: of the run.
+        folder: the run's folder.
         facts: what the run depends on.
-        run_id: the same whenever the run is taken up.
+        run_id: the same each time the run is resumed.
 
     Raises:
-        ValueError: one that is asked for is not installed.
+        ValueError: a tracker that is requested but not installed.
     """
 
     def __init__(self, options: TrackerOptions, folder: Path, facts: Mapping[str, Any], run_id: str) -> None:
@@ -59,7 +59,7 @@ class Trackers:
             )
 
     def write(self, metrics: Metrics) -> None:
-        """Add a step."""
+        """Log a step."""
         step = int(metrics["step"])
         values = {name: value for name, value in metrics.items() if name != "step"}
         if self._writer is not None:

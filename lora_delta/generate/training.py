@@ -1,4 +1,4 @@
-"""Training a generator: on teachers' weights, their deltas, the language model's loss of texts, or on a sum of them."""
+"""Training a generator: on teachers' weights, their deltas, the language model's loss on texts, or a sum of these."""
 
 from __future__ import annotations
 
@@ -47,41 +47,40 @@ def train(
     label: str = "train",
     mesh: DeviceMesh | None = None,
 ) -> list[Metrics]:
-    """Train ``generator``, from (states, mask) to LoRA tokens or tensors, in place, on the device of the base model.
+    """Train ``generator``, which maps (states, mask) to LoRA tokens or tensors, in place, on the base model's device.
 
-    With ``out``, that folder holds what :mod:`lora_delta.generate.checkpoints` describes; a checkpoint that is there
-    already is taken up where it was left, and gives the numbers of an uninterrupted run: to the bit on such a machine
-    with as many threads. Ctrl-C, and SIGTERM where it is handled, end the run after the step that is under way, and its
-    state is saved before that.
+    With ``out``, that folder holds what :mod:`lora_delta.generate.checkpoints` describes. A checkpoint found there is
+    resumed, and the run gives the numbers of an uninterrupted one: bit for bit on the same kind of machine with as many
+    threads. Ctrl-C, and SIGTERM if it is handled, end the run after the step in progress, once its state is saved.
 
     A step whose loss or gradient is not finite changes nothing: it is skipped, counted in its metrics, and a warning
-    names the adapters that did it.
+    names the adapters that caused it.
 
-    The ranks of a mesh's ``"dp"`` dimension share each micro-batch, by the tokens of its texts where it has some, under
-    DistributedDataParallel: the numbers are those of one process, and so are the checkpoints, which resume on any
-    number of ranks. ``delta`` and ``texts`` then have no ``"dp"`` dimension of their own. Ranks of a ``"tp"``
-    dimension, over which the weights are split, do the same work. The mesh is one of all processes.
+    The ranks of a mesh's ``"dp"`` dimension share each micro-batch, balanced by the tokens of its texts if it has any,
+    under DistributedDataParallel: the numbers are those of one process, and so are the checkpoints, which resume on any
+    number of ranks. ``delta`` and ``texts`` must then have no ``"dp"`` dimension of their own. Ranks of a ``"tp"``
+    dimension, over which the weights are split, do the same work. The mesh spans all processes.
 
     Random numbers that a generator draws, such as dropout's, depend on the seed, the step and the rank; the global
-    generators are left as they were.
+    random state is restored afterwards.
 
     Args:
-        format: of the tokens, where the generator writes tokens.
-        delta: for the loss of this name.
-        texts: for the losses ``"lm"`` and ``"kl"``, and for an evaluation.
-        evaluation: held-out conditions that are looked at now and then; the best generator is kept beside the last.
-        out: a folder, of which a run knows by itself the options, the sizes, the base model and the probes; or one
-            that is held with an identity of the caller's own.
-        trackers: where metrics go besides; needs ``out``.
+        format: the tokens' format, if the generator writes tokens.
+        delta: for the loss ``"delta"`` on probes.
+        texts: for the losses on texts, and for an evaluation.
+        evaluation: held-out conditions to evaluate from time to time; the best generator is kept alongside the last.
+        out: a folder, whose run is identified by the options, the sizes, the base model and the probes; or a locked
+            one, with the caller's own identity.
+        trackers: where else metrics go; needs ``out``.
 
     Returns:
         The metrics of every step: the loss, each of its terms, the gradient's norm, the learning rate, and seconds;
-        of a skipped one those that are finite, and ``"skipped"``, how many there have been; where there was an
-        evaluation what it found, see :meth:`Evaluation.measured`.
+        for a skipped step those that are finite, and ``"skipped"``, how many there have been; with an evaluation also
+        its results, see :meth:`Evaluation.measured`.
 
     Raises:
         ValueError: no tasks, a task without what a loss needs, a generator on another device than the base model, batch
-            sizes that the ranks cannot share evenly, fewer steps than are behind the run, ``max_skipped_steps`` of them
+            sizes that the ranks cannot share evenly, fewer steps than the run has done, ``max_skipped_steps`` skipped
             in a row, or as :meth:`RunFolder.held`.
     """
     if not len(tasks):
@@ -89,7 +88,7 @@ def train(
     terms = Terms(options, format, delta, texts)
     device = next(generator.parameters()).device
     if terms.device not in (None, device):
-        raise ValueError(f"generator is on {device}, expected {terms.device} as the base model")
+        raise ValueError(f"generator is on {device}, expected {terms.device} like the base model")
     shares, ranks = Shares.of(mesh), Ranks() if mesh is None else Ranks.current(device)
     optimizer = torch.optim.AdamW(
         generator.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay, betas=(0.9, 0.98),
@@ -109,7 +108,7 @@ def train(
                 run_id = out.identity.sha256[:16]
                 tracked = stack.enter_context(Trackers(trackers, out.folder, out.identity.facts, run_id))
         if done.steps > options.steps:
-            raise ValueError(f"steps is {options.steps}, expected at least the {done.steps} that are behind the run")
+            raise ValueError(f"steps is {options.steps}, expected at least the {done.steps} that the run has done")
         if shares.mesh is not None:
             replica = nn.parallel.DistributedDataParallel(generator, process_group=shares.mesh.get_group())
             stepper = replace(stepper, generator=replica)
@@ -145,8 +144,8 @@ def train(
             if out is not None and (due or ends or stops):
                 out.save(generator, optimizer, done)
             if ends:
-                ranks.gather(None)  # torchrun ends all when one has ended: not before the state is on disk
-                kept = "" if out is None else f"; {out.folder} holds them, and the same command goes on there"
+                ranks.gather(None)  # torchrun ends all ranks once one has ended: wait until the state is on disk
+                kept = "" if out is None else f"; {out.folder} holds them, and the same command resumes from there"
                 interrupts.end(f"{done.steps} of {options.steps} steps are done{kept}")
     return history
 
@@ -154,7 +153,7 @@ def train(
 def _evaluated(
     evaluation: Evaluation, generator: nn.Module, stepper: Stepper, done: Progress, out: RunFolder | None
 ) -> Metrics:
-    """What an evaluation found; the best generator is kept."""
+    """The results of an evaluation; if they are the best so far, the generator is saved."""
     found = evaluation.measured(generator, stepper.terms, stepper.shares, stepper.device)
     score = evaluation.score(found, stepper.terms)
     if math.isfinite(score) and (done.best is None or score < done.best):
@@ -167,7 +166,7 @@ def _evaluated(
 
 
 def _identity(generator: nn.Module, tasks: TrainingSet, terms: Terms) -> Identity:
-    """What a run depends on, as far as it can be told from what :func:`train` is given."""
+    """What a run depends on, as far as the arguments of :func:`train` tell."""
     facts: dict[str, Any] = {
         "generator": {name: list(tensor.shape) for name, tensor in generator.state_dict().items()},
         "teachers": len(tasks),
@@ -186,7 +185,7 @@ def _identity(generator: nn.Module, tasks: TrainingSet, terms: Terms) -> Identit
 
 
 def loss_facts(texts: TextLosses) -> dict[str, Any]:
-    """What the losses of texts depend on besides model, spec and texts."""
+    """What the losses on texts depend on besides model, spec and texts."""
     kept = texts.stored_deltas
     return {
         "reduction": texts.lm.reduction,
@@ -198,10 +197,10 @@ def loss_facts(texts: TextLosses) -> dict[str, Any]:
 
 
 def _report(odd: str, done: Progress, options: TrainingOptions, ranks: Ranks) -> None:
-    """Say that a step was skipped, and end the run after too many."""
+    """Warn that a step was skipped, and end the run after too many."""
     if done.skipped_in_a_row >= options.max_skipped_steps:
         raise ValueError(
-            f"{done.skipped_in_a_row} steps in a row have changed nothing, expected fewer than max_skipped_steps; {odd}"
+            f"{done.skipped_in_a_row} steps in a row were skipped, expected fewer than max_skipped_steps; {odd}"
         )
     if ranks.rank == 0:
         warnings.warn(f"{odd}. The step is skipped: {done.skipped_in_a_row} in a row", stacklevel=3)

@@ -1,8 +1,8 @@
 """Delta labels: the deltas of many adapters, many at a time, written to a folder, by one process or several.
 
-An adapter's delta depends on the others of its pass by rounding alone, so every pass is as large as it can be. The
-adapters are cut into units of one pass each. Every process takes the next unit that none has taken, reads it from disk
-while the unit before is computed, and appends what it finished to a log of its own; the first one takes the others' in.
+An adapter's delta depends on the others in its pass only by rounding, so every pass is as large as possible. The
+adapters are split into units of one pass each. Every process takes the next free unit, reads it from disk while its
+previous unit is computed, and appends what it finished to its own log; the first process merges the others' logs.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from .table import adapter_name
 from .units import JOB, Job, Unit, UnitReader
 
 PER_PASS_CPU, PER_PASS_GPU = 8, 32
-_UNITS = "units"  # handed out: a count that all ranks share, as those of adapters by what became of them
-_Done = dict[str, list[Any]]  # of some adapters: names of those computed and reused, and failures
+_UNITS = "units"  # handed out: a count that all ranks share, like those of adapters computed, reused and failed
+_Done = dict[str, list[Any]]  # names of adapters computed, names of those reused, and failures
 
 
 @dataclass(frozen=True)
 class LabelReport:
-    """What :func:`compute_labels` did, in all processes together. Names and failures are in the order of names.
+    """What :func:`compute_labels` did, in all processes together. Names and failures are sorted by name.
 
     Attributes:
         computed: names of the adapters whose delta was computed.
-        reused: names of those that had one, of the very same content, in the folder.
+        reused: names of those that already had one, of the same content, in the folder.
         failed: those without a label, and why.
-        zero: names of those whose delta is exactly zero, which a warning says too.
-        labels: how many the folder holds now, those of earlier runs included.
+        zero: names of those whose delta is exactly zero, which also gives a warning.
+        labels: how many the folder holds now, including those of earlier runs.
         seconds: from reading the first adapter to the end.
     """
 
@@ -70,18 +70,18 @@ def compute_labels(
     """Compute the deltas of adapters, each under its own spec, and add them to the label folder ``out``.
 
     An adapter whose content has a label in the folder is not computed again; one that has changed since is. Labels
-    of adapters that are not named stay. An adapter that cannot be read, does not fit the model, or has a delta that
-    is not finite is a failure in the report and the log; the others go on, and the next call tries it again. ``log``
-    describes the files, :class:`lora_delta.labelling.table.DeltaLabels` reads them.
+    of adapters that are not given stay. An adapter that cannot be read, does not fit the model, or has a delta that
+    is not finite is a failure in the report and the log; the others are still computed, and the next call tries it
+    again. ``log`` describes the files, :class:`lora_delta.labelling.table.DeltaLabels` reads them.
 
-    Where torch.distributed's default group is there, all of its ranks make this call, with the same arguments and one
+    If torch.distributed's default group exists, all of its ranks make this call, with the same arguments and one
     folder that all of them see, and share the work. What is finished is on disk after every pass. A call that was
-    killed, whatever the moment and however many ranks it had, goes on when it is made again, with the threads that it
-    began with, and ends in the very deltas, to the bit, that an uninterrupted one on that machine gives. An exception
-    in one rank, Ctrl-C included, ends all of them after what they have begun.
+    killed, at any moment and with any number of ranks, resumes when it is made again, with the number of threads it
+    began with, and gives, to the bit, the deltas of an uninterrupted one on that machine. An exception in one rank,
+    Ctrl-C included, ends all of them after what they have begun.
 
     Args:
-        delta: base model, probes, layer and pooling; its own spec plays no part.
+        delta: base model, probes, layer and pooling; its own spec is not used.
         adapters: folders, folders of folders, globs, ``.txt`` lists, hub ids: see
             :func:`lora_delta.peft.adapters.find_adapters`. Those of rank 0 count.
         model, fingerprint: see :func:`lora_delta.labelling.settings.label_settings`.
@@ -90,12 +90,12 @@ def compute_labels(
         progress: show a progress bar on stderr, on rank 0.
 
     Returns:
-        The same report in all ranks.
+        The same report on all ranks.
 
     Raises:
-        ValueError: ``delta`` is split over a mesh; no adapters; another job is at work in ``out``; ``out`` holds
-            something else, damaged labels, or labels of another model, other probes, layer, pooling or dtype. Nothing
-            is written then.
+        ValueError: ``delta`` is split over a mesh; no adapters; another job is running in ``out``; ``out`` holds
+            something else, damaged labels, or labels of another model, other probes, layer, pooling or dtype. In these
+            cases nothing is written.
         OSError: the folder cannot be written.
     """
     if delta.is_split:
@@ -107,7 +107,7 @@ def compute_labels(
     per_pass = _adapters_per_pass(delta, adapters_per_pass)
     settings = label_settings(delta, model=model, fingerprint=fingerprint)
     log: Log | None = None
-    with ExitStack() as held:  # by rank 0: the lock of the folder
+    with ExitStack() as held:  # on rank 0: the folder's lock
 
         def begin() -> tuple[Job, dict[str, str]]:
             nonlocal log
@@ -139,7 +139,7 @@ def compute_labels(
             except BaseException as raised:
                 error = raised
                 with suppress(Exception):
-                    counters.add(_UNITS, len(job.units))  # the others take no more
+                    counters.add(_UNITS, len(job.units))  # the other ranks take no more
             ends = _ends(ranks, error, done)
             with suppress(Exception):
                 _show(bar, len(sources), counters, {})
@@ -157,7 +157,7 @@ def compute_labels(
 
 
 def _finished(unit: Unit, delta: DifferentiableDeltaCompute, log: Log, known: Known) -> _Done:
-    """Compute what the adapters of a unit wait for, and put on disk what is new of it."""
+    """Compute the deltas that a unit waits for, and write what is new to disk."""
     computed: list[tuple[Entry, Tensor]] = []
     if unit.lora is not None:
         for entry, row in zip(unit.waiting, delta.deltas(unit.lora).float().cpu(), strict=True):
@@ -175,7 +175,7 @@ def _finished(unit: Unit, delta: DifferentiableDeltaCompute, log: Log, known: Kn
 
 
 def _units(reader: UnitReader, counters: Counters) -> Generator[Unit, None, None]:
-    """The units that come to this rank; the next one is read ahead."""
+    """The units that this rank takes; the next one is read ahead."""
 
     def take() -> Unit | None:
         index = counters.add(_UNITS) - 1
@@ -190,9 +190,9 @@ def _units(reader: UnitReader, counters: Counters) -> Generator[Unit, None, None
 
 @contextmanager
 def _rounded_as(job: Job, delta: DifferentiableDeltaCompute) -> Iterator[DifferentiableDeltaCompute]:
-    """The delta with its weights packed or not, and as many threads, as when the job began: the last bits depend on it.
+    """The delta with weights packed or not, and with as many threads, as when the job began: last bits depend on both.
 
-    Free memory has decided the one, who started the process the other: torchrun gives each of several one thread.
+    Free memory decided the former, the launcher the latter: torchrun gives each of several processes one thread.
     """
     threads = torch.get_num_threads()
     packed = job.prepacked and (delta.weights.packed is not None or delta.weights.can_prepack)
@@ -209,14 +209,14 @@ def _rounded_as(job: Job, delta: DifferentiableDeltaCompute) -> Iterator[Differe
 def _show(bar: tqdm, total: int, counters: Counters, new: _Done) -> None:
     """Count some adapters, and show what all ranks have counted."""
     computed, reused, failed = (counters.add(kind, len(new.get(kind, ()))) for kind in ("computed", "reused", "failed"))
-    bar.total = total - reused  # they would spoil the rate
+    bar.total = total - reused  # they would distort the rate
     if failed:
         bar.set_postfix(failed=failed, refresh=False)
     bar.update(computed + failed - bar.n)
 
 
 def _ends(ranks: Ranks, error: BaseException | None, done: _Done) -> list[tuple[Told | None, _Done]]:
-    """Of all ranks, once all are done: the exception that ended one, and what it did."""
+    """For each rank, once all are done: the exception that ended it, if any, and what it did."""
     try:
         return ranks.gather((told(error) if error else None, done))
     except Exception as lost:  # a rank is gone
@@ -224,7 +224,7 @@ def _ends(ranks: Ranks, error: BaseException | None, done: _Done) -> list[tuple[
 
 
 def _report(log: Log, done: Sequence[_Done], is_whole: bool, start: float) -> LabelReport:
-    """What all ranks did, once the folder has what they finished. The job is over when all of it is."""
+    """What all ranks did, after merging what they finished into the folder. The job is over if no rank failed."""
     log.take_in_parts()
     kinds = {kind: tuple(sorted(chain.from_iterable(one[kind] for one in done))) for kind in done[0]}
     labels = Known.of(log.lines).labels

@@ -1,4 +1,4 @@
-"""Labels on disk: a table of deltas, and a log that says whose they are. Both grow at their ends; nothing is rewritten.
+"""Labels on disk: a table of deltas, and a log that says whose they are. Both are only appended to, never rewritten.
 
 A folder of labels holds::
 
@@ -6,16 +6,17 @@ A folder of labels holds::
     deltas.f32       the deltas, one after the other, little-endian float32
     labels.jsonl     a line per pass: the adapters whose deltas it added, and those that have none
 
-Rows are in the order in which they were finished. A table whose bytes depend neither on who was faster nor on when a
-job was killed would have to be sorted in the end, and so written anew whenever labels are added. Each delta is the same
-to the bit in any case, and that is enough. An adapter that is labelled again gets a new row; its old one stays, unused.
+Rows are in the order in which they were finished. A table whose bytes depend neither on which process was faster nor on
+when a job was killed would have to be sorted at the end, and so rewritten whenever labels are added. Each delta is the
+same to the bit in any case, and that is enough. An adapter that is labelled again gets a new row; its old one stays,
+unused.
 
-What is read is checked. A line begins with 16 digits of the sha256 of the line before, or of the manifest, and of its
-own other fields; each adapter's entry in it has those of its row. A row is on disk before the line that names it: what
-a process that died has left unfinished is the end of a file, which the next job cuts off.
+What is read is checked. A line begins with 16 hex digits of a sha256 over the digits of the previous line, or of the
+manifest, and its own other fields; each adapter's entry in it has those of its row. A row is on disk before the line
+that names it: what a killed process left unfinished is the end of a file, which the next job cuts off.
 
-Each rank of a job but the first has files of its own, ``deltas-3.f32`` and ``labels-3.jsonl``. The first one takes them
-in when the job ends, or, after all were killed, when the next one begins.
+Each rank of a job but the first has its own files, such as ``deltas-3.f32`` and ``labels-3.jsonl``. The first rank
+merges them when the job ends or, if all ranks were killed, when the next job begins.
 """
 
 from __future__ import annotations
@@ -62,14 +63,14 @@ class Failure:
 
 @dataclass(frozen=True)
 class Known:
-    """What some lines come to: entries and failures by adapters' names, the entries in the order of their rows."""
+    """What some lines amount to: entries and failures by adapter name, the entries in the order of their rows."""
 
     labels: dict[str, Entry] = field(default_factory=dict)
     failures: dict[str, Failure] = field(default_factory=dict)
 
     @classmethod
     def of(cls, lines: Iterable[Mapping[str, Any]]) -> Known:
-        """A failure takes an older label away, unless the adapter's content could not be read at all."""
+        """A failure removes an older label, unless the adapter's content could not be read at all."""
         known = cls()
         for line in lines:
             for entry in line["labels"]:
@@ -89,14 +90,14 @@ class Known:
 
 
 class Log:
-    """The log and the table of a folder, or of one rank (``part`` is ``"-3"``), as far as they are whole.
+    """The log and the table of a folder, or of one rank (``part`` is ``"-3"``), as far as they are intact.
 
     Attributes:
         lines: of the log: ``unit`` (of its job), ``labels`` (entries), ``failures`` (the fields of :class:`Failure`).
-        is_whole: whether nothing follows them. A warning says what does: a job is at work, or stopped while it wrote.
+        is_whole: whether nothing follows them. A warning says what does: a job is writing, or was stopped while it was.
 
     Raises:
-        ValueError: what follows cannot be that: it is damaged.
+        ValueError: what follows is not an unfinished write: the file is damaged.
     """
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any], part: str = "") -> None:
@@ -107,7 +108,7 @@ class Log:
         self._row_bytes, self._mapped = 4 * math.prod(self.shape), torch.empty(0, *self.shape)
         for path in (self.path, self.table):  # reading a pipe or a device may never end; a link would lead elsewhere
             if path.is_symlink() or (path.exists() and not path.is_file()):
-                raise ValueError(f"{path} is not a file of its own, expected what lora-delta label has written")
+                raise ValueError(f"{path} is not a regular file, expected what lora-delta label has written")
         content = self.path.read_bytes() if self.path.exists() else b""
         held = self.table.stat().st_size if self.table.exists() else 0
         with _uncollected():
@@ -115,10 +116,10 @@ class Log:
         self.is_whole = fault is None
         if fault is not None:
             where = f"{self.path}, line {len(self.lines) + 1},"
-            warnings.warn(f"{where} {fault}: it was not finished, and counts for nothing", stacklevel=3)
+            warnings.warn(f"{where} {fault}: it was not finished, and is ignored", stacklevel=3)
 
     def _read(self, content: bytes, held: int) -> str | None:
-        """Take the lines; what is wrong with what follows the whole ones, if anything does.
+        """Take the lines; returns what is wrong with what follows the intact ones, if anything does.
 
         Args:
             content: of the log.
@@ -130,7 +131,7 @@ class Log:
                 fault, rest = "is not what was written there", content[self._end :]
                 if b"\n" not in rest or b"\0" in rest:  # a power cut leaves half a line, or zeros
                     return fault
-                advice = "bring the file back as it was, or take another folder"
+                advice = "restore the file as it was, or use another folder"
                 raise ValueError(f"{self.path}, line {len(self.lines) + 1}, {fault}: {advice}")
             line = _line(text)
             if (self._rows + len(line["labels"])) * self._row_bytes > held:
@@ -143,7 +144,7 @@ class Log:
         self._check, self._end, self._rows = check, self._end + len(text), self._rows + len(line["labels"])
 
     def deltas(self) -> Tensor:
-        """(rows, …) float32: the whole table, mapped from its file. Nothing is checked."""
+        """(rows, …) float32: the whole table, memory-mapped. Nothing is checked."""
         if len(self._mapped) < self._rows:
             size = self._rows * math.prod(self.shape)
             self._mapped = torch.from_file(str(self.table), shared=False, size=size).view(self._rows, *self.shape)
@@ -164,7 +165,7 @@ class Log:
         return row
 
     def append(self, added: Iterable[tuple[int, Sequence[tuple[Entry, Tensor]], Sequence[dict[str, Any]]]]) -> None:
-        """Add lines, each of (unit, entries with their deltas, failures), in place of whatever follows the whole ones.
+        """Add lines, each of (unit, entries with their deltas, failures), in place of whatever follows the intact ones.
 
         All rows are on disk before the first line.
         """
@@ -188,14 +189,14 @@ class Log:
             self._take(_line(text), text, check)
 
     def take_in_parts(self) -> None:
-        """Add what the other ranks have written to files of their own, and remove those. All ranks have ended."""
+        """Add what the other ranks have written to their own files, and remove those. All ranks have ended."""
         there = Known.of(self.lines).labels
         for path in sorted(self.folder.glob("labels-*.jsonl")):
             part, added = Log(self.folder, self.manifest, path.stem.removeprefix("labels")), []
             for line in part.lines:
                 labels = [(entry, part.deltas()[entry["row"]]) for entry in line["labels"]]
                 is_there = [there.get(entry["name"], {}).get("check") == entry["check"] for entry, _ in labels]
-                if not labels or not all(is_there):  # else a job was killed when it had taken it in
+                if not labels or not all(is_there):  # else a job was killed after it had merged it
                     added.append((line["unit"], labels, line["failures"]))
             self.append(added)
             path.unlink()
@@ -204,15 +205,15 @@ class Log:
 
 
 def open_log(folder: Path, settings: Mapping[str, Any], shape: Sequence[int]) -> Log:
-    """The labels of a folder, new or there, whole and ready for more. The caller holds the folder.
+    """The labels of a folder, new or existing, intact and ready for more. The caller holds the folder.
 
     Args:
         settings: what the labels depend on.
         shape: of one delta.
 
     Raises:
-        ValueError: the folder holds something else, labels that were made with other settings, or damaged ones. Nothing
-            is written then.
+        ValueError: the folder holds something else, labels that were made with other settings, or damaged ones. In
+            these cases nothing is written.
     """
     if not (folder / MANIFEST).exists():
         facts = {"kind": KIND, "format": FORMAT, "shape": list(shape), "settings": dict(settings)}
@@ -228,10 +229,10 @@ def read_manifest(folder: Path, settings: Mapping[str, Any] | None = None) -> di
     """The manifest of a folder of labels.
 
     Args:
-        settings: what the labels are to depend on.
+        settings: what the labels should depend on.
 
     Raises:
-        ValueError: there is none, it is of something else, or of other settings.
+        ValueError: there is none, or it is for something else or for other settings.
     """
     path, expected = folder / MANIFEST, "expected a folder that lora-delta label has written"
     if not path.is_file():
@@ -250,14 +251,14 @@ def read_manifest(folder: Path, settings: Mapping[str, Any] | None = None) -> di
         raise ValueError(f"{path} lacks 'shape' or 'settings', expected the whole manifest of {KIND}")
     if settings is not None:
         there = {name: manifest["settings"].get(name) for name in COMPARED}
-        advice = "Labels of different settings are never mixed: take another folder (--out)"
+        advice = "Labels of different settings are never mixed: use another folder (--out)"
         label_identity(settings).require_same(there, folder, advice)
     return manifest
 
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Without garbage collection, which would look through hundreds of thousands of new dicts again and again."""
+    """Without garbage collection, which would scan hundreds of thousands of new dicts again and again."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -269,7 +270,7 @@ def _uncollected() -> Iterator[None]:
 
 @contextmanager
 def _end_of(path: Path, size: int) -> Iterator[IO[bytes]]:
-    """A file to be written from there on; what follows is cut off. On disk in the end, with its name if it is new."""
+    """A file to write to from ``size`` on; what follows is cut off. On disk at the end, with its name if it is new."""
     is_new = not path.exists()
     with path.open("w+b" if is_new else "r+b") as file:
         file.seek(size)
@@ -282,7 +283,7 @@ def _end_of(path: Path, size: int) -> Iterator[IO[bytes]]:
 
 
 def _line(text: bytes) -> dict[str, Any]:
-    """The fields of a line. On disk its adapters share their specs: a hundred thousand are parsed in half the time."""
+    """The fields of a line. On disk its adapters share specs, which halves the time to parse a hundred thousand."""
     line = json.loads(text)
     for entry in line["labels"]:
         entry["spec"] = line["specs"][entry["spec"]]
@@ -290,7 +291,7 @@ def _line(text: bytes) -> dict[str, Any]:
 
 
 def check_of(delta: Tensor) -> str:
-    """What an entry says of its row, float32 and contiguous on the CPU."""
+    """The check that an entry has of its row, which is float32 and contiguous on the CPU."""
     return _digest(delta.numpy().data).decode()
 
 

@@ -1,4 +1,4 @@
-"""What labels depend on besides the adapter, and a LoRA's spec, as JSON holds them."""
+"""What labels depend on besides the adapter, and a LoRA's spec, as JSON."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qwen_functional import LoraSpec, Qwen2Config, Qwen2Weights
 from ..delta import DifferentiableDeltaCompute
 from ..identity import Identity
 
-# Labels that differ in one of these are never put into the same folder. The rest is there to be read.
+# Labels that differ in one of these are never put into the same folder. The rest is for information.
 COMPARED = ("dtype", "model_sha256", "layer", "pooling", "probes_sha256")
 _DIGESTS_AT_ONCE = 8
 
@@ -26,11 +26,11 @@ _DIGESTS_AT_ONCE = 8
 def label_settings(
     delta: DifferentiableDeltaCompute, *, model: str = "", fingerprint: str | None = None
 ) -> dict[str, Any]:
-    """What deltas depend on besides the adapter, found out from ``delta`` itself, ready for JSON.
+    """What deltas depend on besides the adapter, taken from ``delta`` itself, ready for JSON.
 
     Args:
-        model: the base model's hub id or folder, to be shown.
-        fingerprint: :func:`model_fingerprint` of it, where that is known already.
+        model: the base model's hub id or folder, for information.
+        fingerprint: :func:`model_fingerprint` of it, if already known.
     """
     dtype, probes = _dtype_name(delta.weights.dtype), delta.probes
     if delta.weights.multiplied_in not in (None, delta.weights.dtype):
@@ -50,7 +50,7 @@ def label_settings(
 
 
 def label_identity(settings: Mapping[str, Any]) -> Identity:
-    """Of the settings, what decides the deltas to the bit."""
+    """Those of the settings that decide the deltas to the bit."""
     probes = f"chat is {settings.get('chat')!r} here, max_length {settings.get('max_length')!r}"
     shown = {"model_sha256": f"here it is of {settings.get('model')!r}", "probes_sha256": probes}
     return Identity({name: settings.get(name) for name in COMPARED}, shown)
@@ -63,8 +63,8 @@ def _dtype_name(dtype: torch.dtype) -> str:
 def model_fingerprint(config: Qwen2Config, weights: Qwen2Weights) -> str:
     """sha256, as hex, of a config and of all weights that a delta depends on, as they are in memory.
 
-    The whole content is read, at one to two gigabytes per second and core: no sample could miss less than everything.
-    It is the same for one file or shards, on a CPU or a GPU, and another in another dtype. The lm_head is left out.
+    The whole content is read, at one to two gigabytes per second and core: any sample of it could miss a difference.
+    It is the same for one file or shards, and on a CPU or a GPU, but not for another dtype. The lm_head is left out.
     """
     whole = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode())
     pending: deque[tuple[str, Future[str]]] = deque()
@@ -79,7 +79,7 @@ def model_fingerprint(config: Qwen2Config, weights: Qwen2Weights) -> str:
                 tensor = part if weights.parallel is None else weights.parallel.gather(name, part)
                 head = f"{name} {tensor.dtype} {tuple(tensor.shape)}"
                 pending.append((head, pool.submit(_digest, tensor)))
-            while len(pending) > _DIGESTS_AT_ONCE:  # streamed weights are not to be in memory all together
+            while len(pending) > _DIGESTS_AT_ONCE:  # streamed weights must not all be in memory at once
                 finish()
         while pending:
             finish()
@@ -92,12 +92,12 @@ def _digest(tensor: Tensor) -> str:
 
 
 def spec_facts(spec: LoraSpec) -> dict[str, Any]:
-    """The fields of a spec as JSON holds them, in a log of labels for one; :func:`spec_of` reads them."""
+    """The fields of a spec as JSON, for a log of labels for example; :func:`spec_of` reads them."""
     return json.loads(json.dumps({f.name: getattr(spec, f.name) for f in fields(spec)}, default=_plain))
 
 
 def spec_of(facts: Mapping[str, Any]) -> LoraSpec:
-    """The spec of which :func:`spec_facts` gave the fields."""
+    """The spec whose fields :func:`spec_facts` gave."""
     return LoraSpec(**{**facts, "target_modules": tuple(facts["target_modules"])})
 
 

@@ -1,4 +1,4 @@
-"""Labels, read: deltas by the names of their adapters, as one table, and as a Dataset. See ``log`` for the files."""
+"""Reading labels: deltas by adapter name, as one table, and as a Dataset. See ``log`` for the files."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Tokenizes(Protocol):
 def adapter_name(source: str | Path, folder: str | Path) -> str:
     """The name of an adapter among the labels of ``folder``, whatever the working directory is.
 
-    A folder's is its path from the place where ``folder`` lies, so that both can move together; its whole path where
-    it is elsewhere. A hub id is its own name.
+    For an adapter's folder it is the path relative to the parent of ``folder``, so that both can move together, or the
+    absolute path if it is not in that parent. A hub id is its own name.
     """
     path = Path(source).expanduser()
     return _path_name(path, Path(folder)) if path.is_dir() else str(source)
@@ -39,10 +39,10 @@ def _path_name(path: Path, folder: Path) -> str:
 
 
 class DeltaLabels(Mapping[str, Tensor]):
-    """The labels of a folder: a mapping of adapters' names to deltas, in the order in which they were computed.
+    """The labels of a folder: a mapping of adapter names to deltas, in the order in which they were computed.
 
     A delta has the shape that :class:`DifferentiableDeltaCompute` gave it, (H,) by default, and is float32. The
-    table is mapped from its file: a delta is read, and checked, when it is looked at.
+    table is memory-mapped: a delta is read, and checked, on access.
 
     Attributes:
         settings: what the labels depend on.
@@ -68,7 +68,7 @@ class DeltaLabels(Mapping[str, Tensor]):
     def tensor(self) -> Tensor:
         """All deltas, (N, …) float32, each checked; row i is that of ``names[i]``.
 
-        Mapped from the file where each adapter was labelled once, else a copy.
+        Memory-mapped if each adapter was labelled once, else a copy.
 
         Raises:
             ValueError: a row that is not what was written.
@@ -95,18 +95,18 @@ class DeltaLabels(Mapping[str, Tensor]):
         return self._log.delta(self.entry(name))
 
     def entry(self, name: str) -> Entry:
-        """What the log says of an adapter, found as by ``labels[name]``: see ``log``."""
+        """The log's entry of an adapter, looked up as in ``labels[name]``: see ``log``."""
         keys = [str(name)]
-        if "\0" not in keys[0]:  # which no path holds
+        if "\0" not in keys[0]:  # which no path contains
             keys.append(_path_name(Path(name).expanduser(), self.folder))
         for key in keys:
             if key in self._entries:
                 return self._entries[key]
         few = ", ".join(self.names[:3]) or "none"
-        raise KeyError(f"{self.folder} has no label of {str(name)!r}, expected one of its {len(self)} names: {few}, …")
+        raise KeyError(f"{self.folder} has no label for {str(name)!r}, expected one of its {len(self)} names: {few}, …")
 
     def source(self, name: str) -> str:
-        """Where the adapter is read from: its folder, moved with that of the labels perhaps, or its hub id."""
+        """Where the adapter is read from: its folder, which may have moved with that of the labels, or its hub id."""
         entry = self.entry(name)
         near = self.folder.resolve().parent / entry["name"]
         return str(near) if near.is_dir() else entry["source"]
@@ -119,17 +119,17 @@ class DeltaLabels(Mapping[str, Tensor]):
         *,
         keep_bytes: int = 2 * 1024**3,
     ) -> LabelDataset:
-        """What a generator is trained on: an item for each adapter that has a condition, in the order of those.
+        """What a generator is trained on: an item for each adapter that has a condition, in the order of conditions.
 
         Args:
             conditions: {adapter's name: what the generator is given for it}.
             targets: None: items are (condition, delta). ``"tensors"``: (condition, {PEFT name: tensor}, delta), the
                 tensors as the adapter's file holds them. ``"tokens"``: (condition, tokens, delta).
-            format: with ``"tokens"``, whose ``tokenize`` makes tokens of the tensors.
-            keep_bytes: memory for what was made of adapters, tensors or tokens; those that find room are read once.
+            format: with ``"tokens"``: its ``tokenize`` turns the tensors into tokens.
+            keep_bytes: memory for keeping adapters' tensors or tokens; those that fit are read once.
 
-        Adapters are read when an item is asked for, and refused (``ValueError``) if they are no longer those that
-        were labelled.
+        Adapters are read when an item is accessed, and refused (``ValueError``) if they have changed since they were
+        labelled.
 
         Raises:
             ValueError: a condition for an adapter without a label, unknown targets, tokens without a format.
@@ -137,7 +137,7 @@ class DeltaLabels(Mapping[str, Tensor]):
         if targets not in (None, *TARGETS):
             raise ValueError(f"targets is {targets!r}, expected None or one of {TARGETS}")
         if (targets == "tokens") != (format is not None):
-            raise ValueError(f"targets is {targets!r} and format is {format!r}, expected a format with 'tokens' alone")
+            raise ValueError(f"targets is {targets!r} and format is {format!r}, expected a format only with 'tokens'")
         for name in conditions:
             try:
                 self.entry(name)
@@ -174,7 +174,7 @@ class LabelDataset(Dataset):
         return condition, self._target(name), delta
 
     def _target(self, name: str) -> Tensor | dict[str, Tensor]:
-        """Tokens or tensors, kept while there is room: all that are asked for again and again, in any order."""
+        """Tokens or tensors, kept while there is room: all are accessed again and again, in any order."""
         target = self._kept.get(name)
         if target is None:
             tensors = self._tensors(name)
@@ -187,8 +187,8 @@ class LabelDataset(Dataset):
 
     def _tensors(self, name: str) -> dict[str, Tensor]:
         source = self.labels.source(name)
-        files = AdapterFiles.read(source, local_files_only=name in self._read)  # the first time has fetched it
+        files = AdapterFiles.read(source, local_files_only=name in self._read)  # the first read has fetched it
         if files.sha256 != self.labels.entry(name)["sha256"]:
-            raise ValueError(f"adapter {source} has changed since it was labelled, expected it as it was then")
+            raise ValueError(f"adapter {source} has changed since it was labelled, expected it unchanged")
         self._read.add(name)
         return files.load()[1]

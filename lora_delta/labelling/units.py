@@ -1,10 +1,10 @@
-"""Units of adapters, each computed in one pass: which they are, and how they are read and made ready.
+"""Units of adapters, each computed in one pass: which they are, and how they are read and prepared.
 
-An adapter's delta depends by rounding on the others of its pass, and on how the base is multiplied. So who shares a
-pass must not depend on when a job was killed, or on which process came first: ``job.json`` says it from a job's
-beginning to its end. Adapters that have a label when it begins have no part in it.
+An adapter's delta depends, by rounding, on the others in its pass and on how the base is multiplied. So which adapters
+share a pass must not depend on when a job was killed, or on which process came first: ``job.json`` records it from a
+job's beginning to its end. Adapters that have a label when it begins are in units of their own.
 
-Adapters of any rank, scale and modules share a pass: a smaller rank is filled up with zeros, a module that an adapter
+Adapters of any rank, scale and modules can share a pass: a smaller rank is padded with zeros, a module that an adapter
 lacks is zero, and the scale is multiplied into B.
 """
 
@@ -34,7 +34,7 @@ from .log import Entry, Failure, Known, Log
 from .settings import spec_facts
 
 JOB = "job.json"
-_MOST_CONFIG = 1 << 20  # bytes; what is larger is sorted without being read
+_MOST_CONFIG = 1 << 20  # bytes; a larger one is sorted without being read
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class Job:
     """What ``job.json`` holds.
 
     Attributes:
-        key: of the adapters and the size of a pass.
+        key: a hash of the adapters and the size of a pass.
         lines: how many the log had when the job began.
-        units: names of the adapters of each.
-        prepacked: whether the base weights are multiplied in their faster form, which rounds otherwise.
+        units: names of the adapters in each.
+        prepacked: whether the base weights are multiplied in their faster form, which rounds differently.
         threads: of each process, on which the order of sums depends.
     """
 
@@ -57,7 +57,7 @@ class Job:
 
     @classmethod
     def begin(cls, log: Log, sources: Mapping[str, str], per_pass: int, prepacked: bool, threads: int) -> Job:
-        """A new job, or the same one that was killed. The caller holds the folder.
+        """A new job, or the same one resumed after it was killed. The caller holds the folder.
 
         Args:
             sources: {adapter's name: its folder or hub id}.
@@ -77,9 +77,9 @@ class Job:
 
 
 def _units(sources: Mapping[str, str], labelled: set[str], per_pass: int) -> list[list[str]]:
-    """Alike adapters next to each other, so that little is filled up with zeros.
+    """Similar adapters next to each other, so that little is padded with zeros.
 
-    Names without a label come first and make units of their own: a few new ones among many share their passes.
+    Names without a label come first, in units of their own: a few new ones among many share their passes.
     """
     ordered = sorted(sources, key=lambda name: (name in labelled, *_kind(sources[name]), name))
     new = sum(name not in labelled for name in ordered)
@@ -88,13 +88,13 @@ def _units(sources: Mapping[str, str], labelled: set[str], per_pass: int) -> lis
 
 
 def _kind(source: str) -> tuple[int, str]:
-    """Sorts adapters by what their config declares, without reading their tensors. A guess: any may share a pass."""
+    """Sorts adapters by what their config declares, without reading their tensors. A guess: any can share a pass."""
     try:
         config = read_json_object(Path(source) / CONFIG_FILE, most_bytes=_MOST_CONFIG)
         places = [config.get(key) for key in ("target_modules", "rank_pattern", "layers_to_transform")]
         places[0] = sorted(places[0]) if isinstance(places[0], list) else places[0]
         return int(config["r"]), json.dumps(places)
-    except Exception:  # on the hub, or whatever the file holds: reading the adapter will say what
+    except Exception:  # on the hub, or an invalid file: reading the adapter will say so
         return 0, ""
 
 
@@ -104,8 +104,8 @@ class Unit:
 
     Attributes:
         index: its number in the job.
-        reused: names of adapters that have a label.
-        copied: entries for adapters of the very content that another of the folder has, with their deltas.
+        reused: names of adapters that already have a label.
+        copied: entries, with deltas, of adapters whose content is that of another adapter in the folder.
         failures: of adapters that cannot be read.
         waiting: entries of adapters that wait for their deltas.
         lora: of all ``waiting``; None where there are none.
@@ -120,7 +120,7 @@ class Unit:
 
 
 class UnitReader:
-    """Reads the units of a job, in any thread.
+    """Reads the units of a job, from any thread.
 
     Args:
         sources: {adapter's name: its folder or hub id}.
@@ -142,7 +142,7 @@ class UnitReader:
         self._before, self._since = Known.of(log.lines[: job.lines]), Known.of(log.lines[job.lines :])
 
     def read(self, index: int) -> Unit:
-        """A unit. Whatever an adapter's files hold, what comes of it is that adapter's own failure."""
+        """Read a unit. Whatever an adapter's files hold, an error is a failure of that adapter alone."""
         unit, loras = Unit(index), list[Lora]()
         for name in self.job.units[index]:
             source, sha256 = self.sources[name], None
@@ -169,7 +169,7 @@ class UnitReader:
         return unit
 
     def _delta(self, entry: Entry) -> Tensor | None:
-        """The delta of an entry; None, and a warning, where it is not what was written."""
+        """The delta of an entry; None, and a warning, if it is not what was written."""
         try:
             return self.log.delta(entry)
         except ValueError as error:
@@ -178,9 +178,9 @@ class UnitReader:
 
 
 def share_a_pass(loras: Sequence[Lora], dtype: torch.dtype, device: torch.device | str = "cpu") -> Lora:
-    """One Lora of G adapters from G of one each, with whatever ranks, scales and modules.
+    """One Lora of G adapters from G of one each, with any ranks, scales and modules.
 
-    Exact but for the rounding to ``dtype``: ranks are filled up with zeros, and B holds ``scaling · B``.
+    Exact up to rounding to ``dtype``: ranks are padded with zeros, and B holds ``scaling · B``.
     """
     projections = list(PROJECTIONS)
     keys = sorted({key for lora in loras for key in lora.pairs}, key=lambda k: (k[0], projections.index(k[1])))

@@ -1,1 +1,1 @@
-"""Folders of PEFT adapters, in and out, and the comparison of gradients with PEFT's own."""
+"""Reading and writing folders of PEFT adapters, and comparing gradients with PEFT's own."""

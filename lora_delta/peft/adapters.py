@@ -1,4 +1,4 @@
-"""PEFT adapters, in and out: ``adapter_config.json`` and ``adapter_model.safetensors`` to a spec and its tensors."""
+"""Reading and writing PEFT adapters: ``adapter_config.json`` and ``adapter_model.safetensors``, a spec and tensors."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ _Place = tuple[int, str, str]  # (layer, projection, side) of a tensor
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """What an adapter's two files held when they were read, once each: the hash and the tensors are of the same bytes.
+    """The content of an adapter's two files, each read once: the hash and the tensors are of the same bytes.
 
     Attributes:
-        sha256: of both files, in hexadecimal: equal for copies, other for any change.
+        sha256: of both files, in hexadecimal: equal for copies, different after any change.
     """
 
     config_file: Path
@@ -51,16 +51,16 @@ class AdapterFiles:
     ) -> AdapterFiles:
         """Read ``adapter_config.json`` and ``adapter_model.safetensors``; pickles are neither fetched nor read.
 
-        Of an adapter on the hub the config is checked before the weights are fetched.
+        For an adapter on the hub, the config is checked before the weights are fetched.
 
         Args:
-            source: an adapter's folder or its hub id; an existing folder wins.
+            source: an adapter's folder or its hub id; an existing folder takes precedence.
             revision: branch, tag or commit on the hub; not used for a folder.
             local_files_only: take a hub id from the local cache only.
 
         Raises:
-            ValueError: the folder or hub id, or one of its files, is not found, is no regular file, cannot be read or
-                is too large; there is only a pickle; the fields of an adapter on the hub are refused.
+            ValueError: the folder or hub id, or one of its files, is not found, is not a regular file, cannot be read
+                or is too large; there is only a pickle; the fields of an adapter on the hub are refused.
         """
         where: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
         config_file = adapter_file(source, CONFIG_FILE, **where)
@@ -79,7 +79,7 @@ class AdapterFiles:
         return digest.hexdigest()
 
     def load(self, config: Qwen2Config | None = None) -> tuple[LoraSpec, dict[str, Tensor]]:
-        """The spec and the tensors, as :func:`load_peft_adapter` gives them, and raises for them."""
+        """The spec and the tensors; returns and raises as :func:`load_peft_adapter` does."""
         model_type = None if config is None else config.model_type
         declared = AdapterConfig.from_json(self.config, self.config_file, model_type)
         header = parse_header(self.weights, str(self.weights_file))
@@ -111,20 +111,20 @@ def load_peft_adapter(
     which ``LoraSpec.bind`` permits.
 
     Args:
-        source: an adapter's folder or its hub id; an existing folder wins.
+        source: an adapter's folder or its hub id; an existing folder takes precedence.
         revision: branch, tag or commit on the hub; not used for a folder.
         local_files_only: take a hub id from the local cache only.
-        config: of the base model. With it sizes and layers are checked too, and ``layers_to_transform`` of the
+        config: of the base model. With it, sizes and layers are checked too, and ``layers_to_transform`` of the
             spec is None whenever all layers are adapted.
 
     Returns:
-        The spec, and {PEFT name: (r, in) or (out, r)} in the order of ``spec.shapes``, in memory of their own, on
-        the CPU, in the dtype on disk.
+        The spec, and {PEFT name: (r, in) or (out, r)} in the order of ``spec.shapes``, in their own memory, on the
+        CPU, in the dtype on disk.
 
     Raises:
         ValueError: a file is missing, truncated or corrupt, or there is only a pickle; a field is not one that
             LoraSpec can represent (DoRA, biases, ``modules_to_save``, another base model and so on), which the
-            message names; fields and tensors disagree; a tensor is no LoRA tensor of a projection, lacks its other
+            message names; fields and tensors disagree; a tensor is not a LoRA tensor of a projection, lacks its other
             half, has another shape or dtype, or is not finite.
     """
     return AdapterFiles.read(source, revision=revision, local_files_only=local_files_only).load(config)
@@ -141,15 +141,15 @@ def save_peft_adapter(
     """Write one adapter as a folder that PEFT's ``PeftModel.from_pretrained`` loads.
 
     PEFT will adapt exactly the modules that have tensors, whatever else the spec covers. Files are written under
-    temporary names and renamed, the config last: a folder with a config is whole, after a power cut too. What killed
-    saves have left is cleared. A folder has one writer at a time.
+    temporary names and renamed, the config last: a folder with a config is complete, even after a power cut. What
+    killed saves have left is removed. A folder must have only one writer at a time.
 
     Args:
-        folder: made if need be; an adapter that is there is replaced.
-        tensors: {name: (r, in) or (out, r)}, in the names that ``LoraSpec.bind`` reads; written in their dtype.
+        folder: made if needed; an existing adapter is replaced.
+        tensors: {name: (r, in) or (out, r)}, with the names that ``LoraSpec.bind`` reads; written in their dtype.
         base_model: the base's hub id or folder, for ``base_model_name_or_path``.
-        config: of the base model. With it sizes are checked too, and an adapter of all layers is written as one
-            (``layers_to_transform`` null); without it the layers are listed.
+        config: of the base model. With it, sizes are checked too, and an adapter of all layers is written as one
+            (``layers_to_transform`` null); without it, the layers are listed.
 
     Raises:
         ValueError: no tensors; a name that the spec does not cover, an A without its B, another shape, a leading
@@ -179,7 +179,7 @@ def save_peft_adapter(
             )
     dtypes = {place: tensor.dtype for place, tensor in ordered.items()}
     _check_entries(spec, dtypes, {place: tuple(tensor.shape) for place, tensor in ordered.items()}, config)
-    # Copies, as safetensors takes neither views of one memory nor other strides.
+    # Copies, as safetensors takes neither views that share memory nor other strides.
     copies = {
         peft_name(*place): tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for place, tensor in ordered.items()
@@ -193,10 +193,10 @@ def save_peft_adapter(
             left.unlink(missing_ok=True)
     # Renamed when both are written: first the weights, then the config.
     with replaces(folder / CONFIG_FILE) as new_config, replaces(folder / WEIGHTS_FILE) as new_weights:
-        # Not save_file, which leaves a file that its owner alone may read.
+        # Not save_file, which leaves a file that only its owner may read.
         new_weights.write_bytes(serialized(copies, metadata={"format": "pt"}))
         new_config.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-        (folder / CONFIG_FILE).unlink(missing_ok=True)  # never an old config beside new weights
+        (folder / CONFIG_FILE).unlink(missing_ok=True)  # never an old config with new weights
 
 
 def _content(file: Path, most_bytes: int) -> bytearray:
@@ -265,7 +265,7 @@ def _check_entries(
     shapes: Mapping[_Place, tuple[int, ...]],
     config: Qwen2Config | None,
 ) -> None:
-    """Ranks are the spec's; the base model's sizes are the config's, or else the same wherever they occur."""
+    """Check ranks against the spec, and the base's sizes against the config or, without one, against each other."""
     names = {name for projection in PROJECTIONS.values() for name in (projection.rows, projection.columns)}
     sizes = {} if config is None else {name: getattr(config, name) for name in names}
     for place, shape in shapes.items():

@@ -1,6 +1,6 @@
-"""The same value and gradients by transformers + PEFT + ``torch.func.functional_call``, for comparison only.
+"""The same value and gradients from transformers + PEFT + ``torch.func.functional_call``, for comparison only.
 
-The one file that imports transformers and peft, and only when the comparison is asked for.
+The only file that imports transformers and peft, and only when the comparison is requested.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from qwen_functional.architecture import PROJECTIONS
 from ..delta import DifferentiableDeltaCompute
 
 VALUE_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4  # relative, float32
-HALF_FACTOR = 1.1  # in half precision: of PEFT's own error against float32
+HALF_FACTOR = 1.1  # in half precision: times PEFT's own error against float32
 
 
 def compare_with_peft(
@@ -31,7 +31,7 @@ def compare_with_peft(
 
     In float32 the relative error must be within 1e-5 for the hidden states and 1e-4 for each gradient. In half
     precision our error over all adapters against PEFT in float32, on the same rounded weights and LoRA tensors, may
-    be 1.1 times that of PEFT in the same dtype.
+    be at most 1.1 times that of PEFT in the same dtype.
 
     Raises:
         ValueError: transformers or PEFT is not installed.

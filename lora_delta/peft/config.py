@@ -1,4 +1,4 @@
-"""PEFT's ``adapter_config.json``: what it declares, as a LoraSpec, and what no LoraSpec can say."""
+"""PEFT's ``adapter_config.json``: what it declares, as a LoraSpec, and what no LoraSpec can express."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ class AdapterConfig:
 
     @classmethod
     def from_json(cls, content: bytes, file: Path, model_type: str | None = None) -> AdapterConfig:
-        """Check the content of an ``adapter_config.json``; with ``model_type`` that its base model is of that type.
+        """Check the content of an ``adapter_config.json``; with ``model_type``, also that its base is of that type.
 
         Raises:
-            ValueError: it is no JSON object, a field has a wrong type, or a value that LoraSpec cannot represent;
+            ValueError: it is not a JSON object, a field has a wrong type, or a value that LoraSpec cannot represent;
                 the message names file, field, value and what was expected.
         """
         fields = parse_json(content, str(file), "an adapter_config.json")
@@ -90,7 +90,7 @@ class AdapterConfig:
         """Whether PEFT adapts the linear module at a path such as ``model.layers.3.self_attn.q_proj``.
 
         Raises:
-            ValueError: one of the regular expressions is too much work.
+            ValueError: one of the regular expressions takes too many steps.
         """
         exclude, target = self.exclude_modules, self.target_modules
         if isinstance(exclude, str):
@@ -104,11 +104,11 @@ class AdapterConfig:
                 return path not in _NOT_ADAPTED
             with naming("target_modules", target):
                 return pattern_of(target).fullmatch(path)
-        if path in target:  # a whole path holds in any layer
+        if path in target:  # a whole path applies in any layer
             return True
         if self.layers_to_transform is None or not _named(target, path):
             return _named(target, path)
-        # Wherever a pattern fits, what it finds is the one number in the path.
+        # Wherever a pattern matches, what it finds is the one number in the path.
         number = next((int(part) for part in path.split(".") if part.isdecimal()), None)
         return number in self.layers_to_transform and (not self.layers_pattern or self._is_in_layers(path))
 
@@ -122,15 +122,15 @@ class AdapterConfig:
     def spec(self, modules: Collection[Module], n_layers: int | None = None) -> LoraSpec:
         """The spec of an adapter that has tensors for ``modules``, with exactly PEFT's rank and scale for each.
 
-        A LoraSpec adapts the same projections in all of its layers: where the modules are no such product, the
+        A LoraSpec adapts the same projections in all of its layers: where the modules are not such a product, the
         spec covers more than them, which :meth:`LoraSpec.bind` permits.
 
         Args:
-            n_layers: of the base model. Where it is not known, layers above the last adapted one are not checked,
-                and ``layers_to_transform`` is None only if the fields would adapt a further layer too.
+            n_layers: of the base model. If it is not known, layers above the last adapted one are not checked, and
+                ``layers_to_transform`` is None only if the fields would adapt a further layer, too.
 
         Warns:
-            UserWarning: a pattern fits none of the modules, as PEFT warns.
+            UserWarning: a pattern matches none of the modules; PEFT warns, too.
 
         Raises:
             ValueError: modules that the fields do not declare, declared ones that are not among ``modules``, or
@@ -164,17 +164,17 @@ class AdapterConfig:
         for name in ("rank_pattern", "alpha_pattern"):
             idle = [pattern for pattern in getattr(spec, name) if pattern not in getattr(fitting, name)]
             if idle:
-                warnings.warn(f"{name} {idle!r:.200} fits no adapted module: PEFT passes over it, too", stacklevel=2)
+                warnings.warn(f"{name} {idle!r:.200} matches no adapted module: PEFT ignores it, too", stacklevel=2)
         return fitting
 
 
 def module_path(layer: int, projection: str) -> str:
-    """A projection's path in transformers' ``Qwen2ForCausalLM`` and its kin."""
+    """A projection's path in transformers' ``Qwen2ForCausalLM`` and related classes."""
     return f"model.layers.{layer}.{PROJECTIONS[projection].path}"
 
 
 def with_fitting_patterns(spec: LoraSpec, modules: Collection[Module]) -> LoraSpec:
-    """``spec`` without the patterns that fit none of ``modules``: PEFT passes over them, LoraSpec refuses them."""
+    """``spec`` without the patterns that match none of ``modules``: PEFT ignores them, LoraSpec refuses them."""
     paths = [module_path(*module) for module in modules]
 
     def fitting(patterns: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,10 +186,10 @@ def with_fitting_patterns(spec: LoraSpec, modules: Collection[Module]) -> LoraSp
 def adapter_fields(
     spec: LoraSpec, modules: Collection[Module], base_model: str, n_layers: int | None = None
 ) -> dict[str, Any]:
-    """Fields of an ``adapter_config.json`` with which PEFT adapts exactly ``modules``, in any number of layers.
+    """Fields of an ``adapter_config.json`` with which PEFT adapts exactly ``modules``, in a base of any depth.
 
-    ``layers_to_transform`` is null only if ``n_layers`` is known and all of them are adapted alike: else PEFT
-    would put adapters of its own into layers that have none.
+    ``layers_to_transform`` is null only if ``n_layers`` is known and all of them are adapted alike, or if
+    ``target_modules`` lists whole paths: otherwise PEFT would add its own adapters to layers that have none.
     """
     layers = sorted({layer for layer, _ in modules})
     projections = [p for p in PROJECTIONS if any(p == projection for _, projection in modules)]

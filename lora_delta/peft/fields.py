@@ -1,4 +1,4 @@
-"""What the fields of an ``adapter_config.json`` may hold: plain LoRA on a Qwen2 or Qwen3, in bounds."""
+"""What the fields of an ``adapter_config.json`` may hold: plain LoRA on a Qwen2 or Qwen3, within bounds."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from qwen_functional.files import read_json_object
 from qwen_functional.lora import path_pattern
 from qwen_functional.patterns import Pattern, pattern_of
 
-# Ways to start training that leave the base weights alone. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) take
-# from the base what they put into the adapter, which so belongs to another base than the one that the file names.
+# Ways to start training that leave the base weights alone. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) subtract
+# from the base what they put into the adapter, which then belongs to another base than the one that the file names.
 _HARMLESS_INITS = ("gaussian", "eva", "orthogonal", "mica")
-# Read below, or without a say in what a loaded adapter computes: how it was trained, or what only counts together
-# with a field that is refused. Every other field must be empty, those that later versions of PEFT add included.
+# Read below, or without effect on what a loaded adapter computes: how it was trained, or what only matters together
+# with a field that is refused. Every other field must be empty, including those that later versions of PEFT add.
 _PERMITTED = {
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules", "exclude_modules",
     "layers_to_transform", "layers_pattern", "peft_type", "task_type", "auto_mapping", "base_model_name_or_path",
@@ -28,17 +28,17 @@ _PERMITTED = {
     "ensure_weight_tying",
 }  # fmt: skip
 _EMPTY = "it absent or empty: LoraSpec declares plain LoRA on a Qwen2's projections"
-# What an untrusted file may ask of us. Qwen2's largest has 80 layers, of 560 modules, which each may have a pattern.
+# Limits on untrusted files. The largest Qwen2 has 80 layers with 560 modules, each of which may have a pattern.
 MOST_LAYERS = 256
 _MOST_RANK, _MOST_NAMES, _MOST_PATTERNS, _MOST_LAYERS_PATTERNS = 1 << 16, 4096, 1024, 16
 _MOST_BASE_CONFIG = 1 << 20  # bytes
-_MOST_WORK = 1 << 21  # steps of all keys of a pattern on one module
+_MOST_WORK = 1 << 21  # steps of all keys of a pattern field on one module
 _LARGEST = torch.finfo(torch.float32).max
-_A_RANK, _AN_ALPHA = f"a positive integer of at most {_MOST_RANK:,}", "a finite number of float32"
+_A_RANK, _AN_ALPHA = f"a positive integer of at most {_MOST_RANK:,}", "a finite number in float32"
 
 
 def check_fields(fields: Mapping[str, Any]) -> None:
-    """Raises ``ValueError`` for the first field of a wrong type, or of a value that LoraSpec cannot represent; it names
+    """Raises ``ValueError`` for the first field with a wrong type or a value that LoraSpec cannot represent; it names
     the field, its value and what was expected."""
     _expect(fields.get("peft_type") == "LORA", fields, "peft_type", "'LORA'")
     _check_base(fields)
@@ -90,7 +90,7 @@ def check_fields(fields: Mapping[str, Any]) -> None:
 
 
 def _check_base(fields: Mapping[str, Any]) -> None:
-    """Other models' projections have the same names, so all that the fields tell of the base model is checked."""
+    """Other models' projections have the same names, so all that the fields say about the base model is checked."""
     _expect(fields.get("task_type") in (None, "CAUSAL_LM"), fields, "task_type", "'CAUSAL_LM' or null")
     mapping = fields.get("auto_mapping") or {}
     _expect(isinstance(mapping, dict), fields, "auto_mapping", "an object or null")
@@ -105,8 +105,8 @@ def _check_base(fields: Mapping[str, Any]) -> None:
 
 
 def check_model_type(fields: Mapping[str, Any], allowed: Sequence[str]) -> None:
-    """Raises ``ValueError`` where the base model that the fields name is of another type; what is not at hand is not
-    asked.
+    """Raises ``ValueError`` if the base model that the fields name is of another type; if its type cannot be found
+    locally, nothing is checked.
     """
     base_model = fields.get("base_model_name_or_path")
     model_type = _model_type(base_model)
@@ -115,7 +115,7 @@ def check_model_type(fields: Mapping[str, Any], allowed: Sequence[str]) -> None:
 
 
 def _model_type(base_model: Any) -> Any:
-    """The base model's type, if its config is at hand in a folder or the hub's cache; nothing is fetched."""
+    """The base model's type, if its config is in a local folder or the hub's cache; nothing is fetched."""
     if not base_model:
         return None
     try:
@@ -165,7 +165,7 @@ def _check_patterns(fields: Mapping[str, Any], name: str, valid: Callable[[Any],
 
 
 def layer_pattern(pattern: str) -> Pattern:
-    """How PEFT looks for a layer's number, which is all that the group can match."""
+    """The pattern with which PEFT finds a layer's number, which is all that its group can match."""
     compiled = pattern_of(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.")
     if not compiled.ends_in_a_group_between_dots:
         raise ValueError("finds no layer in some of its alternatives, expected them in parentheses")

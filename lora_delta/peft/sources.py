@@ -1,4 +1,4 @@
-"""Where adapters are: folders, lists and hub ids to their files. Nothing is read but lists."""
+"""Finding adapters: from folders, lists and hub ids to their files. Only lists are read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def find_adapters(paths: str | Path | Iterable[str | Path]) -> list[str | Path]:
 
     * an adapter's folder, which holds ``adapter_config.json``;
     * a folder of such folders, taken in the order of their names;
-    * a glob pattern (``*``, ``?``, ``[...]``, ``**``), of which folders of either kind are taken, sorted;
+    * a glob pattern (``*``, ``?``, ``[...]``, ``**``): the matching folders of either kind are taken, sorted;
     * a ``.txt`` file with one of the above or a hub id per line, and comments from ``#`` on. Relative paths are
       relative to the file;
     * a hub id, ``owner/name``, where no such folder exists.
@@ -69,12 +69,12 @@ def _expanded(entry: str | Path, parent: Path = Path(), lists: bool = True) -> l
         return folders
     if isinstance(entry, str) and not path.exists() and path.suffix != ".txt" and _HUB_ID.fullmatch(entry):
         return [entry]
-    what = "is no folder" if path.exists() else "does not exist"
+    what = "is not a folder" if path.exists() else "does not exist"
     raise ValueError(f"{path} {what}, expected an adapter's folder, a folder of them, a glob, a .txt file or a hub id")
 
 
 def _adapters_in(folder: Path) -> list[str | Path]:
-    """The folder itself if it is an adapter, else those of its folders that are."""
+    """The folder itself if it is an adapter, else those of its subfolders that are."""
     if (folder / CONFIG_FILE).is_file():
         return [folder]
     return [child for child in sorted(folder.iterdir()) if (child / CONFIG_FILE).is_file()]
@@ -95,7 +95,7 @@ def _listed(file: Path) -> list[str | Path]:
 
 
 def adapter_file(source: str | Path, name: str, **where: Any) -> Path:
-    """One of an adapter's two files, fetched if need be: of a folder, or of a hub id ``where``.
+    """One of an adapter's two files, fetched if needed: from a folder, or from a hub id, with options ``where``.
 
     Raises:
         ValueError: the folder, the hub id or the file is not found; there is only a pickle.
@@ -109,6 +109,6 @@ def adapter_file(source: str | Path, name: str, **where: Any) -> Path:
     if name == WEIGHTS_FILE and (folder / _PICKLE).is_file():
         raise ValueError(
             f"{folder} has its weights only in the pickle {_PICKLE}, which is never loaded because it can run code; "
-            f"expected {WEIGHTS_FILE}. If you trust it, load it with PEFT and save_pretrained it again"
+            f"expected {WEIGHTS_FILE}. If you trust it, load it with PEFT and call save_pretrained"
         )
     raise ValueError(f"{folder} has no {name}, expected {CONFIG_FILE} and {WEIGHTS_FILE} (never pickles)")

@@ -1,4 +1,4 @@
-"""Pictures: deltas in two dimensions, losses by step, bars. They need the extra ``plots``."""
+"""Plots: deltas in two dimensions, losses by step, bars. They need the extra ``plots``."""
 
 from .charts import plot_bars, plot_deltas, plot_loss_curves, silhouette_score
 

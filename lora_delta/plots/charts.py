@@ -1,7 +1,7 @@
-"""Pictures of deltas, losses and verdicts as PNG files, and the two measures behind the first of them.
+"""Plots of deltas, losses and verdicts as PNG files, and the projection and the score behind the first.
 
-They need matplotlib and scikit-learn, ``pip install 'qwen-functional[plots]'``. How a picture is drawn and written is
-in ``figures.py``.
+They need matplotlib and scikit-learn, ``pip install 'qwen-functional[plots]'``. ``figures.py`` has how a figure is
+drawn and written.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 METRICS = ("euclidean", "cosine")
 
-_MARKERS = {  # areas that look alike
+_MARKERS = {  # scales that make the markers look equally large
     "o": 1.0, "s": 0.9, "^": 1.1, "D": 0.75, "v": 1.1, "P": 1.2, "X": 1.2, "*": 1.9, "<": 1.1, ">": 1.1, "p": 1.2,
     "h": 1.1,
 }  # fmt: skip
@@ -38,7 +38,7 @@ def project_2d(deltas: Tensor) -> tuple[Tensor, Tensor]:
     They are scikit-learn's, signs included: the largest coefficient of a component is positive.
 
     Returns:
-        Points (N, 2), and the share (2,) of the variance that each component explains; 0 where there is none.
+        Points (N, 2), and the share (2,) of the variance that each component explains; 0 if there is no variance.
 
     Raises:
         ValueError: not (N, H) with N and H of 2 or more, not floating point, not finite.
@@ -55,19 +55,20 @@ def project_2d(deltas: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def silhouette_score(points: Tensor, classes: Sequence[Hashable] | Tensor, metric: str = "euclidean") -> float:
-    """Mean silhouette of points in their classes: from −1, among another class, over 0 to 1, far from all others.
+    """Mean silhouette of points in their classes: from −1 (among another class) through 0 to 1 (far from all others).
 
-    ``(b − a) / max(a, b)`` of a point, for a its mean distance to the others of its class and b that to the nearest
-    other class (Rousseeuw 1987, doi 10.1016/0377-0427(87)90125-7), 0 for one alone in its class; scikit-learn's.
+    A point's silhouette is ``(b − a) / max(a, b)``, where a is its mean distance to the others of its class and b that
+    to the nearest other class (Rousseeuw 1987, doi 10.1016/0377-0427(87)90125-7); 0 if it is alone in its class.
+    scikit-learn computes it.
 
     Args:
         points: (N, H); computed in float64.
         classes: the class of each point.
-        metric: ``"euclidean"``, or ``"cosine"`` for 1 − cosine similarity, which is 1 from a vector of zeros.
+        metric: ``"euclidean"``, or ``"cosine"`` for 1 − cosine similarity, which is 1 for a vector of zeros.
 
     Raises:
-        ValueError: an unknown metric, fewer than two classes, no two points in one class, another number of classes
-            than of points, points that are not (N, H), floating point and finite.
+        ValueError: an unknown metric, fewer than two classes, no two points in one class, ``classes`` and ``points`` of
+            different lengths, points that are not (N, H), floating point and finite.
         ImportError: scikit-learn is not installed.
     """
     if metric not in METRICS:
@@ -91,22 +92,22 @@ def plot_deltas(
 ) -> Path:
     """Deltas in the plane of their first two principal components, as a PNG.
 
-    It has 1200 × 780 pixels, or, for a legend of more than 20 entries, 1500 × 1020.
+    It has 1200 × 780 pixels, or 1500 × 1020 if the legend has more than 20 entries.
 
     Args:
         deltas: (N, H).
-        classes: the class of each delta: its colour and marker, explained in a legend; made for up to 40. The title
-            says the silhouette score, of the deltas themselves, not of the points drawn.
-        names: the name of each delta: numbers stand at the points, and in the legend with the names; up to 60.
-        marks: a second class of each delta, instead of names: markers then are of these, and colours of the first.
+        classes: the class of each delta: its colour and marker, with a legend; designed for up to 40. The title gives
+            the silhouette score, of the deltas themselves, not of the points drawn.
+        names: the name of each delta: points are numbered, and the legend lists numbers and names; up to 60.
+        marks: a second class of each delta, instead of names: markers then show these, and colours the first.
         path: where to write; its folder is made.
-        metric: of the silhouette score.
+        metric: the metric of the silhouette score.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: as :func:`project_2d`, another number of classes or names than of deltas, an unknown metric, a
+        ValueError: as :func:`project_2d`, a number of classes or names that is not that of deltas, an unknown metric, a
             path that does not end in ``.png``.
         ImportError: matplotlib or scikit-learn is not installed.
     """
@@ -121,7 +122,7 @@ def plot_deltas(
             subtitle += f", silhouette {silhouette_score(deltas, classes, metric):.2f} ({metric})"
     marked = None if marks is None else _indexed(marks, len(points))
     if marked is not None and names is not None:
-        raise ValueError("names stand beside marks, expected one of them")
+        raise ValueError("names and marks are both given, expected one of them")
     area = 42 if len(points) <= 150 else 26 if len(points) <= 600 else 12
     markers = list(_MARKERS.items())
     entries = len(class_names) + len(names or ()) + (0 if marked is None else len(marked[1]))
@@ -146,7 +147,7 @@ def plot_deltas(
                 continue
             for member in members:
                 number += 1
-                axes.plot([], [], " ", label=plain_text(f"{number} {names[member]}"))  # a line of the legend
+                axes.plot([], [], " ", label=plain_text(f"{number} {names[member]}"))  # a line in the legend
                 at, ink = (float(points[member, 0]), float(points[member, 1])), _INKS[place % len(_INKS)]
                 axes.annotate(str(number), at, (3, 3), textcoords="offset points", fontsize=6, color=ink)
         for place, mark in enumerate(marked[1] if marked is not None else ()):
@@ -173,9 +174,9 @@ def plot_loss_curves(
     """Losses by step, or other values by what ``xlabel`` says, as a PNG of 1200 × 675 pixels.
 
     Args:
-        curves: {label: [(step, value), …]}. A value that is not finite is a gap.
+        curves: {label: [(step, value), …]}. A value that is not finite leaves a gap.
         path: where to write; its folder is made.
-        log: whether the losses' axis is logarithmic; None: where all are positive and some 20 times others.
+        log: whether the y axis is logarithmic; None: if all values are positive and span a factor of 20 or more.
 
     Returns:
         The path.
@@ -214,8 +215,8 @@ def plot_loss_curves(
 
 
 def plot_verdict(figures: Mapping[str, Mapping[str, Mapping[str, Any]]], path: str | Path) -> Path:
-    """The accuracy of each way with its interval, from :func:`lora_delta.generate.judge.figures`: a bar of each group
-    beside the way's name, as a PNG of 1200 pixels, the higher the more ways there are.
+    """The accuracy of each way with its interval, from :func:`lora_delta.generate.judge.figures`: a bar for each group
+    next to the way's name, as a PNG 1200 pixels wide, whose height grows with the number of ways.
 
     Raises:
         ValueError: no groups, a path that does not end in ``.png``.
@@ -270,14 +271,14 @@ def plot_bars(
     """A table as grouped bars with their values, as a PNG of 1200 × 675 pixels.
 
     Args:
-        groups: {group: {series: value}}, the same series in every group; NaN, a value that is not known, has no bar.
+        groups: {group: {series: value}}, the same series in every group; NaN, an unknown value, has no bar.
         path: where to write; its folder is made.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: no groups, groups of different series, an infinite value, a path that does not end in ``.png``.
+        ValueError: no groups, groups with different series, an infinite value, a path that does not end in ``.png``.
         ImportError: matplotlib is not installed.
     """
     series = list(next(iter(groups.values()), {}))
@@ -327,7 +328,7 @@ def plot_bars(
 
 @contextmanager
 def _drawing(path: str | Path, width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
-    """A figure of a size in inches; at the end it is written."""
+    """A figure of a given size in inches, written to ``path`` on exit."""
     check_png(path)
     with style():
         figure = new_figure(width, height)
@@ -344,7 +345,7 @@ def _legend(figure: Figure, axes: Axes) -> None:
 
 
 def _checked_vectors(name: str, vectors: Tensor) -> Tensor:
-    """(N, H) in float64 on the CPU, without its graph."""
+    """(N, H) in float64 on the CPU, detached."""
     if not isinstance(vectors, Tensor) or vectors.dim() != 2 or not vectors.is_floating_point():
         what = f"{vectors.dtype} {tuple(vectors.shape)}" if isinstance(vectors, Tensor) else type(vectors).__name__
         raise ValueError(f"{name} is {what}, expected floating-point (N, H)")
@@ -354,7 +355,7 @@ def _checked_vectors(name: str, vectors: Tensor) -> Tensor:
 
 
 def _indexed(classes: Sequence[Hashable] | Tensor, count: int) -> tuple[Tensor, list[Hashable]]:
-    """The class of each point as a number, and the classes in the order of their first point."""
+    """The class of each point as a number, and the classes in order of their first point."""
     each = classes.tolist() if isinstance(classes, Tensor) else list(classes)
     if len(each) != count:
         raise ValueError(f"there are {len(each)} classes, expected one for each of {count} points")

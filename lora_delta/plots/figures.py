@@ -1,4 +1,4 @@
-"""How every picture here is drawn: style, size, text, and a PNG file that is whole or not there.
+"""How every figure here is drawn: style, size, text, and a PNG file that is written atomically.
 
 It needs matplotlib, ``pip install 'qwen-functional[plots]'``. Nothing here touches pyplot or its state.
 """
@@ -16,8 +16,8 @@ from ..files import replaces
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, https://jfly.uni-koeln.de/color, without yellow, which is faint on white, and with grey for
-# black. Seven colours and eight markers: 56 classes differ from each other.
+# Okabe and Ito's colours, https://jfly.uni-koeln.de/color, without yellow, which is faint on white, and with grey
+# instead of black. With seven colours and twelve markers, 84 classes differ from each other.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#4D4D4D")
 _DPI = 150
 _STYLE: Any = {
@@ -45,7 +45,7 @@ _STYLE: Any = {
 
 
 def require_matplotlib() -> Any:
-    """The package with what is used of it; raises :class:`ImportError`, which says what to install."""
+    """The package, with the modules used here; raises :class:`ImportError`, which says what to install."""
     try:
         import matplotlib
         import matplotlib.backends.backend_agg
@@ -56,7 +56,7 @@ def require_matplotlib() -> Any:
 
 
 def require_sklearn() -> Any:
-    """scikit-learn likewise."""
+    """scikit-learn, likewise."""
     try:
         import sklearn.decomposition
         import sklearn.metrics
@@ -70,12 +70,12 @@ def _to_install(package: str, error: ImportError) -> ImportError:
 
 
 def style() -> AbstractContextManager[None]:
-    """Where figures are made, drawn and written: matplotlib makes parts of them as late as that."""
+    """The context in which figures are made, drawn and written: matplotlib makes some parts only when it writes."""
     return require_matplotlib().rc_context(_STYLE)
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of a size in inches."""
+    """An empty figure of a given size in inches."""
     matplotlib = require_matplotlib()
     figure = matplotlib.figure.Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
     matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
@@ -88,20 +88,20 @@ def check_png(path: str | Path) -> None:
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Written beside the path and renamed, whole or not at all."""
+    """Write the figure next to the path and rename it, so the file is whole or absent."""
     with style(), replaces(path) as unfinished:
         figure.savefig(unfinished, format="png", dpi=_DPI)
 
 
 def decimals(values: Sequence[float]) -> str:
-    """A format that shows the largest of the values with two or three digits, and the others like it."""
+    """A format that shows the largest of the values with two or three digits, and the others alike."""
     largest = max((abs(value) for value in values if not math.isnan(value)), default=0) or 1
     magnitude = math.floor(math.log10(largest))
     return f".{max(0, 2 - magnitude - (magnitude < 0))}f" if -4 < magnitude < 6 else ".2g"
 
 
 def plain_text(value: object, width: int = 32) -> str:
-    """As matplotlib shows it unchanged: no formulas between dollars, and no leading _, which hides from a legend."""
+    """Text that matplotlib shows unchanged: no formulas between dollars, and no leading _, which legends leave out."""
     text = " ".join(str(value).split())
     text = text if len(text) <= width else text[: width - 1] + "…"
     return (" " + text if text.startswith("_") else text).replace("$", r"\$")

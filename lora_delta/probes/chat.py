@@ -1,4 +1,4 @@
-"""A checkpoint's chat template, rendered as transformers renders it, within bounds."""
+"""A checkpoint's chat template, rendered as transformers renders it, within limits."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ _CPU_SECONDS, _SECONDS, _MEMORY = 5, 30, 1 << 29  # of the process that renders
 class ChatTemplate:
     """A Jinja chat template and the special tokens that it may name.
 
-    Templates come with checkpoints and are code that was written by others: they are rendered in Jinja's immutable
-    sandbox, in a process of their own that ends when it takes more than a few seconds or half a GiB.
+    Templates come with checkpoints and are untrusted code: they are rendered in Jinja's immutable sandbox, in a
+    separate process that ends when it takes more than a few seconds or half a GiB.
 
     Attributes:
         source: the Jinja text.
@@ -50,14 +50,14 @@ class ChatTemplate:
     ) -> str:
         """The conversation as the model saw it in training; one user turn if it is a str.
 
-        Gives what ``transformers``' ``tokenizer.apply_chat_template(..., tokenize=False)`` gives. A template
+        Returns what ``transformers``' ``tokenizer.apply_chat_template(..., tokenize=False)`` returns. A template
         that writes today's date makes probes that differ from day to day.
 
         Args:
             conversation: the user's text, or messages such as ``{"role": "user", "content": "..."}`` made of
                 plain JSON values. Keys whose value is None count as absent.
             add_generation_prompt: whether to end with the header of the assistant's turn.
-            variables: further ones for the template, of JSON values, such as Qwen3's ``enable_thinking=False``.
+            variables: further ones for the template, with JSON values, such as Qwen3's ``enable_thinking=False``.
 
         Raises:
             ValueError: an empty conversation, a message without a role, something not made of JSON values, or a
@@ -72,9 +72,9 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> list[str]:
-        """Each of several conversations, as :meth:`apply_chat_template` gives one, all in one process."""
+        """Several conversations, each rendered as in :meth:`apply_chat_template`, all in one process."""
         if "messages" in variables:
-            raise ValueError("messages is a variable of the conversation's own: expected other names")
+            raise ValueError("messages is the conversation's own variable: expected other names")
         given = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
         given |= _json_values(variables, "what the template is given")
         request = {
@@ -102,8 +102,8 @@ def load_chat_template(folder: str | Path) -> ChatTemplate:
     path = checkpoint_file(folder, "chat_template.jinja")
     config = TokenizerConfig.read(folder)
     more = sorted(path.parent.glob("additional_chat_templates/*.jinja"))
-    if more and not path.exists():  # in transformers they take the place of all that the config holds
-        raise ValueError(f"{more[0]} stands without the default {path.name}: expected both or none")
+    if more and not path.exists():  # in transformers they replace all that the config holds
+        raise ValueError(f"{more[0]} exists without the default {path.name}: expected both or none")
     if path.exists():
         source: object = read_text(path, "a chat template", _MOST_SOURCE)
     else:
@@ -136,7 +136,7 @@ def read_probes(
     chat: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Probes:
-    """Token ids of probes by a checkpoint folder's tokenizer, with ``chat`` as user's messages in its chat template.
+    """Token ids of probes from a checkpoint folder's tokenizer; with ``chat``, as user messages in its chat template.
 
     Args:
         chat_template_kwargs: further variables for that template, such as ``{"enable_thinking": False}``.
@@ -161,7 +161,7 @@ def read_probes(
 
 
 def _in_the_sandbox(request: dict[str, Any]) -> dict[str, Any]:
-    """The answer of :func:`.sandbox.render`, from a process that finds the packages which this one finds."""
+    """The answer of :func:`.sandbox.render`, from a process that finds the same packages as this one."""
     program = [sys.executable, "-S", "-P", sandbox.__file__, str(_CPU_SECONDS), str(_MEMORY)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)}
     given = json.dumps(request).encode()
@@ -179,7 +179,7 @@ def _in_the_sandbox(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _messages(conversation: str | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A conversation's messages, of JSON values alone."""
+    """A conversation's messages, of JSON values only."""
     if isinstance(conversation, str):
         check_text(conversation, "conversation")
         return [{"role": "user", "content": conversation}]

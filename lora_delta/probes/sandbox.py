@@ -1,8 +1,8 @@
-"""Renders chat templates in a process of its own: ``python sandbox.py``, a request on stdin, the answer on stdout.
+"""Renders chat templates in a separate process: ``python sandbox.py``, a request on stdin, the answer on stdout.
 
-A chat template comes with a checkpoint and is a program that was written by others. Jinja's sandbox keeps it from
-Python's insides, but not from loops without end and strings without bound: the operating system does, which ends this
-process. It imports nothing of this package, which would bring torch.
+A chat template comes with a checkpoint and is an untrusted program. Jinja's sandbox keeps it from Python's internals,
+but not from endless loops and unbounded strings: the operating system does that, by ending this process. This file
+imports nothing from this package, which would import torch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jinja2.utils import Namespace
 
 
 def render(request: dict[str, Any]) -> dict[str, Any]:
-    """What the template makes of each conversation, in ``texts``, or in ``error`` why it does not.
+    """What the template makes of each conversation, in ``texts``; or why it fails, in ``error``.
 
     Args:
         request: ``source``, the template; ``conversations``, lists of messages; ``variables``, for all of them;
@@ -39,7 +39,7 @@ def render(request: dict[str, Any]) -> dict[str, Any]:
         rendered = (template.generate(**request["variables"], messages=one) for one in request["conversations"])
         return {"texts": [_joined(pieces, request["most_characters"]) for pieces in rendered]}
     except MemoryError:
-        return {"error": "failed: MemoryError: it takes more than it may"}
+        return {"error": "failed: MemoryError: it takes more than the limit"}
     except Exception as error:  # a template can raise whatever Python can
         return {"error": f"failed: {type(error).__name__}: {error}"}
 
@@ -123,13 +123,13 @@ def _make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
 
 
 def _limit(seconds: int, most_bytes: int) -> None:
-    """Have the system end this process where it takes more."""
+    """Have the system end this process if it takes more."""
     try:
         import resource
-    except ImportError:  # not a POSIX system: who waits for this process limits its time
+    except ImportError:  # not a POSIX system: the process that waits for this one limits its time
         return
     for kind, limit in ((resource.RLIMIT_AS, most_bytes), (resource.RLIMIT_CPU, seconds), (resource.RLIMIT_CORE, 0)):
-        with contextlib.suppress(ValueError, OSError):  # a lower limit holds already
+        with contextlib.suppress(ValueError, OSError):  # a lower limit is already set
             resource.setrlimit(kind, (limit, limit))
 
 

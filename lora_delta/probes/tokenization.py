@@ -1,6 +1,6 @@
 """A checkpoint's tokenizer, and probe texts turned into token ids.
 
-The ids are those of ``transformers.AutoTokenizer``, got from the same files without it.
+The ids are those of ``transformers.AutoTokenizer``, obtained from the same files without it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from qwen_functional.files import read_json_object
 from .tokenizer_files import MOST_BYTES, TokenizerConfig, check_post_processor, require_qwen2, shortened
 
 MOST_CHARACTERS = 1 << 19
-# Of Qwen2's tokenizer, as it was published with the models: into words, single digits, punctuation and blanks.
+# From Qwen2's tokenizer, as published with the models: splits into words, single digits, punctuation and blanks.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -28,11 +28,12 @@ _WORDS = (
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a checkpoint's folder, as AutoTokenizer makes it, without truncation and padding.
 
-    Of ``tokenizer.json`` vocabulary, merges, added tokens and post-processor count; see :mod:`.tokenizer_files`.
+    From ``tokenizer.json`` it uses the vocabulary, merges, added tokens and post-processor; see
+    :mod:`.tokenizer_files`.
 
     Raises:
-        ValueError: there is no such folder or file, the file is not a tokenizer, or AutoTokenizer would take another
-            than Qwen2's; it names the field.
+        ValueError: there is no such folder or file, the file is not a tokenizer, or AutoTokenizer would use another
+            one than Qwen2's; it names the field.
     """
     path = checkpoint_file(folder, "tokenizer.json")
     if not path.is_file():
@@ -53,7 +54,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         spelt = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=False)
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, spelt])
         tokenizer.decoder = decoders.ByteLevel()
-        # A new one has none, and None cannot be set.
+        # A new tokenizer has no post-processor, and None cannot be set.
         if fields.get("post_processor") is not None:
             tokenizer.post_processor = _post_processor(fields["post_processor"])
         tokenizer.encode_special_tokens = split
@@ -71,7 +72,7 @@ def _bpe(vocab: Any, merges: Any) -> BPE:
 
 
 def _post_processor(fields: Any) -> Any:
-    """The processor of its JSON, which tokenizers reads as a part of a whole tokenizer only."""
+    """The post-processor from its JSON, which tokenizers reads only as part of a whole tokenizer."""
     whole = {"version": "1.0", "added_tokens": [], "post_processor": fields}
     whole |= dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "decoder"))
     model = {"type": "BPE", "vocab": {}, "merges": []}
@@ -80,16 +81,16 @@ def _post_processor(fields: Any) -> Any:
 
 @dataclass(frozen=True)
 class Probes:
-    """Probes as the model reads them: one value, whatever became of the texts on the way.
+    """Probes as the model reads them, and how they came from texts.
 
     Attributes:
         ids: token ids, one list per probe, as long as the probe, not padded.
         texts: what they were made of; None for probes that were given as ids.
         truncated: the indices of the probes that were cut, ascending.
         lengths: tokens of each probe before any cut; by default those of ``ids``.
-        chat: whether each text went in as a user's message in the checkpoint's chat template.
+        chat: whether each text went in as a user message in the checkpoint's chat template.
         max_length: the most tokens that a probe could have; None for probes that were given as ids.
-        chat_template_kwargs: what the template was given besides.
+        chat_template_kwargs: further variables that the template was given.
     """
 
     ids: list[list[int]]
@@ -135,7 +136,7 @@ def tokenize_probes(
     Raises:
         ValueError: no probes; a single str instead of a list; a probe that is not a str, is empty, has no tokens, or
             more than :data:`MOST_CHARACTERS` characters; a ``max_length`` that is not a positive integer or leaves no
-            room beside the special tokens; a tokenizer with truncation or padding of its own.
+            room next to the special tokens; a tokenizer with its own truncation or padding.
     """
     check_probes(probes)
     if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:

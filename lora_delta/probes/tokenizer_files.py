@@ -1,10 +1,10 @@
-"""A checkpoint's tokenizer files, taken up as transformers' AutoTokenizer takes them up for a Qwen2 or Qwen3 model.
+"""A checkpoint's tokenizer files, read as transformers' AutoTokenizer reads them for a Qwen2 or Qwen3 model.
 
-transformers 5 does not use all of ``tokenizer.json``: it builds a ``Qwen2Tokenizer`` anew from the vocabulary, the
-merges, the added tokens and the post-processor that it finds there. Normalizer (NFC) and pre-tokenizer are Qwen2's,
-whatever the file holds. ``qwen2`` as ``model_type`` decides that it is one, whatever ``tokenizer_class`` says; for a
-``qwen3`` the class decides. See its
-models/auto/tokenization_auto.py, models/qwen2/tokenization_qwen2.py and tokenization_utils_base.py.
+transformers 5 does not use all of ``tokenizer.json``: it builds a new ``Qwen2Tokenizer`` from the vocabulary, the
+merges, the added tokens and the post-processor that it finds there. The normalizer (NFC) and pre-tokenizer are Qwen2's,
+whatever the file holds. With ``model_type`` ``qwen2`` the tokenizer is always that one, whatever ``tokenizer_class``
+says; for ``qwen3`` the class decides. See its models/auto/tokenization_auto.py, models/qwen2/tokenization_qwen2.py and
+tokenization_utils_base.py.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _DEFAULTS = dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """``tokenizer_config.json``, with ``special_tokens_map.json`` and ``added_tokens.json`` where those count.
+    """``tokenizer_config.json``, with ``special_tokens_map.json`` and ``added_tokens.json`` where those apply.
 
     Attributes:
         fields: of ``tokenizer_config.json``; empty where there is none.
         named: special tokens by name, such as ``eos_token``.
         extra: special tokens without a name.
         added: {id: token} of ``added_tokens_decoder``, or of the older ``added_tokens.json``.
-        replaces_added: whether ``added`` stands for the added tokens of ``tokenizer.json``, and not beside them.
+        replaces_added: whether ``added`` replaces the added tokens of ``tokenizer.json`` instead of extending them.
     """
 
     fields: Mapping[str, Any]
@@ -45,10 +45,10 @@ class TokenizerConfig:
 
     @classmethod
     def read(cls, folder: str | Path) -> TokenizerConfig:
-        """Of a checkpoint's folder.
+        """Read that of a checkpoint's folder.
 
         Raises:
-            ValueError: a file that cannot be read, or a field whose value is not one; it names both.
+            ValueError: a file that cannot be read, or a field with an invalid value; it names both.
         """
         folder, where = Path(folder), f"tokenizer_config.json of {folder}"
         fields = _read(folder / "tokenizer_config.json")
@@ -59,7 +59,7 @@ class TokenizerConfig:
         older = {} if replaces else _read(folder / "special_tokens_map.json")
         values = {**fields, **older}
         named = {name: values.get(name, _DEFAULTS.get(name)) for name in _NAMED}
-        # Those of the model's own, such as image_token: there a str counts before the older file, an object after it.
+        # The model's own, such as image_token: a str takes precedence over the older file, an object does not.
         typed = {name: value for name, value in fields.items() if _is_typed(value)}
         own = {**typed, **older, **{name: value for name, value in typed.items() if isinstance(value, str)}}
         named |= {name: own[name] for name in own if name.endswith("_token") and name not in named}
@@ -75,7 +75,7 @@ class TokenizerConfig:
         others = tuple(_token(value, "extra_special_tokens", where).content for value in unnamed)
         if replaces:
             return cls(fields, tokens, others, _decoder(fields["added_tokens_decoder"], where), replaces)
-        given = {tokens[name] for name in _NAMED if values.get(name)}  # without those that are so by default
+        given = {tokens[name] for name in _NAMED if values.get(name)}  # without defaults
         return cls(fields, tokens, others, _older(folder, given | {*others}), replaces)
 
     def flag(self, name: str) -> bool:
@@ -97,7 +97,7 @@ class TokenizerConfig:
             where: that file, for errors.
 
         Raises:
-            ValueError: entries that are not tokens, or too long together.
+            ValueError: entries that are not tokens, or too long in total.
         """
         by_id = dict(self.added)
         if not self.replaces_added:
@@ -108,17 +108,17 @@ class TokenizerConfig:
                     raise ValueError(f"added_tokens in {where} holds {shortened(entry)}: expected a token with an id")
                 fields = {name: value for name, value in entry.items() if name != "id"}
                 by_id[entry["id"]] = _token(fields, "added_tokens", where)
-        # Those with a name are added again in the end, as Qwen2Tokenizer does: an id stays, the manner of matching not.
+        # Special ones are added again at the end, as in Qwen2Tokenizer: their ids stay, how they match may change.
         special = dict.fromkeys([*self.named.values(), *self.extra])
         tokens = [by_id[index] for index in sorted(by_id)] + [AddedToken(content, special=True) for content in special]
         if sum(len(token.content) for token in tokens) > _MOST_ADDED_CHARACTERS:
             most = f"{_MOST_ADDED_CHARACTERS:,} characters"
-            raise ValueError(f"the added tokens of {where} are longer than {most} together")
+            raise ValueError(f"the added tokens of {where} are longer than {most} in total")
         return tokens
 
 
 def require_qwen2(folder: Path, config: TokenizerConfig) -> None:
-    """Refuse a checkpoint for which AutoTokenizer takes another tokenizer than Qwen2's.
+    """Refuse a checkpoint for which AutoTokenizer uses another tokenizer than Qwen2's.
 
     Raises:
         ValueError: it names the field that decides.
@@ -135,12 +135,12 @@ def require_qwen2(folder: Path, config: TokenizerConfig) -> None:
     declared = chosen or model.get("tokenizer_class")
     if model_type == "qwen3" and declared not in (None, *_QWEN2):
         raise ValueError(
-            f"tokenizer_class in the tokenizer_config.json of {folder} is {shortened(declared)}, and for a qwen3 it "
-            f"decides: expected one of {_QWEN2}"
+            f"tokenizer_class in the tokenizer_config.json of {folder} is {shortened(declared)}, which decides for a "
+            f"qwen3: expected one of {_QWEN2}"
         )
     if remote is not None and chosen not in (None, *_QWEN2):
         raise ValueError(
-            f"auto_map and tokenizer_class in the tokenizer_config.json of {folder} name a tokenizer of its own, "
+            f"auto_map and tokenizer_class in the tokenizer_config.json of {folder} name a custom tokenizer, "
             f"{shortened(chosen)}: expected Qwen2's"
         )
 
@@ -149,7 +149,7 @@ def check_post_processor(value: Any, where: str) -> None:
     """Refuse a post-processor that may repeat a text: a few nested ones would fill any memory.
 
     Raises:
-        ValueError: a type that is not known, or a template that does not hold the text once.
+        ValueError: an unknown type, or a template that does not hold the text exactly once.
     """
     kind = value.get("type") if isinstance(value, dict) else None
     if kind == "Sequence" and isinstance(value.get("processors"), list):
@@ -177,7 +177,7 @@ def _is_typed(value: object) -> bool:
 
 
 def _extras(fields: Mapping[str, Any], older: Mapping[str, Any]) -> list[Any]:
-    """The lists of special tokens, and {name: token}, under their older and newer name."""
+    """The lists of special tokens, and {name: token}, under their older and newer names."""
     extras = [fields.get("extra_special_tokens") or fields.get("additional_special_tokens")]
     listed = isinstance(extras[0], list)
     extras.append(older.get("extra_special_tokens") or (None if listed else older.get("additional_special_tokens")))
@@ -192,9 +192,9 @@ def _token(value: Any, name: str, where: str) -> AddedToken:
         if isinstance(value, str):
             return AddedToken(value, special=True)
         if isinstance(value, dict) and isinstance(value.get("content"), str):
-            # Of others, which AutoTokenizer passes over too, AddedToken writes to stdout.
+            # For other fields, which AutoTokenizer ignores too, AddedToken writes to stdout.
             return AddedToken(**{key: given for key, given in value.items() if key in _TOKEN_FIELDS})
-    except (TypeError, UnicodeEncodeError):  # a field of another type, half a character
+    except (TypeError, UnicodeEncodeError):  # a field of another type, half a surrogate pair
         pass
     raise ValueError(f"{name} in the {where} is {shortened(value)}: expected a str or an AddedToken")
 

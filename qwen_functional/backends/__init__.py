@@ -1,4 +1,4 @@
-"""How a chip runs a block: the operations of ``ops/``, in the forms that it is fast in; ``plain.py`` lists them."""
+"""How a chip runs a block: the operations of ``ops/``, in the forms that are fast on it; ``plain.py`` lists them."""
 
 from __future__ import annotations
 

@@ -10,23 +10,23 @@ from ..config import Qwen2Config
 from . import onednn
 from .plain import Plain
 
-# The gate and up of the adapters that go through a block together: enough rows for a GEMM, and so few bytes that the
-# C library hands their memory on, where larger pieces go back to the system and are faulted in again.
+# Of gate and up of the adapters that go through a block together: enough rows for a GEMM, and few enough bytes that the
+# C library reuses their memory; larger pieces go back to the system and are faulted in again.
 CHUNK_BYTES = 48 << 20
-# Rows of so few tokens go through a block several at once, up to this many tokens: each alone they are calls of torch
-# more than work.
+# Rows of at most FEW_TOKENS tokens go through a block several at once, up to MOST_TOKENS tokens: alone, each would take
+# more time in torch's calls than in arithmetic.
 FEW_TOKENS, MOST_TOKENS = 256, 2048
 
 
 class Cpu(Plain):
-    """torch's operations, in the order and size that caches and the C library like."""
+    """torch's operations, in the order and size that suit caches and the C library."""
 
     product_of_adapters = staticmethod(onednn.product)
 
     def chunks(self, config: Qwen2Config, n_tokens: int, n_adapters: int, compute: torch.dtype) -> list[slice]:
         gate_up = 2 * n_tokens * config.intermediate_size * compute.itemsize
         most = max(1, CHUNK_BYTES // gate_up)
-        each = -(-n_adapters // -(-n_adapters // most))  # as even as can be: all of them are of few sizes
+        each = -(-n_adapters // -(-n_adapters // most))  # as even as possible: there are few different sizes
         return [slice(start, min(start + each, n_adapters)) for start in range(0, n_adapters, each)]
 
     def together(self, sizes: Sequence[int]) -> list[slice]:

@@ -1,7 +1,8 @@
 """NVIDIA GPUs: base products by cuBLAS, all else fused in Triton kernels, whole steps in CUDA graphs.
 
-No low-rank product is a pass of its own over a wide matrix. The kernel that makes x makes ``u = x Aᵀ``, or a part of
-it, and the kernel that reads ``y = x Wᵀ`` next adds ``u Bᵀ``; on the way back likewise ``t = dy B`` and ``t A``.
+No low-rank product makes a separate pass over a wide matrix. The kernel that computes x also computes ``u = x Aᵀ``, or
+a part of it, and the kernel that next reads ``y = x Wᵀ`` adds ``u Bᵀ``; on the way back likewise ``t = dy B`` and
+``t A``.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ if TYPE_CHECKING:
     from ..tables import Row
     from .kernels.outer import Job
 
-MAX_RANK = 64  # what the kernels hold of a stack's adapters in registers
+MAX_RANK = 64  # the largest that the kernels can hold of a stack's adapters in registers
 MAX_HEAD_DIM = 256
 
 
 def can_fuse(config: Qwen2Config, weights: Qwen2Weights, lora: Lora) -> bool:
-    """Whether the kernels here compute it: not float64, split models, or ranks above 64, which torch's own do."""
+    """Whether the kernels here can compute it: not float64, split models, ranks above 64 or a head_dim above 256."""
     ranks = [pair.A.shape[1] for pair in lora.pairs.values()]
     fits = max(ranks, default=0) <= MAX_RANK and config.head_dim <= MAX_HEAD_DIM
     return fits and weights.compute_dtype != torch.float64 and weights.parallel is None and _compiles()
@@ -41,15 +42,15 @@ def can_fuse(config: Qwen2Config, weights: Qwen2Weights, lora: Lora) -> bool:
 
 @functools.cache
 def _compiles() -> bool:
-    """Whether Triton can compile here; says once if it cannot."""
+    """Whether Triton can compile here; warns once if it cannot."""
     try:
         from .kernels.norm import add_norm
 
         x = torch.ones(1, 1, 16, device="cuda")
         add_norm(x, None, None, None, x[0, 0], 1e-6)
-    except Exception as error:  # no Triton, no C compiler, another GPU: each has its own
+    except Exception as error:  # no Triton, no C compiler, an unsupported GPU: each has its own
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        warnings.warn(f"Triton cannot compile here, a step takes several times as long: {reason}", stacklevel=2)
+        warnings.warn(f"Triton cannot compile here, so a step takes several times as long: {reason}", stacklevel=2)
         return False
     return True
 
@@ -65,14 +66,14 @@ class Attended:
 
 
 class Cuda(Plain):
-    """Fused kernels. Low-rank parts are as ``kernels`` says; ``Product`` leaves them to whoever reads it."""
+    """Fused kernels. Low-rank parts are as described in ``kernels``; ``Product`` leaves them to whatever reads it."""
 
     q_apart = False
     captures = True
     ranks_decide = True
 
     def __init__(self) -> None:
-        self._tiles: dict[tuple, Any] = {}  # of launches that make gradients
+        self._tiles: dict[tuple, Any] = {}  # for launches that compute gradients
 
     def adapters(self, lora: Lora, compute: torch.dtype) -> Lora:
         """A copy in the compute dtype, A times its scaling."""
@@ -158,15 +159,15 @@ class Cuda(Plain):
         assert isinstance(weight, Tensor)
         y = torch.mm(x.x.flatten(0, 1), weight.T).unflatten(0, x.x.shape[:2])
         if stack.name == "down":
-            x.x = y.new_empty(0)  # its vjp makes it again, where it reads gate and up anyway
+            x.x = y.new_empty(0)  # its vjp recomputes it, where it reads gate and up anyway
         return Product([y], stack, x)
 
     def product_vjp(
         self, dy: Cotangent, stack: Stack, x: Input, gradients: GradientsOf, *, need_dx: bool
     ) -> Product | None:
-        """``dy W`` alone, and t = dy B where it is not there yet.
+        """``dy W`` alone, and t = dy B where it has not been computed yet.
 
-        Gradients of A and B wait for the end of the block, where all are made together.
+        Gradients of A and B wait for the end of the block, where all are computed together.
         """
         from .kernels.low_rank import shrink
 
@@ -176,7 +177,7 @@ class Cuda(Plain):
             dy.t = shrink(d, Bs, columns, _pad(stack), transposed=False)
         if any(gradients.wants(part.key, side) for part in stack.adapted for side in "AB"):
             gradients.every.pending.append((stack, x, dy))
-        if not need_dx and stack.name != "down":  # the gradient of its A is made by the activation's vjp
+        if not need_dx and stack.name != "down":  # the gradient of its A is computed by the activation's vjp
             return None
         assert isinstance(weight, Tensor)
         dx = torch.mm(d.flatten(0, 1), weight).unflatten(0, d.shape[:2])
@@ -287,7 +288,7 @@ class Cuda(Plain):
 
 
 def buffers(lora: Lora, compute: torch.dtype) -> Lora:
-    """Room for adapters as the kernels take them: in the compute dtype, without gaps."""
+    """Room for adapters as the kernels take them: in the compute dtype, contiguous."""
 
     def room(tensor: Tensor) -> Tensor:
         return torch.empty(tensor.shape, dtype=compute, device=tensor.device)
@@ -297,7 +298,7 @@ def buffers(lora: Lora, compute: torch.dtype) -> Lora:
 
 
 def load(made: Lora, lora: Lora) -> None:
-    """The adapters into :func:`buffers`, A times its scaling, in a few launches."""
+    """Copy the adapters into :func:`buffers`, A times its scaling, in a few launches."""
     own, given = list(made.pairs.values()), list(lora.pairs.values())
     if not own:
         return
@@ -321,7 +322,7 @@ def _finish(y: Product | None, u: Tensor | None) -> None:
 
 
 def _pad(stack: Stack) -> int:
-    """The ranks of a stack's adapters, padded to what a tensor core takes."""
+    """The largest rank of a stack's adapters, padded to what a tensor core takes."""
     most = max((part.B.shape[2] for part in stack.adapted), default=16)
     return max(16, 1 << (most - 1).bit_length())
 
@@ -358,7 +359,7 @@ def _gate_parts(stack: Stack) -> tuple[tuple[Tensor | None, Tensor | None], tupl
 
 
 def _jobs(stack: Stack, x: Input, dy: Cotangent, gradients: GradientsOf) -> list[Job]:
-    """The gradients of a stack's A and B that are still to be made."""
+    """The gradients of a stack's A and B that are still to be computed."""
     from .kernels.outer import Job
 
     jobs, (d,) = [], dy.dys

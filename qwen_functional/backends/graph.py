@@ -1,4 +1,4 @@
-"""A plan's step as two CUDA graphs, one forwards and one back, with buffers of their own."""
+"""A plan's step as two CUDA graphs, one forward and one backward, with buffers of their own."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 def replayed(plan: Plan, lora: Lora) -> tuple[tuple[Tensor, ...], WayBack] | None:
-    """The values and the way back by graphs; None where the step is to run as it is.
+    """The values and the way back by graphs; None where the step is to run without them.
 
-    The first use of a plan runs as it is, the second captures, unless there is no memory for it. While a way back is
-    still to be gone, its buffers are not written over: another forward meanwhile runs as it is.
+    The first use of a plan runs without graphs, the second captures them, unless there is no memory for it. While a way
+    back is pending, its buffers are not overwritten: another forward meanwhile runs without graphs.
     """
     if plan.weights.streamed or torch.cuda.is_current_stream_capturing():
         return None
@@ -64,7 +64,7 @@ class Captured:
 
     @staticmethod
     def _go_once(run: Run) -> None:
-        """Makes and compiles what cannot be while a capture is under way: there may have been no way back so far."""
+        """Makes and compiles what cannot be made during a capture: there may have been no way back so far."""
         values = run.forward()
         if run.plan.wanted:
             run.backward([torch.zeros_like(value) for value in values])
@@ -97,7 +97,7 @@ class Replay:
         for own, cotangent in zip(captured.cotangents, cotangents, strict=True):
             own.copy_(cotangent)
         captured.back.replay()
-        # The caller's own: the next replay writes over these.
+        # Copies for the caller: the next replay overwrites the captured ones.
         fresh = {name: torch.empty_like(gradient) for name, gradient in captured.gradients.items()}
         torch._foreach_copy_(list(fresh.values()), list(captured.gradients.values()))
         return fresh

@@ -1,9 +1,9 @@
-"""The operations of a block by torch's own, on any device: what every backend does, and the base of the others.
+"""A block's operations in plain torch, on any device: what every backend does, and the base class of the others.
 
-A backend has these methods. Those that another chip is slow in it does its own way, to the same numbers up to rounding:
+A backend has these methods. It overrides those that are slow on its chip, with the same results up to rounding:
 
-* ``add_norm``, ``product``, ``attend``, ``gate`` forwards, and their vjps, which :mod:`..block` calls in this order;
-* ``stack``, how weights and adapters lie; ``adapters``, what is done to LoRA tensors once a step;
+* ``add_norm``, ``product``, ``attend``, ``gate`` forward, and their vjps, which :mod:`..block` calls in this order;
+* ``stack``, how weights and adapters are laid out; ``adapters``, what is done to LoRA tensors once a step;
 * ``chunks``, how many adapters go through a block at once; ``kept_numbers``, what a block keeps.
 """
 
@@ -66,9 +66,9 @@ class Gated:
 class Plain:
     """torch's own operations."""
 
-    q_apart = True  # the block that is read out at a few rows multiplies by q's weight for those alone
+    q_apart = True  # the block that is read out at a few rows multiplies by q's weight for those only
     captures = False  # steps can be captured in a CUDA graph
-    ranks_decide = False  # the order in which base products and norms add depends on the adapters' ranks
+    ranks_decide = False  # the order in which base products and norms sum depends on the adapters' ranks
     product_of_adapters: low_rank.Product = staticmethod(torch.bmm)
 
     # How weights, adapters and work are laid out
@@ -98,7 +98,7 @@ class Plain:
         bases: Sequence[tuple[tuple[str, ...], Weight, Tensor | None]],
         **summed: TensorParallel | None,
     ) -> Stack:
-        """The projections of a layer that read one input, ``stack``: by base weight their names, it, its bias."""
+        """The projections of a layer that read one input; ``bases``: (names, weight, bias) of each base weight."""
         dtype = bases[0][1].dtype
         adapted, scaled, rank = [], [], 0
         for base, (names, _, _) in enumerate(bases):
@@ -119,8 +119,8 @@ class Plain:
         return Stack(stack, weights, biases, tuple(adapted), A, **summed)
 
     def kept_numbers(self, config: Qwen2Config, tiles: Sequence[Any], n_tokens: int) -> tuple[int, int]:
-        """How many numbers a kept block holds for each adapter, in the accumulation and in the compute dtype; its
-        input and the low-rank parts aside.
+        """How many numbers a kept block holds for each adapter, in the accumulation and in the compute dtype, without
+        its input and the low-rank parts.
         """
         wide = config.hidden_size + config.q_size + config.kv_size  # what enters the MLP; q and k, rotated
         others = 2 * config.hidden_size + config.q_size + config.kv_size + 3 * config.intermediate_size
@@ -134,9 +134,9 @@ class Plain:
     def add_norm(
         self, x: Tensor, y: Product | None, weight: Tensor, eps: float, reader: Stack, *, overwrite: bool = False
     ) -> tuple[Tensor, Input, Tensor]:
-        """``z = x + y`` and ``norm(z)``, which ``reader`` reads; returns z, that, and the norm's rstd (G, S, 1).
+        """``z = x + y`` and ``norm(z)``, which ``reader`` reads; returns both, and the norm's rstd (G, S, 1).
 
-        x: (G, S, H) in the accumulation dtype. With ``overwrite`` it may be written over.
+        x: (G, S, H) in the accumulation dtype. With ``overwrite`` it may be overwritten.
         """
         x = self.add(x, y, overwrite=overwrite)
         h, rstd = rmsnorm_to(x, weight, eps, reader.dtype)
@@ -154,9 +154,9 @@ class Plain:
         self, dh: Product, x: Tensor, weight: Tensor, rstd: Tensor, dx: Tensor, giver: Stack | None,
         rows: Tensor | None = None,
     ) -> tuple[Tensor, Cotangent]:  # fmt: skip
-        """``dx + vjp of the norm``, in the accumulation dtype, and as the cotangent of what ``giver`` gave to x.
+        """``dx + vjp of the norm``, in the accumulation dtype, and the same as the cotangent of what ``giver`` gave.
 
-        ``dx`` (G, S or R, H) is written over; with ``rows`` it is of the rows that were read out.
+        ``dx`` (G, S or R, H) is overwritten; with ``rows`` it covers only the rows that were read out.
         """
         (dh_,) = dh.ys
         normed = rmsnorm_vjp(dh_.to(x.dtype), x, weight, rstd)
@@ -170,7 +170,7 @@ class Plain:
     # Products with base weights and adapters
 
     def product(self, x: Input, stack: Stack) -> Product:
-        """``y = x Wᵀ + b + u Bᵀ`` by each base weight of the stack."""
+        """``y = x Wᵀ + b + u Bᵀ`` for each base weight of the stack."""
         if x.u is None and stack.A is not None:
             x.u = low_rank.linear_inner(x.x, stack.A, self.product_of_adapters)
         ys = []
@@ -185,7 +185,7 @@ class Plain:
     def product_vjp(
         self, dy: Cotangent, stack: Stack, x: Input, gradients: GradientsOf, *, need_dx: bool
     ) -> Product | None:
-        """``dx = dy W + t A`` where it is needed; ``dA = tᵀ x`` and ``dB = dyᵀ u`` of the wanted go to their place."""
+        """``dx = dy W + t A`` where it is needed; ``dA = tᵀ x`` and ``dB = dyᵀ u``, if wanted, go to their place."""
         product = self.product_of_adapters
         lora = [(part, dy.dys[part.base][..., part.outputs]) for part in stack.adapted]
         wanted_A = [part for part, _ in lora if gradients.wants(part.key, "A")]
@@ -218,8 +218,8 @@ class Plain:
     # Attention
 
     def attend(self, h: Input, block: Block, row: Row, *, keep: bool) -> tuple[Input, Attended]:
-        """``attention(rope(q), rope(k), v)`` of q|k|v = the product of h, q and k normed by head where the family does
-        so; what o reads, and what the vjp needs.
+        """``attention(rope(q), rope(k), v)`` of q|k|v = the product of h, with q and k normed by head where the family
+        does so. Returns what o reads, and what the vjp needs.
         """
         config = block.config
         (kv,) = self.product(h, block.qkv).ys
@@ -273,7 +273,7 @@ class Plain:
     # The gated activation
 
     def gate(self, gate_up: Product, reader: Stack, *, keep: bool, again: bool = False) -> tuple[Input, Gated | None]:
-        """``a = silu(gate) · up``, which ``reader`` reads, and what the vjp needs. Written over the product."""
+        """``a = silu(gate) · up``, which ``reader`` reads, and what the vjp needs. Overwrites the product."""
         gate, up = gate_up.ys if len(gate_up.ys) == 2 else gate_up.ys[0].chunk(2, -1)
         if not keep:
             return Input(swiglu_(gate, up)), None
@@ -285,10 +285,10 @@ class Plain:
         return Cotangent(list(swiglu_vjp_(da.ys[0], kept.by_gate, kept.by_up)))
 
     def finished(self, gradients: GradientsOf) -> None:
-        """Called when all vjps of a block were."""
+        """Called after all vjps of a block."""
 
     def bases(self, matrix: Tensor, stack: str) -> list[tuple[tuple[str, ...], Weight]]:
-        """A stack's matrix as it is multiplied by: gate and up each for itself, which the activation reads faster."""
+        """A stack's matrix as it is multiplied by: gate and up separately, so that the activation reads them faster."""
         names = STACKS[stack]
         if stack != "gate_up":
             return [(names, matrix)]
@@ -306,7 +306,7 @@ def _query_heads(x: Tensor, config: Qwen2Config) -> Tensor:
 
 
 def _normed(heads: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype) -> tuple[Tensor, Normed | None]:
-    """Each head's numbers normed, in the accumulation dtype; as they are without a weight."""
+    """Each head normed, in the accumulation dtype; unchanged without a weight."""
     if weight is None:
         return heads, None
     y, rstd = rmsnorm_to(heads.to(dtype), weight, eps, dtype)
@@ -314,7 +314,7 @@ def _normed(heads: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype
 
 
 def _rotated_vjp(dy: Tensor, tables: tuple[Tensor, Tensor], kept: Normed | None, out: Tensor) -> None:
-    """What comes back through rotation and norm, to ``out``."""
+    """The vjp of rotation and norm, written to ``out``."""
     if kept is None:
         rope_vjp(dy, *tables, out=out)
         return

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..packing import AttentionTile
 
-# A tile's probabilities are kept for the vjp where it has no more keys: in a prefix tree it seldom has, and then they
-# are few beside the MLP's activations. In one long sequence they would outgrow those.
+# A tile's probabilities are kept for the vjp if it has at most this many keys: in a prefix tree it usually does, and
+# they are then few compared with the MLP's activations. In one long sequence they would outgrow those.
 MAX_KEPT_KEYS = 256
 
 
@@ -52,7 +52,7 @@ def attention_vjp(
 
     Args:
         do: (G, S, K · group · head_dim), in the dtype of v.
-        probs: p of each tile, as :func:`attention` returned it; None is computed again.
+        probs: p of each tile, as :func:`attention` returned it; None is recomputed.
 
     Returns:
         dq, dk, dv, shaped as q, k, v: dq in the dtype of v, dk and dv, which are sums over the tiles, in that of k.
@@ -72,7 +72,7 @@ def attention_vjp(
 
 
 def kept_keys(tiles: Sequence[AttentionTile], n_tokens: int) -> int:
-    """For how many pairs of query and key, all heads alike, the probabilities are kept; of S = ``n_tokens`` queries."""
+    """For how many pairs of query and key of each head the probabilities are kept; with S = ``n_tokens`` queries."""
     total = 0
     for tile in tiles:
         n_queries = len(range(n_tokens)[tile.queries])
@@ -108,6 +108,6 @@ def _probabilities(q: Tensor, k: Tensor, tile: AttentionTile) -> Tensor:
         bias = torch.zeros_like(tile.blocked, dtype=q.dtype).masked_fill_(tile.blocked, float("-inf"))
         bias = bias if bias.dim() == 3 else bias[None]
         by_query = scores.view(len(bias), -1, bias.shape[1], scores.shape[1] // bias.shape[1], scores.shape[2])
-        # Added, which takes half the time that filling in does: no finite score is changed.
+        # Adding takes half the time of filling in, and changes no finite score.
         by_query[..., tile.free :].add_(bias[:, None, :, None])
     return scores.softmax(-1)

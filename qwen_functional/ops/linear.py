@@ -14,7 +14,7 @@ Product = Callable[..., Tensor]  # torch.bmm, or a backend's own with the same a
 
 
 class OwnLayout(Protocol):
-    """A weight (out, in) in a layout of a backend's own, which multiplies by itself."""
+    """A weight (out, in) in a backend's own layout, which comes with its own products."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -24,7 +24,7 @@ class OwnLayout(Protocol):
         """``x Wᵀ + b``; x (n, in)."""
 
     def vjp_input(self, dy: Tensor, to: Tensor | None = None) -> Tensor:
-        """``dy W``, or ``to + dy W``, which may be written over ``to``; dy (n, out), to (n, in)."""
+        """``dy W``, or ``to + dy W``, which may overwrite ``to``; dy (n, out), to (n, in)."""
 
 
 Weight = Tensor | OwnLayout
@@ -32,8 +32,8 @@ Weight = Tensor | OwnLayout
 
 @dataclass(frozen=True)
 class Part:
-    """The adapters of one projection: its B, where it lies among the outputs of its base weight, and which of the R
-    ranks are its own.
+    """The adapters of one projection: its B, its place among the outputs of its base weight, and which of the R ranks
+    are its own.
     """
 
     B: Tensor  # (G, out of the part, r)
@@ -56,7 +56,7 @@ def linear(
     Args:
         x: (G, S, in); or (1, S, in) where all adapters still have the same input, which is then multiplied once.
         weight: (out, in); bias: (out,).
-        u: (G, S, R) of :func:`linear_inner`; needed where there are parts.
+        u: (G, S, R) from :func:`linear_inner`; needed where there are parts.
     """
     rows = x.reshape(-1, x.shape[-1])
     y = F.linear(rows, weight, bias) if isinstance(weight, Tensor) else weight.linear(rows, bias)
@@ -78,7 +78,7 @@ def linear_inner(x: Tensor, A: Tensor, product: Product = torch.bmm) -> Tensor:
 def linear_vjp_input(dy: Tensor, weight: Weight, to: Tensor | None = None) -> Tensor:
     """``dx = dy W`` (G, S, in), of the base weight alone; dy (G, S, out).
 
-    ``to`` (G, S, in) is what another projection of the same input sent back; the sum may be written over it.
+    ``to`` (G, S, in) is the dx from another projection of the same input; the sum may overwrite it.
     """
     rows = dy.reshape(-1, dy.shape[-1])
     total = None if to is None else to.view(rows.shape[0], -1)

@@ -1,9 +1,10 @@
-"""The language model's loss of the rows that have a target, through a frozen head, and its gradient in one pass.
+"""The language model's loss on the rows that have a target, through a frozen head, and its gradient in one pass.
 
 For logits z = h Eᵀ / τ, ``loss = c + m · logsumexp(z) − Σ p z``: cross-entropy where p is one for the right token, and
 KL(p ‖ softmax(z)) with c = Σ p log p and the mass m = Σ p where p is a distribution, or its largest probabilities. The
-gradient is ``dz = m · softmax(z) − p``, and ``dh = dz E / τ``. Logits of a few rows are made at a time and written over
-by dz: no (rows, vocabulary) tensor is ever whole, and what is held besides h and dh does not grow with the rows.
+gradient is ``dz = m · softmax(z) − p``, and ``dh = dz E / τ``. Logits of a few rows are computed at a time, and dz
+overwrites them: no whole (rows, vocabulary) tensor ever exists, and what is held besides h and dh does not grow with
+the number of rows.
 """
 
 from __future__ import annotations
@@ -18,20 +19,20 @@ from torch import Tensor
 from ..dtypes import accumulation_dtype
 
 ROWS = 256  # at a time: enough for a GEMM
-# Of logits that are looked at together, on a CPU: they are in a cache from the first pass over them to the last.
+# Bytes of logits that are processed together on a CPU: they stay in a cache from the first pass over them to the last.
 _CACHED = 1 << 20
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What rows should predict: T targets, each of a row, several of one row where a text goes on in several ways.
+    """What rows should predict: T targets, each for one row; a row has several where a text continues in several ways.
 
     Attributes:
         rows: (T,) int64, the row, or the node, of each.
         indices: (T, k) int64, tokens.
-        probs: (T, k) float, their probabilities: 1 for the one token that follows, or those of a teacher. What is left
-            out of a teacher's does not count.
-        weights: (T,) float, at least 0: by which each loss is multiplied.
+        probs: (T, k) float, their probabilities: 1 for the one token that follows, or those of a teacher. Tokens that
+            a teacher leaves out do not count.
+        weights: (T,) float, at least 0: the factor of each loss.
     """
 
     rows: Tensor
@@ -41,12 +42,12 @@ class Targets:
 
     @classmethod
     def of_tokens(cls, rows: Tensor, tokens: Tensor, weights: Tensor) -> Targets:
-        """Of the one token (T,) that follows each row: cross-entropy."""
+        """Targets from the one token (T,) that follows each row: cross-entropy."""
         return cls(rows, tokens[:, None], torch.ones(len(tokens), 1, dtype=torch.float64), weights)
 
     @classmethod
     def joined(cls, parts: Sequence[Targets]) -> Targets:
-        """One after the other; of fewer tokens padded by ones of probability 0."""
+        """One after the other; those with fewer tokens are padded with tokens of probability 0."""
         k = max((part.indices.shape[1] for part in parts), default=1)
 
         def wide(tensor: Tensor) -> Tensor:
@@ -60,7 +61,7 @@ class Targets:
         )
 
     def at(self, rows: Tensor) -> Targets:
-        """The same of other rows."""
+        """The same for other rows."""
         return replace(self, rows=rows)
 
     def to(self, device: torch.device) -> Targets:
@@ -69,12 +70,12 @@ class Targets:
 
 @dataclass(frozen=True)
 class StateTargets:
-    """What rows should predict, as a teacher's own states say it: T targets, each of a row.
+    """What rows should predict, given by a teacher's own states: T targets, each for one row.
 
     Attributes:
         rows: (T,) int64, the row, or the node, of each.
         states: (T, H), the teacher's hidden states after the final norm, from which the same head makes its logits.
-        weights: (T,) float, at least 0: by which each loss is multiplied.
+        weights: (T,) float, at least 0: the factor of each loss.
     """
 
     rows: Tensor
@@ -88,7 +89,7 @@ class StateTargets:
         return cls(*(torch.cat(tensors) for tensors in each))
 
     def at(self, rows: Tensor) -> StateTargets:
-        """The same of other rows."""
+        """The same for other rows."""
         return replace(self, rows=rows)
 
     def to(self, device: torch.device) -> StateTargets:
@@ -97,11 +98,11 @@ class StateTargets:
 
 @dataclass(frozen=True)
 class Part:
-    """The tokens whose logits a process makes, of a vocabulary that several share.
+    """The tokens whose logits a process computes, of a vocabulary that several share.
 
     Attributes:
-        first: the first of them; they are as many as rows of the head that is given.
-        sum_, max_: of a tensor over the processes, in place, the same bits on all of them.
+        first: the first of them; there are as many as rows in the given head.
+        sum_, max_: reduce a tensor over the processes, in place, to the same bits on all of them.
     """
 
     first: int
@@ -120,7 +121,7 @@ def lm_head_divergence(
 ) -> tuple[Tensor, Tensor | None]:
     """The weighted KL(teacher ‖ softmax(h Eᵀ / τ)) of each target over the whole vocabulary; as :func:`lm_head_loss`.
 
-    Neither's logits are kept: those of a few targets are made at a time, of both.
+    The logits of both are computed for a few targets at a time, and never kept.
     """
     dtype = accumulation_dtype(h.dtype)
     weights = targets.weights.to(dtype)
@@ -165,11 +166,11 @@ def lm_head_loss(
 
     Args:
         h: (R, H), in the dtype of the products; targets name its rows.
-        weight: (V, H), the head, or this process' rows of it.
+        weight: (V, H), the head, or this process's rows of it.
         label_smoothing: ε: p becomes (1 − ε) p + ε m / V.
         keep: whether the gradient is wanted.
         part: which rows those are; None for all.
-        mean: (H,) of all rows of the head, in the accumulation dtype; by default of those that are given.
+        mean: (H,), the mean of all rows of the head, in the accumulation dtype; by default that of the given rows.
 
     Returns:
         losses (T,), and dh (R, H), both float32 (float64 for float64); None for dh without ``keep``.
@@ -202,15 +203,15 @@ def lm_head_loss(
         else:
             asked = part.sum_(torch.where(is_own, z[at[:, None], tokens.clamp(0, n_own - 1)].to(dtype), 0.0))
         most, log_sum = _softmax_(z, part) if keep else _log_sum(z, part)
-        asked -= most[at][:, None]  # measured from the largest: where the model is sure, little is left to rounding
+        asked -= most[at][:, None]  # relative to the largest: where the model is sure, rounding then matters little
         loss = entropy[own] + mass[own] * log_sum[at] - kept * (probs[own] * asked).sum(1)
         if mean is not None:
             loss -= label_smoothing * mass[own] * ((read.to(dtype) @ mean) / temperature - most)[at]
         losses[own] = loss * weights[own]
         if dh is None:
             continue
-        # Each row's dz over its weight of softmax. A token's own entry is softmax − p in full precision: where the two
-        # are nearly equal, of a narrow dtype nothing would be left.
+        # Each row's dz divided by its weight of softmax. A target's own entry is softmax − p in full precision: where
+        # the two are nearly equal, nothing would be left in a narrow dtype.
         share = weights[own, None] * probs[own] * kept / of_row[chunk][at][:, None].clamp(min=torch.finfo(dtype).tiny)
         named = (at[:, None] * n_own + tokens).flatten()
         probs_of = (asked - log_sum[at][:, None]).exp_().flatten()
@@ -220,7 +221,7 @@ def lm_head_loss(
         where, place = named.unique(return_inverse=True)
         taken = torch.zeros(len(where), dtype=dtype, device=h.device).index_add_(0, place, share.flatten())
         softmax = torch.empty_like(taken)
-        softmax[place] = probs_of  # the same wherever a token is named twice
+        softmax[place] = probs_of  # the same value where a token is named twice
         z.view(-1)[where] = (softmax - taken).to(z.dtype)
         d = torch.mm(z, weight).to(dtype)
         if part is not None:
@@ -234,7 +235,7 @@ def lm_head_loss(
 
 
 def lm_head_scores(h: Tensor, weight: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """``−log p`` of a token for each row, and whether no other is likelier; logits of a few rows are made at a time.
+    """``−log p`` of a token for each row, and whether no other is likelier; a few rows' logits are computed at a time.
 
     Args:
         h: (R, H). weight: (V, H). tokens: (R,) int64.
@@ -253,7 +254,7 @@ def lm_head_scores(h: Tensor, weight: Tensor, tokens: Tensor) -> tuple[Tensor, T
 
 
 def _softmax_(z: Tensor, part: Part | None = None) -> tuple[Tensor, Tensor]:
-    """softmax in place of (n, V), and what :func:`_log_sum` gives; computed in the accumulation dtype."""
+    """The softmax of (n, V), in place, and what :func:`_log_sum` gives; computed in the accumulation dtype."""
     if part is not None:
         most, log_sum = _log_sum(z, part)
         for start in range(0, len(z), _step(z)):
@@ -270,7 +271,7 @@ def _softmax_(z: Tensor, part: Part | None = None) -> tuple[Tensor, Tensor]:
 
 
 def _log_sum(z: Tensor, part: Part | None = None) -> tuple[Tensor, Tensor]:
-    """The largest entry of each row (n,), and the logarithm of the sum of exp of all less it."""
+    """The largest entry m of each row (n,), and ``log Σ exp(z − m)``."""
     step, parts = _step(z), []
     if part is not None:
         most = part.max_(z.amax(-1).to(accumulation_dtype(z.dtype)))
@@ -287,7 +288,7 @@ def _log_sum(z: Tensor, part: Part | None = None) -> tuple[Tensor, Tensor]:
 
 
 def _log_softmax(z: Tensor, part: Part | None) -> Tensor:
-    """Of (n, V), in its dtype."""
+    """The log-softmax of (n, V), in its dtype."""
     if part is None:
         return z.log_softmax(-1)
     most = part.max_(z.amax(-1))

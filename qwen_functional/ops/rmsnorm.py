@@ -1,7 +1,7 @@
-"""Root-mean-square layer norm (arXiv 1910.07467), of whatever is finite.
+"""Root-mean-square layer norm (arXiv 1910.07467), of any finite input.
 
-A row whose squares would overflow is brought near one by a power of two first, and eps with it: no bit of another row
-changes. Without that its norm would count as infinite, and all that is behind it as zero.
+A row whose squares would overflow is first scaled to near one by a power of two, and eps with it: no bit of another row
+changes. Otherwise its norm would be infinite, and its output zero.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_LARGE = 2.0**30  # of an entry: its cube, which autograd takes of rstd, is far from any limit, in float32 too
+_LARGE = 2.0**30  # of an entry: its cube, which autograd of rstd computes, is far from overflow, in float32 too
 
 
 def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -31,7 +31,7 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def rmsnorm_to(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The same with y in ``dtype``, in three passes over memory."""
     rstd, scale = _rstd(x, eps), None
-    if x.is_cuda or not bool(rstd.all()):  # zero where squares overflowed; for a GPU's word nobody waits
+    if x.is_cuda or not bool(rstd.all()):  # zero where squares overflowed; on a GPU, asking would mean waiting
         scale = _row_scale(x)
         x = x * scale
         rstd = _rstd(x, eps * scale.square())
@@ -44,7 +44,7 @@ def rmsnorm_vjp(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
     """``dx = rstd · (g − x · rstd² · mean(g x))`` with ``g = dy · w``; (..., H) in the dtype of ``x``."""
     g = dy * weight.to(x.dtype)
     own, far = rstd, rstd < _LARGE**-2
-    if x.is_cuda or bool(far.any()):  # g x could overflow, and rstd² come to nothing
+    if x.is_cuda or bool(far.any()):  # g x could overflow, and rstd² underflow
         x, own = x * torch.where(far, rstd, 1.0), torch.where(far, 1.0, rstd)
     mean = (g * x).mean(-1, keepdim=True)
     return g.addcmul_(x, own.square().mul_(mean).neg_()).mul_(rstd)

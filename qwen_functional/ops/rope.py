@@ -27,7 +27,7 @@ def rope_frequencies(config: Qwen2Config) -> tuple[Tensor, float]:
     original = rope["original_max_position_embeddings"]
 
     def dimension_of(rotations: float) -> float:
-        """The (fractional) dimension pair that turns so many times over the original context."""
+        """The (fractional) dimension pair that makes ``rotations`` turns over the original context."""
         return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = dimension_of(rope.get("beta_fast") or 32), dimension_of(rope.get("beta_slow") or 1)

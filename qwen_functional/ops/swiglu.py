@@ -18,7 +18,7 @@ def swiglu_(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def swiglu_partials_(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same, written over ``up``, and all that the vjp needs: both partial derivatives of it.
+    """The same, written over ``up``, and all that the vjp needs: both partial derivatives.
 
     Returns:
         a (..., I), in the memory of ``up``; ``∂a/∂gate = up · σ(gate)(1 + gate (1 − σ(gate)))``, in that of ``gate``;

@@ -1,12 +1,12 @@
 """Triton kernels of attention over packed prefix trees, with the LoRA pieces that touch a head's tile.
 
 Shapes: G adapters; S nodes of a packed prefix tree each, depth first; NQ queries, which are some of the nodes in
-ascending order; NH query heads, KV key/value heads, head h reads key/value head h // (NH/KV); D channels a head.
+ascending order; NH query heads, KV key/value heads, head h reads key/value head h // (NH/KV); D channels per head.
 Activations are bfloat16, float16 or float32; sums, softmax and rotations are taken in float32.
 
-LoRA: of a product y + (x Aᵀ) Bᵀ the kernels here add the second half to a tile that they hold anyway ("expand"),
-and of a product that begins at such a tile they take the first half ("shrink"). A shrink sums over all heads, and a
-program holds one: it writes a *partial*, float32 (n, rows, RP), to be summed over n by whoever reads it. RP is the
+LoRA: of a product y + (x Aᵀ) Bᵀ, the kernels here add the second half to a tile of y that they hold anyway ("expand"),
+or compute the first half from a tile of x that they hold anyway ("shrink"). A shrink sums over all heads, but a
+program holds only one: it writes a *partial*, float32 (n, rows, RP), to be summed over n by its reader. RP is the
 rank padded to a power of two of at least 16; beyond the real rank all inner products are zero.
 
 Where a tile is rotated, it is kept as two halves of D/2 channels, because the rotation pairs channel c with
@@ -26,7 +26,7 @@ from .tiles import add_dot, dot, load_tile, padded, store_tile
 BLOCK_Q: int | None = None
 BLOCK_K: int | None = None
 
-# Fewer programs than this leave processors of an H100 (132) idle: the keys are then cut into smaller blocks.
+# Fewer programs than this leave multiprocessors of an H100 (132) idle: the keys are then cut into smaller blocks.
 FEW_PROGRAMS = 132
 
 
@@ -100,11 +100,11 @@ def attend_vjp(
     ``dk = scale · dsᵀ q``, ``dv = pᵀ do``; then dq and dk are rotated back, (y₁ cos + y₂ sin, y₂ cos − y₁ sin).
 
     Args:
-        do: (G, NQ, NH · D) contiguous, o's cotangent but for the expand ``t A``, which is added in place.
+        do: (G, NQ, NH · D) contiguous, o's cotangent except for the expand ``t A``, which is added in place.
         t, A: (G·NQ, RP) and (G, r, NH · D), contiguous; or neither.
         q, k, v, nodes, end, positions, window, scale: as :func:`attend` took them. o, lse: as it returned them.
         rope_q, rope_k: cos and sin, (NQ, D/2) and (S, D/2) float32 contiguous, by query and by node.
-        dq, dk, dv: shaped as q, k, v, any strides but the last, which is 1; overwritten, no part of q, k, v.
+        dq, dk, dv: shaped as q, k, v, any strides but the last, which is 1; overwritten, must not overlap q, k, v.
     """
     n_adapters, n_queries, width = q.shape
     half, n_nodes = rope_k[0].shape[-1], k.shape[1]
@@ -117,7 +117,7 @@ def attend_vjp(
         do, t, A, o, delta, n_queries, _rank(A, 1),
         NH=heads, D=2 * half, DP=sizes["DP"], RP=rank_pad, BM=64, num_warps=4,
     )  # fmt: skip
-    block_k = min(block_k, 32)  # with 64 the registers would not hold it
+    block_k = min(block_k, 32)  # 64 would not fit into registers
     _attend_vjp_q[triton.cdiv(n_queries, block_q), heads, n_adapters](
         do, q, k, v, lse, delta, nodes, end, positions, *rope_q, dq,
         n_queries, n_nodes, window or 0, scale, *strides, dq.stride(0), dq.stride(1),
@@ -134,7 +134,7 @@ def attend_vjp(
 
 
 def _blocks(dtype: torch.dtype, head_dim: int) -> tuple[int, int, int]:
-    """Queries and keys of a block, and warps, for a program that holds queries and goes through the keys."""
+    """Queries and keys of a block, and warps, for a program that holds queries and loops over the keys."""
     if dtype.itemsize == 2:
         queries, keys, warps = (64, 64, 4) if head_dim <= 128 else (64, 32, 8)
     else:
@@ -143,9 +143,9 @@ def _blocks(dtype: torch.dtype, head_dim: int) -> tuple[int, int, int]:
 
 
 def _blocks_of_keys(dtype: torch.dtype, head_dim: int, n_nodes: int, programs: int) -> tuple[int, int, int]:
-    """The same for a program that holds keys and goes through the queries, with the programs for a block of nodes.
+    """The same for a program that holds keys and loops over the queries; ``programs``: how many per block of nodes.
 
-    It holds dk and dv beside the scores, where the other holds dq: with D = 128 larger blocks would spill registers.
+    Besides the scores it holds dk and dv, where the other holds dq: with D = 128 larger blocks would spill registers.
     """
     if dtype.itemsize == 2:
         queries, keys, warps = (64, 64, 4) if head_dim <= 64 else (32, 32, 4) if head_dim <= 128 else (32, 32, 8)
@@ -165,13 +165,13 @@ def _partials(factor: Tensor | None, n: int, rows: int, rank_pad: int, like: Ten
 
 
 # In the kernels m counts queries, i and j are nodes (of a query and of a key), c channels, r ranks; a tile begins at
-# query m0 or node j0. Its first row times the stride may exceed 2³¹ and is int64, what follows within it is int32.
+# query m0 or node j0. Its first row times the stride may exceed 2³¹ and is int64; offsets within it are int32.
 # Rows and columns beyond the last read as zero and are not written.
 
 
 @triton.jit
 def _positions(positions, node, valid, WINDOWED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Positions of nodes; only a window asks for them."""
+    """Positions of nodes; only a window needs them."""
     if WINDOWED:
         return tl.load(positions + node, valid, other=0)
     else:
@@ -192,7 +192,7 @@ def _finish(  # type: ignore[no-untyped-def]
     do, t, A, o, delta, n_queries, rank,
     NH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, RP: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """do += t A in place, and delta = rowsum(do · o), of one head."""
+    """do += t A in place, and delta = rowsum(do · o), for one head."""
     head = tl.program_id(1)
     g = tl.program_id(2).to(tl.int64)
     m0 = tl.program_id(0).to(tl.int64) * BM
@@ -235,7 +235,7 @@ def _attend(  # type: ignore[no-untyped-def]
 
     total = tl.zeros([BM, DP], tl.float32)
     denominator = tl.zeros([BM], tl.float32)
-    # Finite, so that a row that sees nothing of a block subtracts no infinities; below it is what has overflowed.
+    # Finite, so that a row that sees nothing of a block subtracts no infinities; only overflowed scores are lower.
     highest = tl.full([BM], -3e38, tl.float32)
     for j0 in range(0, last_i + 1, BN):
         j = j0 + tl.arange(0, BN)
@@ -244,7 +244,7 @@ def _attend(  # type: ignore[no-untyped-def]
             row_j = tl.cast(j0, tl.int64)
             pos_j = _positions(positions, j, j < n_nodes, WINDOWED)
             seen = _sees(i[:, None], j[None, :], end_j[None, :], pos_i[:, None], pos_j[None, :], window, WINDOWED)
-            # Both loads before the first product, that they wait together: Triton prefetches nothing under an if.
+            # Both loads before the first product, so that they wait together: Triton prefetches nothing under an if.
             k_tile = load_tile(k + row_j * k_j, k_j, n_nodes - j0, D, BN, DP)
             v_tile = load_tile(v + row_j * v_j, v_j, n_nodes - j0, D, BN, DP)
             scores = dot(q_tile, tl.trans(k_tile))
@@ -333,7 +333,7 @@ def _attend_vjp_kv(  # type: ignore[no-untyped-def]
     BM: tl.constexpr, BN: tl.constexpr, WINDOWED: tl.constexpr, ALL_NODES: tl.constexpr,
 ):  # fmt: skip
     """Writes dk and dv, for one block of keys of one key/value head: summed over the group's heads. The scores are
-    k qᵀ here, keys first: p and ds then are the left factors of dv and dk as they come out."""
+    k qᵀ here, keys first: p and ds are then the left factors of dv and dk without a transpose."""
     D: tl.constexpr = 2 * H
     kv_head = tl.program_id(1)
     g = tl.program_id(2).to(tl.int64)
@@ -349,7 +349,7 @@ def _attend_vjp_kv(  # type: ignore[no-untyped-def]
     v_tile = load_tile(v + g * v_g + row_j * v_j + kv_head * D, v_j, left, D, BN, DP)
     dtype = v_tile.dtype
 
-    # The queries at nodes from j0 until the last end: no other sees a key of this block.
+    # The queries at nodes from j0 up to the last end: no others see a key of this block.
     first_m = j0
     stop_m = tl.max(end_j)
     if not ALL_NODES:

@@ -1,4 +1,4 @@
-"""The gated activation with the adapters of gate, up and down, forwards and back."""
+"""The gated activation with the adapters of gate, up and down, forward and backward."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PROGRAMS = 1056  # eight for each multiprocessor of an H100
 
 @triton.jit
 def _low_rank(u, row, seen, stride, offset, B, g, width, I, cols, RP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """u (BM, RP) of some rows, and (BN, RP) of B (G, I, r)."""
+    """A tile (BM, RP) of u, and one (BN, RP) of B (G, I, r)."""
     rank = tl.arange(0, RP)
     own = tl.load(u + row[:, None] * stride + offset + rank[None, :], mask=seen[:, None], other=0.0)
     base = B + g.to(tl.int64) * I * width
@@ -107,7 +107,7 @@ def gate(
 def _store_rank(  # type: ignore[no-untyped-def]
     out, value, g, width, I, cols, scale, TRANSPOSED: tl.constexpr, RP: tl.constexpr
 ):
-    """A gradient (BN, RP) to its place in dB (G, I, r), or in dA (G, r, I) where transposed."""
+    """Store a gradient (BN, RP) in its place in dB (G, I, r), or in dA (G, r, I) where transposed."""
     rank = tl.arange(0, RP)
     base = out + g.to(tl.int64) * I * width
     where = rank[None, :] * I + cols[:, None] if TRANSPOSED else cols[:, None] * width + rank[None, :]
@@ -220,9 +220,9 @@ def gate_vjp(
     rank_pad: int = 16,
     down_pad: int = 16,
 ) -> tuple[Tensor, list[Tensor]]:
-    """``d_gate = da' · v · σ(z)(1 + z (1 − σ(z)))``, ``d_up = da' · silu(z)`` for ``da' = da + t A``; z, v as forwards.
+    """``d_gate = da' · v · σ(z)(1 + z (1 − σ(z)))``, ``d_up = da' · silu(z)`` for ``da' = da + t A``; z, v as in gate.
 
-    Written over gate_up: a program writes what it alone has read. Beside them ``dB = dyᵀ u`` of gate and up and
+    They overwrite gate_up: a program writes only what it alone has read. Also ``dB = dyᵀ u`` of gate and up and
     ``dA = scaling · tᵀ a`` of down, written to the given tensors where they are wanted, and partials of ``t = dy B`` of
     gate and up.
 
@@ -231,7 +231,7 @@ def gate_vjp(
 
     Returns:
         d_gate | d_up (G, S, 2·I), in the memory of gate_up, and partials (n_sums, G·S, RP) of those of gate and up that
-        have adapters, in the compute dtype: they are many, and their roundings differ.
+        have adapters, in the compute dtype: they are many, so that rounding errors average out.
     """
     n, rows, width = da.shape
     launch = _launch(max(rank_pad, down_pad), da.dtype)

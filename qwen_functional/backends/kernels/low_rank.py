@@ -1,4 +1,4 @@
-"""Inner products by rank of narrow matrices: ``x Aᵀ`` and ``x B``, and sums of partials."""
+"""Products with narrow, low-rank matrices: ``x Aᵀ`` and ``x B``, and sums of partials."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS, COLUMNS, WARPS, STAGES = 16, 64, 4, 3  # of a tile, the columns for each warp
+ROWS, COLUMNS, WARPS, STAGES = 16, 64, 4, 3  # of a tile; the columns are those of each warp
 
 
 @triton.jit
@@ -18,7 +18,7 @@ def _shrink(  # type: ignore[no-untyped-def]
     TRANSPOSED: tl.constexpr, PARTS: tl.constexpr, RP: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
     W: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A program has some rows and one part. Each of its W warps sums over columns of its own, added up in the end."""
+    """A program has some rows and one part. Each of its W warps sums over its own columns, added up at the end."""
     part, g = tl.program_id(1), tl.program_id(2).to(tl.int64)
     first, width, r, factor = c0, w0, r0, F0
     if part == 1:
@@ -74,7 +74,7 @@ def shrink(
 
 
 def columns_each(rank_pad: int, dtype: torch.dtype) -> int:
-    """Columns of a tile for each warp; fewer where ranks or numbers are larger, which share one memory."""
+    """Columns of a tile for each warp; fewer for larger ranks or wider dtypes, as all share the same memory."""
     return max(16, COLUMNS * 32 // (rank_pad * dtype.itemsize))
 
 

@@ -1,9 +1,9 @@
-"""The residual sum with its norm, forwards and back, with the adapters of the product that is added or comes back.
+"""The residual sum with its norm, forward and backward, with the adapters of the product that is added or comes back.
 
-Forwards a program has 16 whole rows, the least that a tensor core multiplies, and goes through them a tile of columns
+Forward, a program has 16 whole rows, the fewest that a tensor core multiplies, and goes through them a tile of columns
 at a time. A tile is (W, rows, columns): each of the W warps has columns of its own, and none waits for another within
-it; a product that is a sum over columns is W sums, added up in the end. On the way back, which reads more, a program
-has a tile of 16 rows and 256 columns, and what needs whole rows, a sum, goes through memory in between.
+it; a product that sums over columns is W sums, added up at the end. Backward, where more is read, a program has a tile
+of 16 rows and 256 columns, and sums over whole rows go through memory in between.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch import Tensor
 from .low_rank import columns_each, shrink, summed
 
 ROWS, COLUMNS, WARPS, STAGES = 16, 256, 4, 2
-SMALL = tl.constexpr(2.0**-80)  # by which a row is multiplied whose squares overflow
-FAR = tl.constexpr(2.0**-60)  # the norm's rstd below which g x could overflow, and rstd² come to nothing
+SMALL = tl.constexpr(2.0**-80)  # the factor for a row whose squares overflow
+FAR = tl.constexpr(2.0**-60)  # the norm's rstd below which g x could overflow, and rstd² underflow
 
-# A tile's first element is at a scalar of 64 bits, the others at 32 bits from there: addresses of 64 bits for each
-# element would take more registers than the numbers.
+# A tile's first element is at a 64-bit scalar offset, the others at 32-bit offsets from there: 64-bit addresses for
+# each element would take more registers than the numbers themselves.
 
 
 @triton.jit
@@ -85,7 +85,7 @@ def _add_norm(  # type: ignore[no-untyped-def]
         small += tl.sum((z * SMALL) * (z * SMALL), axis=2)
     if NORM:
         total = tl.sum(squares, axis=0)
-        # A row whose squares overflow is multiplied by SMALL first, beside which eps is nothing.
+        # A row whose squares overflow is multiplied by SMALL first; eps is then negligible.
         fits = total < float("inf")
         scale = tl.where(fits, 1.0, SMALL)
         rstd = tl.rsqrt(tl.where(fits, total / H + eps, tl.sum(small, axis=0) / H))
@@ -131,7 +131,7 @@ def add_norm(
     rank_pad: int = 16,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """``z = x + y + u Bᵀ``; with a weight ``h = norm(z)`` and ``u' = h Aᵀ`` of each A that reads it.
+    """``z = x + y + u Bᵀ``; with a weight, ``h = norm(z)`` and ``u' = h Aᵀ`` for each A that reads it.
 
     Args:
         x: (G, S, H) float32, the residual stream. y: (G, S, H) a base product to be added to it, or None.
@@ -140,7 +140,7 @@ def add_norm(
 
     Returns:
         z (x itself where there is no y), h (G, S, H) in the weight's dtype, rstd (G, S, 1) float32, u' (G·S, n, RP),
-        and y's u (G·S, 1, RP), summed; None for what there is not.
+        and y's u (G·S, 1, RP), summed; None for what does not exist.
     """
     n, rows, width = x.shape
     like = y if y is not None else x
@@ -209,7 +209,7 @@ def _norm_vjp(  # type: ignore[no-untyped-def]
     FIRST: tl.constexpr, READERS: tl.constexpr, RP: tl.constexpr, BLOCKS: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Of a tile, first the sums of ``g x`` by row; then, with those of all tiles, dx."""
+    """For a tile, first the sums of ``g x`` by row; then, with those of all tiles, dx."""
     block, g = tl.program_id(1), tl.program_id(2)
     local = tl.arange(0, BM)
     seen = tl.program_id(0) * BM + local < S
@@ -221,7 +221,7 @@ def _norm_vjp(  # type: ignore[no-untyped-def]
     d = _finished(dh, t, A0, A1, A2, r0, r1, r2, g, row, H, local, seen, cols, there, READERS, RP)
     d *= tl.load(weight + cols, mask=cols < H, other=0.0).to(tl.float32)[None, :]
     rstd = tl.load(rstd_in + row + local, mask=seen, other=0.0)
-    own = tl.where(rstd < FAR, 1.0, rstd)  # of z, which is normed already where it is far
+    own = tl.where(rstd < FAR, 1.0, rstd)  # what is still to multiply z, which is already normed where it is far
     z *= tl.where(rstd < FAR, rstd, 1.0)[:, None]
     if FIRST:
         tl.store(sums + (row + local) * tl.num_programs(1) + block, tl.sum(d * z, axis=1), mask=seen)
@@ -270,6 +270,6 @@ def norm_vjp(
 
 
 def _tile_columns(width: int, rank_pad: int, dtype: torch.dtype) -> int:
-    """Of a tile; fewer where the adapters' part of it is large."""
+    """Columns of a tile; fewer where the adapters' part of it is large."""
     most = max(16, COLUMNS * 64 // max(64, rank_pad * dtype.itemsize))
     return min(most, max(16, triton.next_power_of_2(width)))

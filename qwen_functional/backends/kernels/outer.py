@@ -17,9 +17,9 @@ FIELDS = 9
 
 @dataclass(frozen=True)
 class Job:
-    """``xᵀ u`` of each adapter; ``scale`` times it is put into ``out``.
+    """``out = scale · xᵀ u`` of each adapter.
 
-    x (G, N, width): some columns, ``first`` on, of wider rows. u (G·N, n, RP), of which ``part`` is meant.
+    x (G, N, width): columns of wider rows, from ``first`` on. u (G·N, n, RP), of which ``part`` is used.
     out (G, width, r), or (G, r, width) where ``transposed``.
     """
 
@@ -47,7 +47,7 @@ def _outer(  # type: ignore[no-untyped-def]
         tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3), tl.load(entry + 4),
         tl.load(entry + 5), tl.load(entry + 6), tl.load(entry + 7), tl.load(entry + 8),
     )  # fmt: skip
-    if ALIGNED:  # what is read from memory tells the compiler nothing of itself
+    if ALIGNED:  # the compiler knows nothing about what is read from memory
         ld, first, start = tl.multiple_of(ld, 8), tl.multiple_of(first, 8), tl.multiple_of(start, 8)
         width = tl.multiple_of(width, 8)
     scale = tl.load(scales + job)
@@ -135,9 +135,9 @@ def signature(jobs: Sequence[Job]) -> tuple:
 
 
 def outer(jobs: Sequence[Job], tiles: Tiles) -> None:
-    """Do the jobs, at most ``MAX_JOBS``: ``scale · xᵀ u``, summed over each adapter's rows, always in one order.
+    """Do the jobs, at most ``MAX_JOBS``: ``scale · xᵀ u``, summed over each adapter's rows, always in the same order.
 
-    All x and u have one dtype, and all outs one; an x has consecutive columns and rows (G·N) of one stride.
+    All x and u have the same dtype, as do all outs; an x has consecutive columns, and rows (G·N) at a constant stride.
     """
     blank = [jobs[0]] * (MAX_JOBS - len(jobs))
     every = [*jobs, *blank]

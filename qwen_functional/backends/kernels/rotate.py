@@ -1,4 +1,4 @@
-"""Rotation of queries and keys, with what is left of the projections q, k and v: biases, adapters, norms of heads."""
+"""Rotation of queries and keys, with what remains of the projections q, k and v: biases, adapters, norms of heads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .tiles import add_dot, load_tile, padded, store_tile
 
 BLOCK: int | None = None  # rows of a tile; None chooses by dtype and head_dim
 
-# (B, first head, heads) of a part of y, and its place in u.
+# (first head, heads, B) of a part of y, and its place in u.
 Part = tuple[int, int, Tensor | None, int]
 
 
@@ -29,13 +29,13 @@ def rotate_(
     n_queries: int = 0,
     eps: float = 0.0,
 ) -> Tensor | None:
-    """In place ``y = rope(norm(y + bias + u Bᵀ))``: the rest of the projections q, k, v once ``y = x Wᵀ`` is there.
+    """In place ``y = rope(norm(y + bias + u Bᵀ))``: the rest of the projections q, k, v, given ``y = x Wᵀ``.
 
     Args:
         y: (G, N, heads · D), any strides but the last, which is 1.
         bias: (heads · D,).
         cos, sin: (N, D/2) float32, a row for each row of y.
-        n_rotated: the heads that are rotated, (x₁ cos − x₂ sin, x₂ cos + x₁ sin), are the first so many.
+        n_rotated: how many heads, from the first on, are rotated: (x₁ cos − x₂ sin, x₂ cos + x₁ sin).
         parts: up to three of (first head, number of heads, B, index): to these heads ``u[:, index] Bᵀ`` is added,
             B (G, number of heads · D, r) contiguous or None for nothing.
         u: (G·N, number of inner products, RP) contiguous, in the dtype of y; r ≤ RP.
@@ -65,7 +65,7 @@ def rotate_(
 
 
 def norm_heads_vjp_(dy: Tensor, read: Tensor, norms: Tensor, n_queries: int, eps: float) -> None:
-    """In place the vjp of the norms of :func:`rotate_`; of dy (G, N, heads · D) the other heads stay as they are."""
+    """The vjp of the norms of :func:`rotate_`, in place in dy (G, N, heads · D), whose other heads are unchanged."""
     n_adapters, n_rows, width = read.shape
     half = norms.shape[1] // 2
     block = BLOCK or (64 if dy.element_size() == 2 else 16)
@@ -92,9 +92,9 @@ def _expand_part(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _normed(y1, y2, eps, H: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The halves of a head over its root mean square, and what they were multiplied by for that."""
+    """The halves of a head divided by its root mean square, and the factor by which they were multiplied for that."""
     total = tl.sum(y1 * y1, axis=1) + tl.sum(y2 * y2, axis=1)
-    # A row whose squares overflow is multiplied by SMALL first, beside which eps is nothing.
+    # A row whose squares overflow is multiplied by SMALL first; eps is then negligible.
     fits = total < float("inf")
     scale = tl.where(fits, 1.0, SMALL)
     small = tl.sum((y1 * SMALL) * (y1 * SMALL), axis=1) + tl.sum((y2 * SMALL) * (y2 * SMALL), axis=1)

@@ -7,7 +7,7 @@ import triton.language as tl
 
 
 def padded(n: int) -> int:
-    """The power of two that holds n channels; tl.dot asks for 16."""
+    """The smallest power of two that holds n channels; tl.dot needs at least 16."""
     return max(16, triton.next_power_of_2(n))
 
 
