@@ -1,8 +1,7 @@
-"""What a step of the engine costs on a mesh: a model with few constants, which ``constants.py`` measures.
+"""What a step of the engine costs on a mesh: a model with a few constants, which ``scale_plan.py`` measures.
 
 What a rank multiplies and keeps is counted by :class:`qwen_functional.cost.Cost`, as the engine itself does; here come
-passes over memory by what is computed element by element, sums over ranks, and reading of streamed blocks. A constant
-turns each into seconds. They add up, but for the reading, which goes on meanwhile.
+passes over memory by what is computed element by element, and sums over ranks. A constant turns each into seconds.
 """
 
 from __future__ import annotations
@@ -27,12 +26,10 @@ class Constants:
     """Of one device, while its neighbours on the host work as well.
 
     Attributes:
-        gemm: FLOP/s of products with base weights.
-        low_rank: FLOP/s of the adapters' own.
+        gemm: FLOP/s of products with base weights; low_rank: of the adapters' own.
         memory: bytes/s of what is computed element by element.
         sum_bytes: bytes/s of a sum over two ranks, of the tensor's own size.
         sum_latency: seconds that the smallest sum takes.
-        disk: bytes/s of reading streamed blocks.
     """
 
     gemm: float
@@ -40,7 +37,6 @@ class Constants:
     memory: float
     sum_bytes: float
     sum_latency: float
-    disk: float
 
 
 @dataclass(frozen=True)
@@ -48,8 +44,7 @@ class MeshStep:
     """A step: G adapters on a mesh, whose ``"dp"`` dimension splits the adapters and ``"tp"`` the model.
 
     Attributes:
-        tokens: of the probes' prefix tree.
-        read: nodes of it that are read out.
+        tokens: of the probes' prefix tree; read: its nodes that are read out.
         itemsize: bytes of a base weight, and of what is multiplied.
         per_pass: adapters at once; None for all of a rank's.
     """
@@ -63,7 +58,6 @@ class MeshStep:
     data_parallel: int = 1
     tensor_parallel: int = 1
     checkpoint: str = "none"
-    stream: bool = False
     per_pass: int | None = None
 
     def __post_init__(self) -> None:
@@ -81,48 +75,40 @@ class MeshStep:
         n, most = self.local_adapters, self.per_pass or self.local_adapters
         return [min(most, n - start) for start in range(0, n, most)]
 
-    def cost(self, adapters: int) -> Cost:
-        """Of so many adapters in one pass on a rank."""
-        c, t = self.config, self.tensor_parallel
-        local = dataclasses.replace(
-            c,
-            num_attention_heads=c.num_attention_heads // t,
-            num_key_value_heads=c.num_key_value_heads // t,
-            head_dim=c.head_dim,
-            intermediate_size=c.intermediate_size // t,
-        )
-        ranks = self._ranks()
-        accumulated, computed = Plain().kept_numbers(local, (), self.tokens)
-        # A tile of a prefix tree sees about as many keys as it has queries.
-        computed += self.tokens * TILE * local.num_attention_heads
-        halves = "A" if self.itemsize == FLOAT32 else "AB"  # LoRA tensors are float32
-        return Cost(
-            local, adapters, self.tokens, self.read, self.itemsize, ranks, top=c.num_hidden_layers - 1,
-            lowest=min(layer for layer, _ in ranks), kept_numbers=(accumulated, computed),
-            bound="" if self.stream else halves,
-        )  # fmt: skip
-
-    def _ranks(self) -> dict[tuple[int, str], int]:
-        """Of each adapted (layer, projection)."""
-        shapes = ((parse_name(name), shape) for name, shape in self.spec.shapes(self.config).items())
-        return {name[:2]: shape[0] for name, shape in shapes if name is not None and name[2] == "A"}
-
     @property
     def n_keep(self) -> int | None:
         """How many blocks are kept whole; None for all."""
         return 0 if self.checkpoint == "block" else None
 
+    def cost(self, adapters: int) -> Cost:
+        """Of so many adapters in one pass on a rank."""
+        c, t = self.config, self.tensor_parallel
+        local = dataclasses.replace(
+            c, num_attention_heads=c.num_attention_heads // t, num_key_value_heads=c.num_key_value_heads // t,
+            head_dim=c.head_dim, intermediate_size=c.intermediate_size // t,
+        )  # fmt: skip
+        shapes = ((parse_name(name), shape) for name, shape in self.spec.shapes(self.config).items())
+        ranks = {name[:2]: shape[0] for name, shape in shapes if name is not None and name[2] == "A"}
+        accumulated, computed = Plain().kept_numbers(local, (), self.tokens)
+        # A tile of a prefix tree sees about as many keys as it has queries.
+        computed += self.tokens * TILE * local.num_attention_heads
+        return Cost(
+            local, adapters, self.tokens, self.read, self.itemsize, ranks, top=c.num_hidden_layers - 1,
+            lowest=min(layer for layer, _ in ranks), kept_numbers=(accumulated, computed),
+            bound="A" if self.itemsize == FLOAT32 else "AB",  # LoRA tensors are float32
+        )  # fmt: skip
+
     def gemm_flop(self) -> float:
         """Of products with base weights on a rank."""
         return float(sum(self.cost(n).base_flop(self.n_keep) for n in self.passes))
 
-    def adapter_elements(self) -> int:
-        """Of one adapter, whole."""
-        return dataclasses.replace(self, tensor_parallel=1).cost(1).adapter_elements()
-
     def low_rank_flop(self) -> float:
         """Of the adapters' own products on a rank."""
         return float(self.cost(self.local_adapters).low_rank_flop())
+
+    def adapter_elements(self) -> int:
+        """Of one adapter, whole."""
+        return dataclasses.replace(self, tensor_parallel=1).cost(1).adapter_elements()
 
     def memory_bytes(self) -> float:
         """Read and written by what is computed element by element."""
@@ -134,65 +120,45 @@ class MeshStep:
 
     def sums(self) -> list[float]:
         """Bytes of each sum over the tensor-parallel ranks, the gradients' last; data-parallel ones take none."""
-        found: list[float] = []
-        gradients = self.adapter_elements() * FLOAT32
         # Two a block each way, and one more of those that are computed again; no dx of the first block's q, k and v.
         n_sums = (5 if self.n_keep == 0 else 4) * self.config.num_hidden_layers - 1
-        if self.tensor_parallel > 1:
-            for n in self.passes:
-                found += [n * self.tokens * self.config.hidden_size * self.itemsize] * n_sums
-                found.append(n * gradients)
-        return [float(size) for size in found]
+        found: list[float] = []
+        for n in self.passes if self.tensor_parallel > 1 else ():
+            found += [float(n * self.tokens * self.config.hidden_size * self.itemsize)] * n_sums
+            found.append(float(n * self.adapter_elements() * FLOAT32))
+        return found
 
-    def block_bytes(self) -> int:
-        """Of a rank's base weights in a block."""
-        return self.cost(1).base_elements() * self.itemsize
-
-    def disk_bytes(self) -> float:
-        """Every block up, and down again but for the last one."""
-        return float(self.block_bytes() * (2 * self.config.num_hidden_layers - 1) * len(self.passes)) * self.stream
+    def traffic(self) -> float:
+        """Bytes that a device sends in a step: a ring moves 2 (n - 1) / n of a tensor."""
+        return sum(self.sums()) * 2 * (self.tensor_parallel - 1) / self.tensor_parallel
 
     def memory(self) -> dict[str, float]:
         """Bytes on a device, by what they are for."""
         c, n = self.config, max(self.passes)
-        rows = n * self.tokens
-        embedding = c.vocab_size * c.hidden_size * self.itemsize
-        weights = 2 * self.block_bytes() if self.stream else c.num_hidden_layers * self.block_bytes() + embedding
-        working = 6 * rows * c.intermediate_size // self.tensor_parallel * self.itemsize
-        adapters = self.local_adapters * self.adapter_elements() * FLOAT32
+        block = self.cost(1).base_elements() * self.itemsize
+        working = 6 * n * self.tokens * c.intermediate_size // self.tensor_parallel * self.itemsize
         return {
-            "weights": float(weights),
+            "weights": float(c.num_hidden_layers * block + c.vocab_size * c.hidden_size * self.itemsize),
             "kept": float(self.cost(n).kept_bytes(self.n_keep)),
             "working": float(working),
-            "adapters": 2.0 * adapters,  # and their gradients
+            "adapters": 2.0 * self.local_adapters * self.adapter_elements() * FLOAT32,  # and their gradients
         }
 
     def seconds(self, constants: Constants) -> dict[str, float]:
         """By what takes them; ``total`` in the end."""
-        size = self.tensor_parallel
-        # A ring moves 2 (n - 1) / n of a tensor; the constant is that of two ranks, where this is one.
-        ring = 2 * (size - 1) / size if size > 1 else 0.0
         parts = {
             "products": self.gemm_flop() / constants.gemm,
             "low-rank": self.low_rank_flop() / constants.low_rank,
             "elementwise": self.memory_bytes() / constants.memory,
-            "sums": sum(constants.sum_latency + ring * size_ / constants.sum_bytes for size_ in self.sums()),
+            # The constant is that of two ranks, where the ring's factor is one.
+            "sums": len(self.sums()) * constants.sum_latency + self.traffic() / constants.sum_bytes,
         }
-        reading = self.disk_bytes() / constants.disk
-        working = sum(parts.values())
-        return {**parts, "reading": reading, "total": max(working, reading)}
+        return {**parts, "total": sum(parts.values())}
 
     def bound(self, constants: Constants) -> str:
         """What takes the most."""
-        seconds = self.seconds(constants)
-        total = seconds.pop("total")
-        reading = seconds.pop("reading")
-        return "reading" if reading >= total and reading > 0 else max(seconds, key=lambda part: seconds[part])
-
-    def traffic(self) -> float:
-        """Bytes that a device sends in a step."""
-        size = self.tensor_parallel
-        return sum(self.sums()) * 2 * (size - 1) / size
+        *parts, _ = self.seconds(constants).items()
+        return max(parts, key=lambda part: part[1])[0]
 
 
 def meshes(step: MeshStep, devices: int) -> list[MeshStep]:

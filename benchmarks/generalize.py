@@ -25,8 +25,7 @@ from typing import Any
 
 import torch
 from generalize_data import SPEC, teachers, write_data
-from measure import machine_facts, machine_line
-from workers import set_threads
+from measure import machine_facts, machine_line, set_threads
 
 from lora_delta import DifferentiableLMLoss, DifferentiableTextDelta
 from lora_delta.demo import write_lines

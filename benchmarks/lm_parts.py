@@ -10,6 +10,7 @@ import argparse
 import os
 import statistics
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -17,14 +18,12 @@ from pathlib import Path
 
 import torch
 from lm_ways import text_ids
-from measure import machine_facts, machine_line
-from sizes import SIZES, named_config
+from measure import machine_facts, machine_line, set_threads
 from torch import Tensor
-from workers import set_threads
-from workload import DTYPES, local_folder
+from workload import DTYPES, SIZES, checkpoint_of
 
 from lora_delta import DifferentiableLMLoss
-from qwen_functional import LoraSpec, Qwen2Config, init_weights, load_pretrained, pack
+from qwen_functional import LoraSpec, Qwen2Config, load_pretrained, pack
 from qwen_functional.dtypes import accumulation_dtype
 from qwen_functional.memory import give_back_freed_memory
 from qwen_functional.ops.attention import attention, attention_vjp
@@ -50,14 +49,10 @@ def main() -> int:
     set_threads(options.threads)
     print(machine_line(machine_facts(options.threads)))
     dtype = DTYPES[options.dtype]
-    if options.model:
-        folder = local_folder(options.model)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = checkpoint_of(options.model, options.size, scratch)
         config, weights = load_pretrained(folder, dtype=dtype)
         ids = text_ids(folder)
-    else:
-        config = named_config(options.size)
-        weights = init_weights(config, dtype=dtype)
-        ids = torch.randint(config.vocab_size, (max(options.tokens),)).tolist()
     if "head" in options.parts:
         E = weights.lm_head
         assert isinstance(E, Tensor)

@@ -5,36 +5,31 @@ The rivals take one padded row for each example, on transformers' model; logits 
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rivals import hook_projections, projections
+from contenders import Entry, Pass, hook_projections, projections
 from torch import Tensor, nn
 from torch.nn import functional as F
-from workload import Pass, Way, Workload
+from workload import Workload, has_tokenizer
 
 from lora_delta import DifferentiableLMLoss
 from lora_delta.lm_loss import Examples
 from lora_delta.probes.tokenization import load_tokenizer
-
-
-@dataclass(frozen=True)
-class TextWorkload(Workload):
-    """A workload whose adapters have examples (prompt ids, completion ids) of their own instead of probes."""
-
-    examples: Examples = field(default_factory=list)
-
-    @property
-    def tokens(self) -> int:
-        return sum(len(prompt) + len(completion) for own in self.examples for prompt, completion in own)
+from lora_delta.teachers import TopK
+from qwen_functional import read_config
 
 
 def text_ids(folder: str) -> list[int]:
-    """This repository's own text. Of random tokens bfloat16 gradients are mostly rounding."""
+    """This repository's own text; of random tokens, which stand in without a tokenizer, bfloat16 gradients are mostly
+    rounding."""
+    if not has_tokenizer(folder):
+        return list(range(read_config(folder).vocab_size))
     root = Path(__file__).resolve().parents[1]
     files = [root / "README.md", *sorted((root / "lora_delta").rglob("*.py"))]
     return load_tokenizer(folder).encode("\n".join(file.read_text(encoding="utf-8") for file in files)).ids
@@ -53,12 +48,27 @@ def draw_examples(adapters: int, each: int, shortest: int, longest: int, ids: Se
     return [[example() for _ in range(each)] for _ in range(adapters)]
 
 
+def draw_teacher(workload: Workload) -> list[list[TopK]] | None:
+    """For each example a teacher's random likeliest tokens, 0.9 of its mass; None for a workload without."""
+    chance, k, vocabulary = torch.Generator().manual_seed(3), workload.top_k, workload.config().vocab_size
+    if k is None:
+        return None
+
+    def told(n: int) -> TopK:
+        indices = torch.randint(vocabulary, (n, 1), generator=chance) + torch.arange(k) * (vocabulary // k)
+        return TopK(indices % vocabulary, torch.randn(n, k, generator=chance).log_softmax(1) + math.log(0.9))
+
+    return [[told(len(completion)) for _, completion in own] for own in workload.examples]
+
+
 class LMEngine:
     """``DifferentiableLMLoss`` as training calls it."""
 
-    def __init__(self, workload: TextWorkload, checkpoint: str) -> None:
+    warm_up = 4
+
+    def __init__(self, workload: Workload, checkpoint: str = "auto") -> None:
         self.config, base = workload.engine_weights()
-        self.lora, self.examples = workload.lora(self.config), workload.examples
+        self.lora, self.examples, self.teacher = workload.lora(self.config), workload.examples, draw_teacher(workload)
         prepack = checkpoint != "block" and base.can_prepack
         self.lm = DifferentiableLMLoss(self.config, base, workload.spec, checkpoint=checkpoint, prepack=prepack)
 
@@ -67,7 +77,7 @@ class LMEngine:
 
     def step(self, adapters: int) -> list[Pass]:
         leaves = {name: t[:adapters].detach().requires_grad_() for name, t in self.lora.items()}
-        losses = self.lm(leaves, self.examples[:adapters])
+        losses = self.lm(leaves, self.examples[:adapters], self.teacher and self.teacher[:adapters])
         gradients = torch.autograd.grad(losses.sum(), list(leaves.values()))
         return [(losses.detach(), dict(zip(leaves, gradients, strict=True)))]
 
@@ -75,7 +85,7 @@ class LMEngine:
 class _Padded:
     """One row for each example of some adapters, padded on the right to the longest."""
 
-    def __init__(self, examples: Examples, device: str) -> None:
+    def __init__(self, examples: Examples, device: str, teacher: list[list[TopK]] | None) -> None:
         rows = [(prompt, completion) for own in examples for prompt, completion in own]
         longest = max(len(prompt) + len(completion) for prompt, completion in rows)
         self.input_ids = torch.zeros(len(rows), longest, dtype=torch.long)
@@ -90,10 +100,17 @@ class _Padded:
         self.adapter = self.adapter.to(device)
         self.row, self.position = (labels[:, 1:] != -100).nonzero(as_tuple=True)
         self.targets = labels[:, 1:][self.row, self.position]
+        told = [(each.indices, each.log_probs) for own in teacher or [] for each in own]
+        self.top_k = [torch.cat(each).to(device) for each in zip(*told, strict=True)]
 
     def losses(self, hidden: Tensor, lm_head: Any, n_adapters: int) -> Tensor:
         """(G,), each the mean over its tokens."""
-        each = F.cross_entropy(lm_head(hidden[self.row, self.position]).float(), self.targets, reduction="none")
+        logits = lm_head(hidden[self.row, self.position]).float()
+        if self.top_k:
+            indices, log_probs = self.top_k
+            each = (log_probs.exp() * (log_probs - logits.log_softmax(-1).gather(1, indices))).sum(1)
+        else:
+            each = F.cross_entropy(logits, self.targets, reduction="none")
         of = self.adapter[self.row]
         sums = torch.zeros(n_adapters, device=each.device).index_add(0, of, each)
         return sums / torch.bincount(of, minlength=n_adapters)
@@ -102,9 +119,9 @@ class _Padded:
 class LMHooks:
     """Hooks on the backbone, all examples of all adapters in one batch; an adapter's update of a row by ``bmm``."""
 
-    def __init__(self, workload: TextWorkload, checkpoint: bool) -> None:
+    def __init__(self, workload: Workload, checkpoint: bool = False) -> None:
         self.lora = workload.lora(workload.config())
-        self.examples, self.device = workload.examples, workload.device
+        self.examples, self.device, self.teacher = workload.examples, workload.device, draw_teacher(workload)
         self.model = workload.hf_model(with_lm_head=True)
         self.scaling = workload.spec.alpha / workload.rank
         self.leaves: dict[str, Tensor] = {}
@@ -127,7 +144,7 @@ class LMHooks:
 
     def step(self, adapters: int) -> list[Pass]:
         self.leaves = {name: t[:adapters].detach().requires_grad_() for name, t in self.lora.items()}
-        self.batch = batch = _Padded(self.examples[:adapters], self.device)
+        self.batch = batch = _Padded(self.examples[:adapters], self.device, self.teacher and self.teacher[:adapters])
         states = self.model.model(input_ids=batch.input_ids, attention_mask=batch.mask, use_cache=False)
         losses = batch.losses(states.last_hidden_state, self.model.lm_head, adapters)
         gradients = torch.autograd.grad(losses.sum(), list(self.leaves.values()))
@@ -153,11 +170,11 @@ class LMPeft:
     again on the way back, so that these are given each adapter's numbers.
     """
 
-    def __init__(self, workload: TextWorkload, checkpoint: bool) -> None:
+    def __init__(self, workload: Workload, checkpoint: bool = False) -> None:
         from peft import LoraConfig, get_peft_model
 
         self.lora = workload.lora(workload.config())
-        self.examples, self.device = workload.examples, workload.device
+        self.examples, self.device, self.teacher = workload.examples, workload.device, draw_teacher(workload)
         model = workload.hf_model(with_lm_head=True)
         targets = sorted({name.rpartition(".")[2] for name, *_ in projections(model.model)})
         alpha: Any = workload.spec.alpha
@@ -180,26 +197,24 @@ class LMPeft:
             for name, parameter in self.parameters.items():
                 parameter.copy_(self.lora[name][adapter])
         causal: Any = self.model.base_model.model
-        batch = _Padded(self.examples[adapter : adapter + 1], self.device)
+        one = slice(adapter, adapter + 1)
+        batch = _Padded(self.examples[one], self.device, self.teacher and self.teacher[one])
         states = causal.model(input_ids=batch.input_ids, attention_mask=batch.mask, use_cache=False)
         losses = batch.losses(states.last_hidden_state, causal.lm_head, 1)
         gradients = torch.autograd.grad(losses.sum(), list(self.parameters.values()))
         return losses.detach(), {name: g[None] for name, g in zip(self.parameters, gradients, strict=True)}
 
 
-LM_WAYS: dict[str, tuple[Callable[..., Way], Any, str]] = {
-    "engine": (LMEngine, "auto", "DifferentiableLMLoss"),
-    "engine-block": (LMEngine, "block", "the same, base weights as stored, every block checkpointed: the least memory"),
-    "hooks": (LMHooks, False, "hooks, one bmm per row of a padded batch"),
-    "hooks-checkpointed": (LMHooks, True, "the same with gradient checkpointing"),
-    "repeated": (LMRepeated, False, "hooks, A and B repeated for every token"),
-    "repeated-checkpointed": (LMRepeated, True, "the same with gradient checkpointing"),
-    "peft": (LMPeft, False, "PEFT, one adapter at a time"),
-    "peft-checkpointed": (LMPeft, True, "the same with gradient checkpointing"),
+CHECKPOINTED = "the same with gradient checkpointing"
+LM = {
+    "engine": Entry(LMEngine, "DifferentiableLMLoss"),
+    "engine-block": Entry(
+        partial(LMEngine, checkpoint="block"), "the same, nothing packed, every block checkpointed: the least memory"
+    ),
+    "hooks": Entry(LMHooks, "hooks, one bmm per row of a padded batch"),
+    "hooks-checkpointed": Entry(partial(LMHooks, checkpoint=True), CHECKPOINTED),
+    "repeated": Entry(LMRepeated, "hooks, A and B repeated for every token"),
+    "repeated-checkpointed": Entry(partial(LMRepeated, checkpoint=True), CHECKPOINTED),
+    "peft": Entry(LMPeft, "PEFT, one adapter at a time"),
+    "peft-checkpointed": Entry(partial(LMPeft, checkpoint=True), CHECKPOINTED),
 }
-
-
-def make_lm_way(name: str, workload: TextWorkload) -> Way:
-    """Load a way's weights and make it ready to step."""
-    kind, option, _ = LM_WAYS[name]
-    return kind(workload, option)

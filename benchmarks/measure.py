@@ -17,17 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_STATUS = Path("/proc/self/status")
+from qwen_functional.memory import free_bytes, give_back_freed_memory
+
 _PAGE = 4096
-
-
-def _status_bytes(field: str) -> int | None:
-    """A field of /proc/self/status in bytes, None where there is no such file."""
-    try:
-        lines = _STATUS.read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), None)
+IN_A_ROW = 4  # calls that are timed together on a GPU
+_LAUNCH = re.compile("cu(da)?(Launch|GraphLaunch|Memcpy|Memset)")
 
 
 def resident_bytes() -> int:
@@ -40,30 +34,31 @@ def resident_bytes() -> int:
 def peak_bytes() -> int:
     """Largest resident memory of this process, since :func:`reset_peak` where that is supported.
 
-    VmHWM and not ``ru_maxrss``: the latter survives an exec, and so would count the parent process. On a GPU what torch
-    cannot give back counts too, since a CUDA graph's own memory is not among what is allocated.
+    VmHWM and not ``ru_maxrss``, which survives an exec and so would count the parent process. On a GPU, what torch
+    cannot give back counts too: a CUDA graph's own memory is not among what is allocated.
     """
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
         return max(torch.cuda.max_memory_allocated(), torch.cuda.memory_reserved())
-    peak = _status_bytes("VmHWM")
-    if peak is not None:
-        return peak
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return _status_bytes("VmHWM") or (most if sys.platform == "darwin" else most * 1024)
 
 
-def reset_peak() -> bool:
-    """Start counting the peak anew, so that loading does not hide a small step; False if not supported."""
+def _status_bytes(field: str) -> int | None:
+    """A field of /proc/self/status in bytes; None where there is no such file."""
+    if sys.platform != "linux":
+        return None
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def reset_peak() -> None:
+    """Count the peak anew, where the system can, so that loading does not hide a small step."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        return True
-    try:
+    elif sys.platform == "linux":
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
 
 
 def idle_bytes() -> int:
@@ -74,89 +69,20 @@ def idle_bytes() -> int:
 def settle(weights: Iterable[Tensor]) -> int:
     """Touch every page of the weights, drop what loading left behind, and return the resident bytes.
 
-    Without this, weights that are mapped from a file become resident during the first step and would be
-    counted as the step's own.
+    Without this, weights that are mapped from a file become resident during the first step and count as the step's.
     """
     for tensor in weights:
         tensor.detach().flatten()[:: _PAGE // tensor.element_size()].float().sum()
     gc.collect()
-    trim()
+    give_back_freed_memory()
     return resident_bytes()
 
 
-def trim() -> None:
-    """Give freed heap back to the system, where the C library can."""
-    if sys.platform == "linux":
-        import ctypes
-
-        try:
-            ctypes.CDLL(None).malloc_trim(0)
-        except AttributeError:
-            return  # a C library without malloc_trim
-
-
-def available_bytes() -> int | None:
-    """Memory that new processes can take, None where the system does not tell."""
-    if torch.cuda.is_initialized():
-        return torch.cuda.mem_get_info()[0]
-    try:
-        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
-    try:
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
-    except (OSError, ValueError):
-        return free  # no control group, or one without a limit
-    return min(free, max(limit, 0))
-
-
-def memory_limit(gib: float | None) -> int | None:
-    """Bytes that all processes together may take: as said, else 0.9 of what is free now, where that can be told."""
+def memory_limit(gib: float | None) -> int:
+    """Bytes that all processes together may take: as given, else 0.9 of what is free now."""
     if gib is not None:
         return int(gib * 2**30)
-    free = available_bytes()
-    return None if free is None else int(0.9 * free)
-
-
-IN_A_ROW = 4  # calls that are timed together on a GPU
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One timed call.
-
-    Attributes:
-        seconds: wall-clock time.
-        others: the mean number of CPUs that other processes kept busy meanwhile; None where it cannot be told.
-    """
-
-    seconds: float
-    others: float | None
-
-
-def timed(call: Callable[[], object]) -> Timing:
-    """Time a call. Garbage is collected before it, and what it returns is dropped after the clock has stopped.
-
-    On a GPU it is the mean of several in a row: as in training, none waits until the GPU has done the one before.
-    """
-    gc.collect()
-    synchronize()
-    calls = IN_A_ROW if torch.cuda.is_initialized() else 1
-    busy, own, start = _busy_seconds(), _own_seconds(), time.perf_counter()
-    for _ in range(calls - 1):
-        call()
-    result = call()
-    synchronize()
-    seconds = (time.perf_counter() - start) / calls
-    busy_after, own_after = _busy_seconds(), _own_seconds()
-    del result
-    if busy is None or busy_after is None or torch.cuda.is_initialized():  # a GPU's steps are too short to tell
-        return Timing(seconds, None)
-    # The machine's clock ticks a hundred times a second: short steps give nonsense outside of the possible.
-    others = ((busy_after - busy) - (own_after - own)) / seconds
-    return Timing(seconds, min(max(others, 0.0), float(os.cpu_count() or 1)))
+    return int(0.9 * free_bytes(torch.device("cuda" if torch.cuda.is_initialized() else "cpu")))
 
 
 def synchronize() -> None:
@@ -165,14 +91,32 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def timed(call: Callable[[], object]) -> float:
+    """Seconds of a call. Garbage is collected before it, and its result is dropped after the clock has stopped.
+
+    On a GPU this is the mean of several calls in a row: as in training, none waits for the GPU to finish the last one.
+    """
+    gc.collect()
+    synchronize()
+    calls = IN_A_ROW if torch.cuda.is_initialized() else 1
+    start = time.perf_counter()
+    for _ in range(calls - 1):
+        call()
+    result = call()
+    synchronize()
+    seconds = (time.perf_counter() - start) / calls
+    del result
+    return seconds
+
+
 @dataclass(frozen=True)
 class Activity:
     """What a call makes a GPU do.
 
     Attributes:
         kernels: how many kernels, copies and fills ran.
-        launches: by how many calls of the host; a CUDA graph is one, whatever is in it.
-        busy: seconds in which one of them ran, or several.
+        launches: how many calls of the host started them; a CUDA graph is one, whatever is in it.
+        busy: seconds in which at least one of them ran.
     """
 
     kernels: int
@@ -195,14 +139,8 @@ class Activity:
         return cls(len(spans), launches, busy / 1e9)
 
 
-_LAUNCH = re.compile("cu(da)?(Launch|GraphLaunch|Memcpy|Memset)")
-
-
 def activity(call: Callable[[], object]) -> Activity | None:
-    """What a call makes the GPU do; None in a process that uses none.
-
-    The profiler leaves something behind that slows down later launches: time first.
-    """
+    """What a call makes the GPU do; None in a process that uses none. The profiler slows down later launches."""
     if not torch.cuda.is_initialized():
         return None
     gc.collect()
@@ -214,26 +152,25 @@ def activity(call: Callable[[], object]) -> Activity | None:
     return Activity.of(results.kineto_results.events())
 
 
-def _own_seconds() -> float:
-    """CPU time of this process, all threads."""
-    times = os.times()
-    return times.user + times.system
+def use_device(device: str) -> None:
+    """Let this process see what a GPU is and has free. Its workers start afresh."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.init()
 
 
-def _busy_seconds() -> float | None:
-    """CPU time that was not idle on the whole machine, what a hypervisor took included."""
-    try:
-        first, *_ = Path("/proc/stat").read_text().splitlines()
-    except OSError:
-        return None
-    user, nice, system, _idle, _iowait, irq, softirq, steal, *_ = map(int, first.split()[1:])
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+def set_threads(threads: int) -> None:
+    """Fix the number of threads of this process and of the libraries of processes that it starts."""
+    for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[variable] = str(threads)
+    torch.set_num_threads(threads)
 
 
 def machine_facts(threads: int) -> dict[str, Any]:
     """What a reader needs to compare two runs."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return {
-        "cpu": _cpu_name(),
+        "cpu": next(names, platform.processor() or platform.machine()),
         "cpus": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_initialized() else None,
         "threads": threads,
@@ -251,12 +188,3 @@ def machine_line(machine: Mapping[str, Any]) -> str:
         f"{gpu}{machine['cpu']} ({machine['cpu_capability']}), {machine['threads']} threads on {machine['cpus']} CPUs, "
         f"torch {machine['torch']}"
     )
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())

@@ -1,11 +1,7 @@
-"""Pictures of what throughput.py and scaling.py measured, made out of what goes into their JSON files.
-
-matplotlib is only needed to draw, and in the style of ``lora_delta.plots.figures``.
-"""
+"""Pictures of what throughput.py and scaling.py measured, made out of what goes into their JSON files."""
 
 from __future__ import annotations
 
-import argparse
 import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,16 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from measure import machine_line
 
-from lora_delta.plots.figures import (
-    COLOURS,
-    check_png,
-    decimals,
-    new_figure,
-    plain_text,
-    require_matplotlib,
-    save_figure,
-    style,
-)
+from lora_delta.plots.figures import COLOURS, check_png, decimals, new_figure, plain_text, save_figure, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,53 +21,36 @@ _ENGINE, _RIVAL, _INK, _FAINT = COLOURS[0], "#C4C4C4", "#333333", "#777777"
 Record = Mapping[str, Any]
 
 
-def check_plot(parser: argparse.ArgumentParser, path: Path | None) -> None:
-    """Ends the program for a ``--plot`` that cannot be written, or drawn without matplotlib."""
-    if path is None:
-        return
-    try:
-        check_png(path)
-        require_matplotlib()
-    except (ValueError, ImportError) as error:
-        parser.error(f"--plot: {error}")
-    if path.is_dir() or not path.resolve().parent.is_dir():
-        parser.error(f"--plot names {path}, expected a file in a folder that exists")
-
-
 def throughput_picture(record: Record, path: Path) -> None:
-    """Tokens per second of every way beside the floor, for each dtype, as a PNG."""
+    """Tokens per second of every way beside the floor, for each table, as a PNG."""
     check_png(path)
     save_figure(throughput_figure(record), path)
 
 
 def throughput_figure(record: Record) -> Figure:
-    """A panel per dtype, as their scales differ: a bar for each way, and a line for the floor."""
-    runs, probes = record["runs"], record["probes"]
+    """A panel per table, as their scales differ: a bar for each way, and a line for the floor."""
+    runs = record["runs"]
     slots = max(1, *(len(run["ways"]) for run in runs))
-    width = max(8, 4.8 * len(runs))
-    below = [machine_line(record["machine"])]
-    scaled = {
-        entry["adapters_timed"] for run in runs for entry in run["ways"].values() if _is_scaled(entry, record)
-    }
-    below += [f"* timed on {adapters} adapters, scaled to {record['adapters']}" for adapters in sorted(scaled)]
+    scaled = {own["adapters_timed"] for run in runs for own in run["ways"].values() if _is_scaled(own, run)}
+    below = [machine_line(record["machine"])] + [f"* timed on {n} adapters, scaled" for n in sorted(scaled)]
     with style():
-        figure = new_figure(width, 1.7 + 0.34 * slots)
-        title = f"{record['model']}, G = {record['adapters']}, {probes['count']} {probes['kind']} probes"
-        _frame(figure, title, below)
+        figure = new_figure(max(8, 4.8 * len(runs)), 1.7 + 0.34 * slots)
+        _frame(figure, f"{record['model']}, {record['loss']}, rank {record['rank']}", below)
         for axes, run in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs, strict=True):
-            _bars(axes, run, record, slots)
+            _bars(axes, run, slots)
     return figure
 
 
-def _bars(axes: Axes, run: Record, record: Record, slots: int) -> None:
-    """One dtype's panel, with room for so many bars, that they may be as thick as in the panels beside it."""
+def _bars(axes: Axes, run: Record, slots: int) -> None:
+    """One panel, with room for ``slots`` bars, so that they are as thick in all panels."""
     from matplotlib.patheffects import withStroke
 
-    floor = record["adapters"] * record["probes"]["tokens"] / run["floor"]["seconds"]["median"]
-    rates = [entry["tokens_per_second"] for entry in run["ways"].values()]
-    names = [way + "*" * _is_scaled(entry, record) for way, entry in run["ways"].items()]
+    tokens = run["texts"]["tokens"] * (1 if run["texts"]["kind"] == "own examples" else run["adapters"])
+    floor = tokens / run["floor"]["seconds"]["median"]
+    rates = [own["tokens_per_second"] for own in run["ways"].values()]
+    names = [way + "*" * _is_scaled(own, run) for way, own in run["ways"].items()]
     form = decimals([*rates, floor])
-    colours = [_ENGINE if way.startswith("engine") else _RIVAL for way in run["ways"]]
+    colours = [_ENGINE if way.startswith(("engine", "compute_labels")) else _RIVAL for way in names]
     bars = axes.barh(range(len(rates)), rates, 0.7, color=colours)
     halo = [withStroke(linewidth=3, foreground="white")]  # over the floor's line, where a way comes close to it
     for text in axes.bar_label(bars, [f"{rate:{form}}" for rate in rates], padding=3, fontsize=9, color=_INK):
@@ -96,14 +66,12 @@ def _bars(axes: Axes, run: Record, record: Record, slots: int) -> None:
     axes.locator_params(axis="x", nbins=6)
     # The first way on top; to the right, room for the label of the longest bar.
     axes.set(xlim=(0, 1.15 * max([floor, *rates])), ylim=(slots - 0.4, -0.6), xlabel="tokens/s")
-    others = {entry["compute"] for entry in run["ways"].values() if "compute" in entry} - {run["dtype"]}
-    title = ", ".join([run["dtype"], *(f"the engine's products in {dtype}" for dtype in sorted(others))])
-    axes.set_title(title, pad=17)  # above the floor's label
+    axes.set_title(f"{run['dtype']}, G = {run['adapters']}, {run['texts']['count']} {run['texts']['kind']}", pad=17)
 
 
-def _is_scaled(entry: Record, record: Record) -> bool:
+def _is_scaled(own: Record, run: Record) -> bool:
     """Whether a way was timed on fewer adapters: the star in the table."""
-    return entry["adapters_timed"] < record["adapters"]
+    return own["adapters_timed"] < run["adapters"]
 
 
 def scaling_picture(record: Record, path: Path) -> None:
@@ -141,14 +109,14 @@ def _curves(left: Axes, right: Axes, family: Sequence[Record], over_tokens: bool
     for number, series in enumerate(family):
         points = sorted(series["points"], key=lambda point: point[x])
         counts = [point[x] for point in points]
+        first = points[0]
+        label = "in one pass" if first["per_pass"] is None else f"in passes of {first['per_pass']}"
         look: Any = {"color": COLOURS[2 if over_tokens else number], "linewidth": 1.5, "markersize": 4}
-        look |= {"marker": "os"[number % 2], "label": _series_label(points[0], over_tokens)}
-        times, whiskers = [], []
-        for point in points:
-            seconds, time = point["seconds"], factor * point[f"seconds_per_{per}"]
-            times.append(time)
-            whiskers.append([abs(seconds[end] / seconds["median"] - 1) * time for end in ("min", "max")])
-        left.errorbar(counts, times, list(zip(*whiskers, strict=True)), capsize=2.5, elinewidth=1, **look)
+        look |= {"marker": "os"[number % 2], "label": f"G = {first['adapters']}" if over_tokens else label}
+        times = [factor * point[f"seconds_per_{per}"] for point in points]
+        seconds = [(time, point["seconds"]) for time, point in zip(times, points, strict=True)]
+        whiskers = [[abs(own[end] / own["median"] - 1) * time for time, own in seconds] for end in ("min", "max")]
+        left.errorbar(counts, times, whiskers, capsize=2.5, elinewidth=1, **look)
         right.plot(counts, [point["step_bytes"] / 1e9 for point in points], **look)
         gradients |= {point[x]: point["gradient_bytes"] / 1e9 for point in points}
     held: Any = {"linestyle": "--", "linewidth": 1, "color": _FAINT, "label": "the gradients in it"}
@@ -166,17 +134,8 @@ def _curves(left: Axes, right: Axes, family: Sequence[Record], over_tokens: bool
             axes.set_xticks(_apart(gradients), [str(count) for count in _apart(gradients)])
             axes.minorticks_off()
             axes.set_xlabel(f"adapters G, {family[0]['points'][0]['probes']} probes")
-        # Above the panel, where it hides nothing.
-        axes.legend(
-            loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.1, columnspacing=1.2, handlelength=1.8
-        )
-
-
-def _series_label(point: Record, over_tokens: bool) -> str:
-    """What all points of a series share."""
-    if over_tokens:
-        return f"G = {point['adapters']}"
-    return "in one pass" if point["per_pass"] is None else f"in passes of {point['per_pass']}"
+        place: Any = {"loc": "lower left", "bbox_to_anchor": (0, 1)}  # above the panel, where it hides nothing
+        axes.legend(ncols=3, borderaxespad=0.1, columnspacing=1.2, handlelength=1.8, **place)
 
 
 def _apart(counts: Iterable[int]) -> list[int]:

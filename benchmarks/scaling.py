@@ -9,77 +9,39 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
 
-import torch
-from compare import TOLERANCE, DisagreementError, compare, require
-from measure import machine_facts, machine_line, memory_limit
-from picture import check_plot, scaling_picture
-from probe_sets import probe_ids, tree_tokens
-from schedule import Samples, groups_that_fit, time_groups
-from sizes import SIZES
-from summary import seconds_entry
-from throughput import check_counts_and_json, exit_status, model_name, report
-from ways import WAYS
-from workers import Footprint, Job, Pool, WorkerError, set_threads, use_device
-from workload import DTYPES, Workload, config_of, local_folder
+from agreement import TOLERANCE
+from contenders import DELTA
+from harness import Job, Pool, Run
+from measure import machine_facts, machine_line, memory_limit, set_threads, use_device
+from picture import scaling_picture
+from report import Record, add_common, checked, exit_status, markdown, model_name, report
+from workload import DTYPES, Workload, checkpoint_of, probe_ids, tree_tokens
 
-ENGINE_WAYS = tuple(way for way in WAYS if way.startswith("engine"))
 ANCHOR_ADAPTERS = 8
-# A process may grow in its first steps; what it holds after this one is what it should hold for good.
-WARM_STEPS = 10
-
-Series = dict[str, dict[str, Workload]]  # {series: {point: what it computes}}
-
-
-@dataclasses.dataclass(frozen=True)
-class Checked:
-    """What a point's first step tells: its memory, and how the engine went about it."""
-
-    footprint: Footprint
-    checkpoint: str
+WARM_STEPS = 10  # a process may grow in its first steps; what it holds after this one it should hold for good
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    model = parser.add_mutually_exclusive_group()
-    model.add_argument("--model", metavar="ID_OR_FOLDER", help="a Qwen2 checkpoint")
-    model.add_argument("--size", choices=SIZES, help="random weights of this size (default: 0.5b)")
     add = parser.add_argument
+    add_common(parser, plot="what was measured")
     add("--adapters", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], metavar="G", help="of the first series")
     add("--per-pass", type=int, default=8, metavar="N", help="adapters per pass of the second series, over G >= N")
     add("--probes", type=int, nargs="+", default=[5, 15, 30, 60], metavar="P", help="of the series over tokens")
     add("--probe-adapters", type=int, default=4, metavar="G", help="adapters of the series over tokens")
-    add("--way", choices=ENGINE_WAYS, default="engine")
+    add("--way", choices=[way for way in DELTA if way.startswith("engine")], default="engine")
     add("--rank", type=int, default=16)
     add("--dtype", choices=DTYPES, default="bfloat16")
     add("--rounds", type=int, default=5)
     add("--steady-steps", type=int, default=0, metavar="N", help="watch the memory of one adapter through N steps")
-    add("--threads", type=int, default=min(2, os.cpu_count() or 1))
-    add("--memory", type=float, metavar="GIB", help="for all processes (default: 0.9 of what is free)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    add("--json", type=Path, metavar="FILE", help="write everything that was measured")
-    add("--plot", type=Path, metavar="FILE.png", help="draw what was measured")
     options = parser.parse_args(argv)
-    if options.model is None and options.size is None:
-        options.size = "0.5b"
-    check_counts_and_json(parser, options, ("per_pass", "probe_adapters", "rank", "rounds", "threads"))
-    for name in ("adapters", "probes"):
-        counts = getattr(options, name)
-        counts.sort()
-        if counts[0] < 1:
-            parser.error(f"--{name} names {counts[0]}, expected at least 1")
-        if len(set(counts)) < len(counts):
-            parser.error(f"--{name} names one twice: {' '.join(map(str, counts))}")
     if options.steady_steps and options.steady_steps <= WARM_STEPS:
         parser.error(f"--steady-steps is {options.steady_steps}, expected 0 or at least {WARM_STEPS + 1}")
-    check_plot(parser, options.plot)
-    return options
+    return checked(parser, options, ("adapters", "per_pass", "probes", "probe_adapters", "rank", "rounds"))
 
 
 def rotated_probes(probes: Sequence[Sequence[int]], count: int) -> list[list[int]]:
@@ -98,250 +60,138 @@ def rotated_probes(probes: Sequence[Sequence[int]], count: int) -> list[list[int
     return [list(probe) for probe in distinct[:count]]
 
 
-def series_of(options: argparse.Namespace, folder: str | None) -> Series:
-    """Every point to measure, by its name; the names are those of the workers."""
-    vocabulary = config_of(folder, options.size).vocab_size
-    mixed = probe_ids(folder, "mixed", vocabulary)
-    generic = Workload(
-        folder=folder,
-        size=options.size,
-        probes=probe_ids(folder, "generic", vocabulary),
-        adapters=1,
-        rank=options.rank,
-        dtype=DTYPES[options.dtype],
-        threads=options.threads,
-        device=options.device,
-    )
-    per_pass = options.per_pass
+def series_of(options: argparse.Namespace, folder: str) -> dict[str, dict[str, Workload]]:
+    """{series: {point: what it computes}}."""
+    mixed, generic, per_pass = probe_ids(folder, "mixed"), probe_ids(folder, "generic"), options.per_pass
+    one = Workload(folder, generic, 1, options.rank, DTYPES[options.dtype], options.threads, device=options.device)
+    passes = dataclasses.replace(one, adapters_per_pass=per_pass)
+    adapters, many = sorted(options.adapters), dataclasses.replace(one, adapters=options.probe_adapters)
     series = {
-        "adapters": {f"G = {n}": dataclasses.replace(generic, adapters=n) for n in options.adapters},
+        "adapters": {f"G = {n}": dataclasses.replace(one, adapters=n) for n in adapters},
         f"adapters in passes of {per_pass}": {
-            passes_name(n, per_pass): dataclasses.replace(generic, adapters=n, adapters_per_pass=per_pass)
-            for n in options.adapters
-            if n >= per_pass
+            f"G = {n} in passes of {per_pass}": dataclasses.replace(passes, adapters=n)
+            for n in adapters if n >= per_pass
         },
         "probes": {
-            f"{count} probes": dataclasses.replace(
-                generic, adapters=options.probe_adapters, probes=rotated_probes(mixed, count)
-            )
-            for count in options.probes
+            f"{count} probes": dataclasses.replace(many, probes=rotated_probes(mixed, count))
+            for count in sorted(options.probes)
         },
-    }
+    }  # fmt: skip
     return {name: points for name, points in series.items() if points}
 
 
-def passes_name(adapters: int, per_pass: int) -> str:
-    return f"G = {adapters} in passes of {per_pass}"
-
-
-def anchor_of(adapters: Sequence[int]) -> str:
-    """The point of the first series that all are timed in turn with."""
-    return f"G = {ANCHOR_ADAPTERS if ANCHOR_ADAPTERS in adapters else adapters[len(adapters) // 2]}"
-
-
-def check(name: str, pool: Pool, path: str | None) -> Checked:
-    """One whole step in a process of its own; value and gradients go to ``path``, if there is one."""
-    with pool.running([name]) as workers:
-        footprint = workers[name].check(path, pool.jobs[name].workload.adapters)
-        return Checked(footprint, workers[name].facts()["checkpoint"])
-
-
-def checked(pool: Pool, anchor: str, same: Sequence[str]) -> tuple[dict[str, Checked], dict[str, str]]:
-    """Let every point do one whole step, the anchor first.
-
-    Args:
-        same: two points that must agree, or none.
-
-    Returns:
-        What the points told, and why the others are left out.
-
-    Raises:
-        WorkerError: the anchor failed.
-        DisagreementError: the two do not compute the same.
-    """
-    told, left_out = {}, {}
-    with tempfile.TemporaryDirectory() as scratch:
-        paths = {name: str(Path(scratch) / f"{index}.safetensors") for index, name in enumerate(same)}
-        for name in (anchor, *(name for name in pool.jobs if name != anchor)):
-            report(f"checking {name}")
-            try:
-                told[name] = check(name, pool, paths.get(name))
-            except WorkerError as error:
-                if name == anchor:
-                    raise
-                report(f"{name} is left out: {error}")
-                left_out[name] = str(error).rstrip().splitlines()[-1]  # of a traceback, what was raised
-            else:
-                footprint = told[name].footprint
-                report(f"  peak {footprint.peak / 1e9:.2f} GB, idle {footprint.idle / 1e9:.2f} GB")
-        if same and not left_out.keys() & set(same):
-            agreement = compare(*(paths[name] for name in same))
-            report(f"{same[0]}: {agreement}")
-            dtype = str(pool.jobs[same[0]].workload.dtype).removeprefix("torch.")
-            require(same[0], agreement, TOLERANCE[dtype])
-    return told, left_out
-
-
-def point_entry(
-    name: str, jobs: Mapping[str, Job], told: Checked, samples: Mapping[str, Samples], anchor: str
-) -> dict[str, Any]:
-    """Everything about one point; ``jobs`` and ``samples`` are those of all."""
-    workload, own, footprint = jobs[name].workload, samples[name], told.footprint
-    # Over the rounds that both took part in, where there are any: the ratio does not see the machine drift then.
-    times_anchor = own.times_anchor or own.median / samples[anchor].median
-    elements = sum(rows * columns for rows, columns in workload.spec.shapes(workload.config()).values())
+def point_of(run: Run, name: str, entry: Record) -> Record:
+    """An entry with what belongs to a point."""
+    work, anchor = run.jobs[name].workload, run.jobs[run.anchor].workload
+    elements = sum(rows * columns for rows, columns in work.spec.shapes(work.config()).values())
     return {
-        "name": name,
-        "adapters": workload.adapters,
-        "per_pass": workload.adapters_per_pass,
-        "probes": len(workload.probes),
-        "tokens": sum(map(len, workload.probes)),
-        "tree_tokens": tree_tokens(workload.probes),
-        **own.facts,
-        "peak_checkpoint": told.checkpoint,
-        "seconds": seconds_entry(own),
-        "seconds_per_adapter": own.median / workload.adapters,
-        "seconds_per_token": own.median / workload.tree_tokens,
-        "times_anchor": times_anchor * jobs[anchor].workload.tree_tokens / workload.tree_tokens,
-        "timed_beside_anchor": own.times_anchor is not None,
-        "weights_bytes": footprint.weights,
-        "peak_bytes": footprint.peak,
-        "step_bytes": footprint.peak - footprint.weights,
-        "gradient_bytes": workload.adapters * elements * workload.dtype.itemsize,
-    }
+        **entry, "name": name, "adapters": work.adapters, "per_pass": work.adapters_per_pass,
+        "probes": len(work.probes), "tokens": sum(map(len, work.probes)), "tree_tokens": tree_tokens(work.probes),
+        "peak_checkpoint": run.results[name].checked_facts["checkpoint"],
+        "seconds_per_adapter": entry["seconds"]["median"] / work.adapters,
+        "seconds_per_token": entry["seconds"]["median"] / work.tree_tokens,
+        "times_anchor": entry["times_anchor"] and entry["times_anchor"] * anchor.tree_tokens / work.tree_tokens,
+        "gradient_bytes": work.adapters * elements * work.dtype.itemsize,
+    }  # fmt: skip
 
 
-def steady_entry(job: Job, steps: int) -> dict[str, Any]:
+def steady_of(job: Job, steps: int) -> Record:
     """Resident memory through many steps, in a process of its own: what it is once warm, and how far it strays."""
     report(f"taking {steps} steps of one process")
-    with Pool({"steady": job}).running(["steady"]) as workers:
-        resident = workers["steady"].steady(steps, job.workload.adapters)
-    warm, later = resident[WARM_STEPS - 1], resident[WARM_STEPS:]
+    with Pool({"steady": job}) as pool:
+        resident = pool.only("steady")["steady"]("steady", steps)
+    warm, ends = resident[WARM_STEPS - 1], (min(resident[WARM_STEPS:]), max(resident[WARM_STEPS:]))
+    work, percent = job.workload, [100 * (end - warm) / warm for end in ends]
     return {
-        "steps": steps,
-        "adapters": job.workload.adapters,
-        "probes": len(job.workload.probes),
-        "warm_steps": WARM_STEPS,
-        "warm_bytes": warm,
-        "min_bytes": min(later),
-        "max_bytes": max(later),
-        "min_percent": 100 * (min(later) - warm) / warm,
-        "max_percent": 100 * (max(later) - warm) / warm,
-        "resident_bytes": resident,
-    }
+        "steps": steps, "adapters": work.adapters, "probes": len(work.probes), "warm_steps": WARM_STEPS,
+        "warm_bytes": warm, "min_bytes": ends[0], "max_bytes": ends[1], "min_percent": percent[0],
+        "max_percent": percent[1], "resident_bytes": resident,
+    }  # fmt: skip
 
 
-def record_of(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure and print; everything, ready for json."""
-    folder = local_folder(options.model) if options.model else None
-    series = series_of(options, folder)
-    anchor = anchor_of(options.adapters)
-    # With one pass in both there would be nothing to compare.
-    divided = next((n for n in options.adapters if n > options.per_pass), None)
-    same = [passes_name(divided, options.per_pass), f"G = {divided}"] if divided else []
-    jobs = {name: Job(options.way, workload) for points in series.values() for name, workload in points.items()}
-    pool = Pool(jobs, keep=jobs[anchor].workload.is_small)
-    try:
-        told, left_out = checked(pool, anchor, same)
-        footprints = {name: point.footprint for name, point in told.items()}
-        groups = groups_that_fit(footprints, anchor, memory_limit(options.memory))
-        adapters = {name: jobs[name].workload.adapters for name in told}
-        samples = time_groups(groups, pool, anchor, adapters, dict.fromkeys(told, options.rounds), report)
-    finally:
-        pool.stop()
-    one = dataclasses.replace(jobs[anchor].workload, adapters=1)
-    record = {
-        "machine": machine_facts(options.threads),
-        "model": model_name(options),
-        "rank": options.rank,
-        "dtype": options.dtype,
-        "way": options.way,
-        "threads": options.threads,
-        "anchor": anchor,
-        "series": [
-            {
-                "name": name,
-                "points": [
-                    point_entry(point, jobs, told[point], samples, anchor) for point in points if point in told
-                ],
-                "left_out": {point: why for point, why in left_out.items() if point in points},
-            }
-            for name, points in series.items()
-        ],
-        "steady": steady_entry(Job(options.way, one), options.steady_steps) if options.steady_steps else None,
-    }
+def record_of(options: argparse.Namespace, keep: Callable[[Record], None]) -> Record:
+    """Measure and print; ``keep`` is given everything so far, ready for json."""
+    with tempfile.TemporaryDirectory() as scratch:
+        series = series_of(options, checkpoint_of(options.model, options.size, scratch))
+        make = DELTA[options.way].make
+        points = {name: work for own in series.values() for name, work in own.items()}
+        jobs = {name: Job(make, work, work.adapters, options.rounds) for name, work in points.items()}
+        adapters = sorted(options.adapters)
+        anchor = f"G = {ANCHOR_ADAPTERS if ANCHOR_ADAPTERS in adapters else adapters[len(adapters) // 2]}"
+        jobs = {anchor: jobs[anchor], **jobs}
+        # Passes must agree with one pass: of the fewest adapters that take several.
+        divided = next((n for n in adapters if n > options.per_pass), None)
+        same = (f"G = {divided}", f"G = {divided} in passes of {options.per_pass}") if divided else (anchor,)
+        dtype = DTYPES[options.dtype]
+        run = Run(jobs, (anchor,), TOLERANCE[dtype], same, (anchor,), memory=memory_limit(options.memory))
+        record: Record = {
+            "machine": machine_facts(options.threads), "model": model_name(options), "rank": options.rank,
+            "dtype": options.dtype, "way": options.way, "anchor": anchor, "series": [], "steady": None,
+        }  # fmt: skip
+
+        def changed(run: Run) -> None:
+            found = {name: point_of(run, name, entry) for name, entry in run.entries().items()}
+            reasons = {name: own.reason for name, own in run.results.items() if own.reason}
+            record["series"] = [
+                {
+                    "name": name, "points": [found[point] for point in points if point in found],
+                    "left_out": {point: reasons[point] for point in points if point in reasons},
+                }
+                for name, points in series.items()
+            ]  # fmt: skip
+            keep(record)
+
+        run.changed = changed
+        run.measure()
+        if options.steady_steps:
+            one = dataclasses.replace(jobs[anchor].workload, adapters=1)
+            record["steady"] = steady_of(Job(make, one, 1, 1), options.steady_steps)
+            keep(record)
     print(tables(record), flush=True)
     return record
 
 
-def tables(record: Mapping[str, Any]) -> str:
+def tables(record: Record) -> str:
     """What was run, on what, and a Markdown table for each series, with what a reader must know below it."""
-    steady = record["steady"]
+    anchor, steady = record["anchor"], record["steady"]
     lines = [
-        f"{record['model']}, rank {record['rank']}, {record['dtype']}, {record['way']}: {WAYS[record['way']]}",
+        f"{record['model']}, rank {record['rank']}, {record['dtype']}, {record['way']}: {DELTA[record['way']].about}",
         machine_line(record["machine"]),
     ]
     for series in record["series"]:
-        lines += ["", f"Over {series['name']}", "", *table(series["points"], record["anchor"])]
-        below = notes(series, record["anchor"])
-        lines += ["", *below] if below else []
-    if steady:
+        lines += ["", f"Over {series['name']}", "", markdown([_row(point, anchor) for point in series["points"]]), ""]
         lines += [
-            "",
-            f"{steady['steps']} steps of G = {steady['adapters']}, {steady['probes']} probes: "
+            f"{point['name']} does not fit into memory beside {anchor}: it was timed on its own."
+            for point in series["points"] if not point["timed_beside_anchor"]
+        ]  # fmt: skip
+        lines += [
+            f"{point['name']} was timed with checkpoint {point['checkpoint']!r}, beside other processes; "
+            f"its peak is that of {point['peak_checkpoint']!r}."
+            for point in series["points"] if point["checkpoint"] != point["peak_checkpoint"]
+        ]  # fmt: skip
+        lines += [f"{name} was left out: {why}." for name, why in series["left_out"].items()]
+    if steady:
+        lines.append(
+            f"\n{steady['steps']} steps of G = {steady['adapters']}, {steady['probes']} probes: "
             f"{steady['warm_bytes'] / 1e9:.3f} GB resident after step {steady['warm_steps']}, later from "
             f"{steady['min_bytes'] / 1e9:.3f} ({steady['min_percent']:+.2f} %) to "
-            f"{steady['max_bytes'] / 1e9:.3f} ({steady['max_percent']:+.2f} %).",
-        ]
+            f"{steady['max_bytes'] / 1e9:.3f} ({steady['max_percent']:+.2f} %)."
+        )
     return "\n".join(lines)
 
 
-def table(points: Sequence[Mapping[str, Any]], anchor: str) -> list[str]:
-    """The lines of one series."""
-    header = (
-        "G", "per pass", "probes", "tokens in the tree", "s per step (min to max)", "ms per adapter", "µs per token",
-        f"per token / {anchor}", "peak GB", "over weights GB", "of which gradients GB", "checkpoint",
-    )  # fmt: skip
-    rows: list[Sequence[str]] = [header, [*["---:"] * (len(header) - 1), "---"]]
-    for point in points:
-        seconds = point["seconds"]
-        rows.append(
-            (
-                f"{point['adapters']}",
-                f"{point['per_pass'] or point['adapters']}",
-                f"{point['probes']}",
-                f"{point['tree_tokens']}",
-                f"{seconds['median']:.3g} ({seconds['min']:.3g} to {seconds['max']:.3g})",
-                f"{point['seconds_per_adapter'] * 1e3:.1f}",
-                f"{point['seconds_per_token'] * 1e6:.1f}",
-                f"{point['times_anchor']:.2f}",
-                f"{point['peak_bytes'] / 1e9:.2f}",
-                f"{point['step_bytes'] / 1e9:.2f}",
-                f"{point['gradient_bytes'] / 1e9:.2f}",
-                point["checkpoint"],
-            )
-        )
-    return ["| " + " | ".join(row) + " |" for row in rows]
-
-
-def notes(series: Mapping[str, Any], anchor: str) -> list[str]:
-    """What one series' figures do not say of themselves."""
-    points = series["points"]
-    lines = [
-        f"{point['name']} does not fit into memory beside {anchor}: it was timed on its own."
-        for point in points
-        if not point["timed_beside_anchor"]
-    ]
-    lines += [
-        f"{point['name']} was timed with checkpoint {point['checkpoint']!r}, beside other processes; "
-        f"its peak is that of {point['peak_checkpoint']!r}."
-        for point in points
-        if point["checkpoint"] != point["peak_checkpoint"]
-    ]
-    others = max((o for point in points for o in point["seconds"]["others"]), default=0.0)
-    if others > 0.1:
-        lines.append(f"Disturbed: during one of the steps other processes kept {others:.1f} CPUs busy.")
-    return [*lines, *(f"{name} was left out: {why}." for name, why in series["left_out"].items())]
+def _row(point: Record, anchor: str) -> dict[str, str]:
+    seconds = point["seconds"]
+    return {
+        "G": f"{point['adapters']}", "per pass": f"{point['per_pass'] or point['adapters']}",
+        "probes": f"{point['probes']}", "tokens in the tree": f"{point['tree_tokens']}",
+        "s per step (min to max)": f"{seconds['median']:.3g} ({seconds['min']:.3g} to {seconds['max']:.3g})",
+        "ms per adapter": f"{point['seconds_per_adapter'] * 1e3:.1f}",
+        "µs per token": f"{point['seconds_per_token'] * 1e6:.1f}",
+        f"per token / {anchor}": f"{point['times_anchor']:.2f}",
+        "peak GB": f"{point['peak_bytes'] / 1e9:.2f}", "over weights GB": f"{point['step_bytes'] / 1e9:.2f}",
+        "of which gradients GB": f"{point['gradient_bytes'] / 1e9:.2f}", "checkpoint": point["checkpoint"],
+    }  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -349,8 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = arguments(argv)
     set_threads(options.threads)
     use_device(options.device)
-    errors = (DisagreementError, WorkerError, ValueError, OSError)
-    return exit_status(options, record_of, errors, scaling_picture if options.plot else None)
+    return exit_status(options, record_of, scaling_picture)
 
 
 if __name__ == "__main__":

@@ -1,333 +1,280 @@
 """Forward and backward to all LoRA tensors: this engine against its rivals and the GEMM floor, in one run.
 
-See README.md beside this file for what each figure means. Progress goes to stderr, the tables to stdout.
+``--loss delta`` reads probes that all adapters share; ``lm`` and ``kl`` each adapter's own examples; ``labels`` goes
+forwards alone, from adapter folders to deltas. README.md beside this file says what each figure means. Progress goes to
+stderr, the tables to stdout; what has been measured is in ``--json``'s file at any time.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from compare import TOLERANCE, Agreement, DisagreementError, Tolerance, compare, require
-from measure import machine_facts, memory_limit
-from picture import check_plot, throughput_picture
-from probe_sets import PROBE_KINDS, probe_ids, tree_tokens
-from schedule import Samples, groups_that_fit, time_groups
-from sizes import SIZES
-from summary import floor_entry, headline, table, way_entry
-from ways import ADAPTERS, DEFAULT_WAYS, FLOOR, FLOORS, WAYS
-from workers import CannotRunError, Footprint, Job, Pool, WorkerError, set_threads, use_device
-from workload import DTYPES, Workload, config_of, local_folder
+from agreement import TOLERANCE
+from contenders import DELTA, LABELS, Entry
+from floor import AdapterProducts, Floor
+from harness import Job, Pool, Run, WorkerError
+from lm_ways import LM, draw_examples, text_ids
+from measure import machine_facts, machine_line, memory_limit, set_threads, use_device
+from picture import throughput_picture
+from report import Record, add_common, checked, exit_status, markdown, model_name, report
+from workload import DTYPES, PROBE_KINDS, Workload, checkpoint_of, probe_ids, tree_tokens
 
-from lora_delta.files import write_json
+from lora_delta.peft.adapters import save_peft_adapter
 
-# transformers' float16 goes through torch's CPU GEMM, at 1 to 2 GFLOP/s backwards: hours.
+LOSSES: dict[str, dict[str, Entry]] = {"delta": DELTA, "lm": LM, "kl": LM, "labels": LABELS}
+HOOKS = {"delta": "hooks-one", "lm": "hooks", "kl": "hooks", "labels": "peft"}  # the reference in narrow dtypes
+ADAPTERS_OF, RANK_OF = {"delta": 8, "lm": 4, "kl": 4, "labels": 16}, {"delta": 16, "lm": 8, "kl": 8, "labels": 16}
+FLOOR, PRODUCTS = FLOORS = "floor", "adapters' products"
+TOP_K = 16
+ACTIVITY = ("GPU busy ms", "GPU idle", "kernels and copies", "launches")  # columns, on a GPU
+# transformers' float16 goes through torch's CPU GEMM: hours.
 TOO_SLOW = "float16 matrix products of torch run at 1 to 2 GFLOP/s backwards on a CPU"
 
 
-def report(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    model = parser.add_mutually_exclusive_group()
-    model.add_argument("--model", metavar="ID_OR_FOLDER", help="a Qwen2 checkpoint")
-    model.add_argument("--size", choices=SIZES, help="random weights of this size (default: 0.5b)")
-    parser.add_argument("--probes", nargs="+", choices=PROBE_KINDS, default=["generic"], help="one table for each")
-    parser.add_argument("--adapters", type=int, nargs="+", default=[8], metavar="G", help="one table for each")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
-    parser.add_argument("--compute", choices=("float32", "bfloat16"), help="what the engine multiplies in")
-    parser.add_argument("--rounds", type=int, help="timed steps of each way (default: 5, on a GPU 10)")
-    parser.add_argument("--ways", default=",".join(DEFAULT_WAYS), help=f"some of {','.join(WAYS)}")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
+    add_common(parser, plot="tokens/s per way, the floor as a line")
+    add("--loss", choices=LOSSES, default="delta", help="what a step computes (default: %(default)s)")
+    add("--probes", nargs="+", choices=PROBE_KINDS, default=["generic"], help="one table for each")
+    add("--adapters", type=int, nargs="+", metavar="G", help="one table for each (default: 8; lm, kl 4; labels 16)")
+    add("--rank", type=int, help="(default: 16; lm, kl 8)")
+    add("--dtype", nargs="+", choices=DTYPES, default=["float32"], help="one table for each")
+    add("--compute", choices=("float32", "bfloat16"), help="what the engine multiplies in")
+    add("--rounds", type=int, help="timed steps of each way (default: 5, on a GPU 10)")
+    ways = "; ".join(f"{loss}: {', '.join(known)}" for loss, known in LOSSES.items() if loss != "kl")
+    add("--ways", nargs="+", metavar="WAY", help=f"of {ways}")
+    add("--examples", type=int, default=2, help="lm, kl: of each adapter (default: %(default)s)")
+    add("--lengths", type=int, nargs=2, default=[100, 700], metavar=("SHORTEST", "LONGEST"), help="lm, kl: in tokens")
+    add("--per-pass", type=int, default=8, help="labels: adapters at once (default: %(default)s)")
     seed = "the seed's way (on a GPU also hooks-one)"
-    add("--seed-adapters", type=int, help=f"time {seed} on so many, scaled to G (default: at most 2)")
-    add("--seed-rounds", type=int, help=f"rounds in which {seed} takes part (default: at most 2, on a GPU 5)")
+    add("--seed-adapters", type=int, default=2, help=f"time {seed} on so many, scaled to G (default: %(default)s)")
+    add("--seed-rounds", type=int, help=f"rounds in which {seed} takes part (default: 2, on a GPU 5)")
     add("--seed-probes", type=int, help="probes that the seed's way takes at a time (default: all)")
-    add("--threads", type=int, default=min(2, os.cpu_count() or 1))
-    add("--memory", type=float, metavar="GIB", help="for all processes (default: 0.9 of what is free)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     one_process = "all ways in this process, one after the other (default: on a GPU)"
     add("--one-process", action=argparse.BooleanOptionalAction, help=one_process)
     add("--peak", type=float, metavar="TFLOPS", help="of the device in this dtype: say what share each way reaches")
-    add("--json", type=Path, metavar="FILE", help="write everything that was measured")
-    add("--plot", type=Path, metavar="FILE.png", help="draw tokens/s per way, the floor as a line")
     options = parser.parse_args(argv)
-    options.ways = options.ways.split(",")
+    on_gpu, known = torch.device(options.device).type == "cuda", LOSSES[options.loss]
+    defaults = {
+        "adapters": [ADAPTERS_OF[options.loss]], "rank": RANK_OF[options.loss], "rounds": 10 if on_gpu else 5,
+        "seed_rounds": 5 if on_gpu else 2, "one_process": on_gpu, "ways": [way for way in known if known[way].default],
+    }  # fmt: skip
+    for name, default in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, default)
     for way in options.ways:
-        if way not in WAYS:
-            parser.error(f"--ways names {way!r}, expected some of {','.join(WAYS)}")
-    if len(set(options.ways)) < len(options.ways):
-        parser.error(f"--ways names one twice: {','.join(options.ways)}")
-    options.ways.sort(key=list(WAYS).index)
-    if options.model is None and options.size is None:
-        options.size = "0.5b"
-    on_gpu = torch.device(options.device).type == "cuda"
-    if options.one_process is None:
-        options.one_process = on_gpu
-    if options.rounds is None:
-        options.rounds = 10 if on_gpu else 5
-    if options.seed_adapters is None:
-        options.seed_adapters = min(max(options.adapters), 2)
-    if options.seed_rounds is None:
-        options.seed_rounds = min(options.rounds, 5 if on_gpu else 2)
-    if min(options.adapters) < 1:
-        parser.error(f"--adapters is {min(options.adapters)}, expected at least 1")
-    counts = ("rank", "rounds", "seed_adapters", "seed_probes", "seed_rounds", "threads")
-    check_counts_and_json(parser, options, counts)
-    check_plot(parser, options.plot)
-    if options.plot and len(options.adapters) * len(options.probes) > 1:
-        parser.error("--plot draws one table, expected one of --adapters and one of --probes")
-    if options.seed_adapters > max(options.adapters):
-        parser.error(f"--seed-adapters is {options.seed_adapters}, expected at most {max(options.adapters)}")
-    return options
+        if way not in known:
+            parser.error(f"--ways names {way!r}, expected some of {', '.join(known)}")
+    counts = ("adapters", "rank", "rounds", "examples", "per_pass", "seed_adapters", "seed_probes", "seed_rounds")
+    return checked(parser, options, counts)
 
 
-def check_counts_and_json(parser: argparse.ArgumentParser, options: argparse.Namespace, counts: Sequence[str]) -> None:
-    """Ends the program for a count below 1, or a ``--json`` that cannot be written."""
-    for name in counts:
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} is {value}, expected at least 1")
-    if options.json and (options.json.is_dir() or not options.json.resolve().parent.is_dir()):
-        parser.error(f"--json names {options.json}, expected a file in a folder that exists")
-
-
-@dataclasses.dataclass
-class Checked:
-    """What the ways' first steps tell.
-
-    Attributes:
-        reference: what they were compared with.
-        tolerance: by how much they may differ from it.
-        cannot_run: why a way is left out, if it is.
-    """
-
-    reference: str
-    tolerance: Tolerance
-    footprints: dict[str, Footprint] = dataclasses.field(default_factory=dict)
-    agreements: dict[str, Agreement] = dataclasses.field(default_factory=dict)
-    cannot_run: dict[str, str] = dataclasses.field(default_factory=dict)
-
-
-def checked(
-    ways: Sequence[str], pool: Pool, adapters: Mapping[str, int], then: Callable[[str], None] = lambda way: None
-) -> Checked:
-    """Let every way do one whole step in a process of its own; raise where they disagree.
-
-    In float32 the ways must agree with the first (the engine, if it is among them). In a narrower dtype, and
-    where there is only one, they are compared with float32 hooks on the same rounded numbers, over at most
-    two adapters; in bfloat16 these hooks' own error in that dtype widens what is tolerated.
-
-    Args:
-        then: called with each way that has agreed, before the next one starts.
-    """
-    workload = pool.jobs[FLOOR].workload
-    products = workload.compute or workload.dtype
-    told = Checked("", TOLERANCE[str(products).removeprefix("torch.")])
-    kept, reference_path = None, ""
-    with tempfile.TemporaryDirectory() as scratch:
-        if workload.dtype != torch.float32 or workload.compute is not None or len(ways) < 2:
-            kept = min(workload.adapters, 2)
-            told.reference, reference_path = "hooks-one in float32", str(Path(scratch) / "reference.safetensors")
-            report(f"reference: {told.reference}")
-            hooks_in(torch.float32, workload, reference_path, pool.local)
-            if products == torch.bfloat16:
-                path = str(Path(scratch) / "noise.safetensors")
-                hooks_in(products, workload, path, pool.local)
-                noise = compare(path, reference_path)
-                report(f"hooks-one in bfloat16: {noise}")
-                told.tolerance = told.tolerance.beside(noise)
-        for way in (*FLOORS, *ways):
-            path = str(Path(scratch) / f"{way}.safetensors")
-            report(f"checking {way}")
-            try:
-                footprint = check(way, pool, path, adapters[way], kept)
-                report(f"  peak {footprint.peak / 1e9:.2f} GB, idle {footprint.idle / 1e9:.2f} GB")
-                if way not in FLOORS and not reference_path:
-                    told.reference, reference_path = way, path
-                elif way not in FLOORS:
-                    told.agreements[way] = compare(path, reference_path)
-                    report(f"  {told.agreements[way]}")
-                    require(way, told.agreements[way], told.tolerance)
-                    Path(path).unlink()
-                then(way)
-                told.footprints[way] = footprint
-            except CannotRunError as error:
-                if way in FLOORS:
-                    raise
-                report(f"{way} is left out: {error.reason}")
-                told.cannot_run[way] = error.reason
-    return told
-
-
-def hooks_in(dtype: torch.dtype, workload: Workload, path: str, local: bool) -> None:
-    """One step of hooks in ``dtype`` on the workload's rounded numbers, at most two adapters, to a file."""
-    job = Job("hooks-one", dataclasses.replace(workload, dtype=dtype, rounded_to=workload.dtype))
-    pool = Pool({"hooks-one": job}, local=local)
-    try:
-        check("hooks-one", pool, path, min(workload.adapters, 2))
-    finally:
-        pool.stop()
-
-
-def check(way: str, pool: Pool, path: str, adapters: int, kept: int | None = None) -> Footprint:
-    with pool.running([way]) as workers:
-        return workers[way].check(path, adapters, kept)
-
-
-def measured(options: argparse.Namespace, workload: Workload) -> dict[str, Any]:
-    """Everything about one dtype, ready for json."""
-    ways, skipped = options.ways, {}
-    if workload.dtype == torch.float16 and not workload.on_gpu:
-        skipped = {way: TOO_SLOW for way in ways if not way.startswith("engine")}
-        ways = [way for way in ways if way not in skipped]
-        for way, why in skipped.items():
-            report(f"{way} is left out: {why}")
-    adapters = dict.fromkeys((*ways, *FLOORS), workload.adapters)
-    rounds = dict.fromkeys((*ways, *FLOORS), options.rounds)
-    # A GPU's steps are so even that a few adapters tell as much as all of them, one after the other.
-    for way in ("seed", "hooks-one") if workload.on_gpu else ("seed",):
-        if way in ways:
-            adapters[way], rounds[way] = min(options.seed_adapters, workload.adapters), options.seed_rounds
-    pool = Pool({way: Job(way, workload) for way in adapters}, workload.is_small, options.one_process)
-    samples: dict[str, Samples] = {}
-
-    def timed(groups: Sequence[Sequence[str]], anchor: str) -> None:
-        samples.update(time_groups(groups, pool, anchor, adapters, rounds, report))
-
-    try:
-        if options.one_process:
-            told = checked(ways, pool, adapters, lambda way: timed([[way]], "none"))
-        else:
-            told = checked(ways, pool, adapters)
-        ways = [way for way in ways if way not in told.cannot_run]
-        anchor, groups = ways[0] if ways else FLOOR, [[way] for way in samples]
-        if not options.one_process:
-            groups = groups_that_fit(told.footprints, anchor, memory_limit(options.memory))
-            timed(groups, anchor)
-    finally:
-        pool.stop()
-    dtype = str(workload.dtype).removeprefix("torch.")
-    return {
-        "dtype": dtype,
-        "adapters": workload.adapters,
-        "on_gpu": workload.on_gpu,
-        "one_process": options.one_process,
-        "reference": told.reference,
-        "tolerance": dataclasses.asdict(told.tolerance),
-        "anchor": anchor,
-        "timed_together": groups,
-        "floor": floor_entry(samples[FLOOR]),
-        "adapter_products": floor_entry(samples[ADAPTERS]),
-        "peak_tflops": options.peak,
-        "ways": {
-            way: way_entry(
-                way, workload, told.footprints[way], samples, told.agreements.get(way), adapters[way], anchor
-            )
-            for way in ways
-        },
-        "cannot_run": told.cannot_run,
-        "skipped": skipped,
-    }
-
-
-def add_activity(run: dict[str, Any], workload: Workload, local: bool) -> None:
-    """What a step of each way makes the GPU do; a way that is timed on fewer adapters does it that much more often."""
-    entries = {FLOOR: run["floor"], **run["ways"]}
-    pool = Pool({way: Job(way, workload) for way in entries}, local=local)
-    try:
-        for way, entry in entries.items():
-            report(f"profiling {way}")
-            adapters = entry.get("adapters_timed", workload.adapters)
-            times, entry["activity"] = workload.adapters / adapters, None
-            try:
-                with pool.running([way]) as workers:
-                    activity = workers[way].activity(adapters)
-            except WorkerError as error:
-                report(f"{way} was not profiled: {error}")
-                continue
-            if activity is not None:
-                scaled = dataclasses.replace(activity, busy=activity.busy * times)
-                for count in ("kernels", "launches"):
-                    scaled = dataclasses.replace(scaled, **{count: round(getattr(activity, count) * times)})
-                entry["activity"] = dataclasses.asdict(scaled)
-                report(f"  {scaled}")
-    finally:
-        pool.stop()
-
-
-def model_name(options: argparse.Namespace) -> str:
-    """The hub id, or the folder's name without its place on this machine."""
-    if options.model is None:
-        return f"random weights of size {options.size}"
-    folder = Path(options.model)
-    return folder.resolve().name if folder.is_dir() else options.model
-
-
-def record_of(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure and print, table by table; everything, ready for json. Several tables' records are in a list."""
-    folder = local_folder(options.model) if options.model else None
-    records, runs = [], []
-    for kind in options.probes:
-        probes = probe_ids(folder, kind, config_of(folder, options.size).vocab_size)
+def workloads(options: argparse.Namespace, folder: str, scratch: str) -> list[tuple[Workload, Record]]:
+    """What each table is of, and what to say of its texts."""
+    found, own = [], options.loss in ("lm", "kl")
+    for kind in ["own examples"] if own else options.probes:
+        probes = [[0]] if own else probe_ids(folder, kind)
         for adapters in options.adapters:
-            workload = Workload(
-                folder=folder,
-                size=options.size,
-                probes=probes,
-                adapters=adapters,
-                rank=options.rank,
-                dtype=torch.float32,
-                threads=options.threads,
-                seed_probes=options.seed_probes,
-                compute=DTYPES[options.compute] if options.compute else None,
-                device=options.device,
-            )
-            record: dict[str, Any] = {
-                "machine": machine_facts(options.threads),
-                "model": model_name(options),
-                "probes": {
-                    "kind": kind,
-                    "count": len(probes),
-                    "tokens": sum(map(len, probes)),
-                    "tree_tokens": tree_tokens(probes),
-                    "longest": max(map(len, probes)),
-                },
-                "adapters": adapters,
-                "rank": options.rank,
-                "seed_probes": options.seed_probes,
-                "runs": [],
-            }
-            records.append(record)
-            show = report if workload.on_gpu else printed
-            show(headline(record))
+            shortest, longest = options.lengths
+            each = options.examples if own else 0
+            examples = draw_examples(adapters, each, shortest, longest, text_ids(folder)) if each else []
+            texts = [[*prompt, *completion] for one in examples for prompt, completion in one] or probes
+            tokens, longest = sum(map(len, texts)), max(map(len, texts))
+            told = {"kind": kind if own else f"{kind} probes", "count": len(texts), "tokens": tokens}
+            told |= {"tree_tokens": tokens if own else tree_tokens(probes), "longest": longest}
             for dtype in options.dtype:
-                of_dtype = dataclasses.replace(workload, dtype=DTYPES[dtype])
-                record["runs"].append(measured(options, of_dtype))
-                runs.append((record["runs"][-1], of_dtype))
-                show(table(record["runs"][-1]))
-    if runs[0][1].on_gpu:  # to stdout with what is known only when everything has been timed
-        for run, workload in runs:
-            add_activity(run, workload, options.one_process)
-        for record in records:
-            printed(headline(record))
-            for run in record["runs"]:
-                printed(table(run))
-    return records[0] if len(records) == 1 else {"records": records}
+                work = Workload(
+                    folder, probes, adapters, options.rank, DTYPES[dtype], options.threads, examples=examples,
+                    seed_probes=options.seed_probes, top_k=TOP_K if options.loss == "kl" else None,
+                    compute=DTYPES[options.compute] if options.compute else None, device=options.device,
+                )  # fmt: skip
+                if options.loss == "labels":
+                    folders = save_adapters(work, Path(tempfile.mkdtemp(dir=scratch)))
+                    work = dataclasses.replace(work, adapter_folders=folders, adapters_per_pass=options.per_pass)
+                found.append((work, told))
+    return found
 
 
-def printed(text: str) -> None:
-    print(text, flush=True)
+def save_adapters(workload: Workload, folder: Path) -> tuple[str, ...]:
+    """The workload's adapters, each in a folder."""
+    config = workload.config()
+    tensors = workload.lora(config)
+    for index in range(workload.adapters):
+        one = {name: tensor[index] for name, tensor in tensors.items()}
+        save_peft_adapter(folder / f"adapter-{index:04d}", workload.spec, one, "a/base", config=config)
+    return tuple(str(path) for path in sorted(folder.iterdir()))
+
+
+def run_of(workload: Workload, options: argparse.Namespace) -> Run:
+    """The floors and the ways.
+
+    In float32 the first way is the reference of the others. In a narrower dtype, and where there is only one, it is
+    hooks in float32 on the same rounded numbers; in bfloat16 their own error in that dtype widens the tolerance.
+    """
+    known, hooks, backwards = LOSSES[options.loss], HOOKS[options.loss], options.loss != "labels"
+    slow = workload.dtype == torch.float16 and not workload.on_gpu
+    ways = [way for way in options.ways if not slow or way.startswith("engine")]
+    jobs, products = {}, workload.compute or workload.dtype
+    if products != torch.float32 or workload.dtype != torch.float32 or len(ways) < 2:
+        exact = dataclasses.replace(workload, rounded_to=workload.dtype, dtype=torch.float32, compute=None)
+        jobs[f"{hooks} in float32"] = job = Job(known[hooks].make, exact, min(2, workload.adapters), 0)
+        if products == torch.bfloat16:
+            jobs[f"{hooks} in bfloat16"] = dataclasses.replace(job, workload=dataclasses.replace(exact, dtype=products))
+    jobs[FLOOR] = Job(partial(Floor, backwards=backwards), workload, workload.adapters, options.rounds)
+    if backwards:
+        jobs[PRODUCTS] = dataclasses.replace(jobs[FLOOR], make=AdapterProducts)
+    # A GPU's steps are so even that a few adapters tell as much as all of them, one after the other.
+    few = ("seed", "hooks-one") if workload.on_gpu else ("seed",)
+    for way in ways:
+        jobs[way] = Job(known[way].make, workload, workload.adapters, options.rounds)
+        if way in few:
+            adapters, rounds = min(options.seed_adapters, workload.adapters), min(options.rounds, options.seed_rounds)
+            jobs[way] = dataclasses.replace(jobs[way], adapters=adapters, rounds=rounds)
+    limit = memory_limit(options.memory)
+    return Run(jobs, (*ways, FLOOR), TOLERANCE[products], essential=FLOORS, local=options.one_process, memory=limit)
+
+
+def record_of(options: argparse.Namespace, keep: Callable[[Record], None]) -> Record:
+    """Measure and print, table by table; ``keep`` is given everything so far, ready for json."""
+    record: Record = {
+        "machine": machine_facts(options.threads), "model": model_name(options), "loss": options.loss,
+        "rank": options.rank, "seed_probes": options.seed_probes, "runs": [],
+    }  # fmt: skip
+    print(f"{record['model']}, rank {record['rank']}, {options.loss}\n{machine_line(record['machine'])}", flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        runs = []
+        for workload, texts in workloads(options, checkpoint_of(options.model, options.size, scratch), scratch):
+            run = run_of(workload, options)
+            record["runs"].append({})
+
+            def changed(run: Run, texts: Record = texts) -> None:
+                record["runs"][-1] = entry_of(run, texts, options)
+                keep(record)
+
+            run.changed = changed
+            runs.append(run.measure())
+            print(table(record["runs"][-1]), file=sys.stderr if workload.on_gpu else sys.stdout, flush=True)
+        if runs[0].jobs[FLOOR].workload.on_gpu:  # to stdout with what is known only when everything has been timed
+            for run, entry in zip(runs, record["runs"], strict=True):
+                add_activity(run, entry)
+                print(table(entry), flush=True)
+            keep(record)
+    return record
+
+
+def entry_of(run: Run, texts: Record, options: argparse.Namespace) -> Record:
+    """Everything about one table so far, ready for json."""
+    workload, entries = run.jobs[FLOOR].workload, run.entries()
+    floor, products = (entries.pop(name, None) for name in FLOORS)
+    for name, own in entries.items():
+        # Of the anchor over all of its rounds with the floor; of another in the same run.
+        beside = run.results[FLOOR].times_anchor if name == run.anchor else None
+        own["share_of_floor"] = beside or (floor["seconds"]["median"] / own["seconds"]["median"] if floor else None)
+    return {
+        "dtype": str(workload.dtype).removeprefix("torch."), "adapters": workload.adapters, "texts": texts,
+        "on_gpu": workload.on_gpu, "one_process": run.local, "anchor": run.anchor, "reference": run.reference,
+        "tolerance": run.tolerance._asdict(), "peak_tflops": options.peak, "floor": floor,
+        "adapter_products": products, "ways": entries,
+        "skipped": {way: TOO_SLOW for way in options.ways if way not in run.jobs},
+        "cannot_run": {name: own.reason for name, own in run.results.items() if own.reason},
+    }  # fmt: skip
+
+
+def add_activity(run: Run, entry: Record) -> None:
+    """What a step of each way makes the GPU do; a way that is timed on fewer adapters does it that much more often."""
+    with Pool(run.jobs, run.local) as pool:
+        for name, own in {FLOOR: entry["floor"], **entry["ways"]}.items():
+            report(f"profiling {name}")
+            times, own["activity"] = run.jobs[name].workload.adapters / run.jobs[name].adapters, None
+            try:
+                found = pool.only(name)[name]("activity")
+            except WorkerError as error:
+                report(f"{name} was not profiled: {error}")
+                continue
+            if found is not None:
+                counts = {count: round(getattr(found, count) * times) for count in ("kernels", "launches")}
+                own["activity"] = {**counts, "busy": found.busy * times}
+
+
+def table(run: Record) -> str:
+    """One table as Markdown, with what a reader must know above and below it."""
+    on_gpu, texts, anchor, floor, ways = run["on_gpu"], run["texts"], run["anchor"], run["floor"], run["ways"]
+    unit = "ms" if on_gpu else "s"
+    rows = []
+    for way, own in ways.items():
+        off, activity = own["agreement"], _activity(own) if on_gpu else {}
+        rows.append({
+            run["dtype"]: way + "*" * (own["adapters_timed"] < run["adapters"]),
+            f"{unit} per step (min to max)": _time(own, unit), "tokens/s": f"{own['tokens_per_second']:.0f}",
+            "adapters/s": f"{own['adapters_per_second']:.3g}", "peak GB": f"{own['peak_bytes'] / 1e9:.2f}",
+            "over weights GB": f"{own['step_bytes'] / 1e9:.2f}", f"time / {anchor}": f"{own['times_anchor']:.2f}",
+            "share of floor": f"{own['share_of_floor']:.2f}", **activity,
+            "error of value": f"{off['value']:.1e}" if off else "",
+            "error of gradients (worst tensor)": f"{off['gradient']:.1e} ({off['worst']:.1e})" if off else "",
+        })  # fmt: skip
+    rows += [{run["dtype"]: way, f"{unit} per step (min to max)": why} for way, why in run["cannot_run"].items()]
+    rows.append({
+        run["dtype"]: "floor", f"{unit} per step (min to max)": _time(floor, unit), "share of floor": "1.00",
+        **(_activity(floor) if on_gpu else {}),
+    })  # fmt: skip
+    lines = [
+        f"\nG = {run['adapters']}, {texts['count']} {texts['kind']}: {texts['tokens']} tokens, "
+        f"{texts['tree_tokens']} in the prefix tree, longest {texts['longest']}", "", markdown(rows), "",
+    ]  # fmt: skip
+    lines += [
+        f"\\* timed on {own['adapters_timed']} adapters in {len(own['seconds']['samples'])} rounds, scaled to "
+        f"{run['adapters']}: it shares nothing between adapters."
+        for own in ways.values() if own["adapters_timed"] < run["adapters"]
+    ]  # fmt: skip
+    alone = [way for way, own in ways.items() if not own["timed_beside_anchor"] and not run["one_process"]]
+    lines += [f"{way} does not fit into memory beside {anchor}: it was timed on its own." for way in alone]
+    seconds, products = floor["seconds"]["median"], run["adapter_products"]
+    lines.append(f"Floor: {floor['flop'] / 1e12:.3g} TFLOP in {floor['dtype']} at {_rate(floor):.0f} GFLOP/s.")
+    if products:
+        lines.append(
+            f"The adapters' own products alone, {products['flop'] / 1e12:.3g} TFLOP at {_rate(products):.0f} GFLOP/s: "
+            f"{_time(products, unit)} {unit}. With nothing beside them a step reaches "
+            f"{seconds / (seconds + products['seconds']['median']):.2f} of the floor."
+        )
+    rates = {way: floor["flop"] / own["seconds"]["median"] / 1e12 for way, own in ways.items()}
+    peak = run["peak_tflops"]
+    shown = (f"{way} {rate:.3g}" + (f" ({rate / peak:.0%} of the peak)" if peak else "") for way, rate in rates.items())
+    lines.append(f"TFLOP/s of the floor's products: {', '.join(shown)}.")
+    lines += [
+        f"{way} ran with checkpoint={own['checkpoint']!r}, "
+        f"{'prepacked weights' if own['prepacked'] else 'weights as torch stores them'}, in {own['compute']}."
+        for way, own in ways.items() if "checkpoint" in own
+    ]  # fmt: skip
+    tolerated = ", ".join(f"{what} {run['tolerance'][what]:.2g}" for what in ("value", "gradient", "worst"))
+    lines.append(f"Errors are relative to {run['reference']}; tolerated: {tolerated}.")
+    lines += [f"{way} was left out: {why}." for way, why in run["skipped"].items()]
+    return "\n".join(lines)
+
+
+def _rate(own: Record) -> float:
+    return own["flop"] / own["seconds"]["median"] / 1e9
+
+
+def _time(own: Record, unit: str) -> str:
+    median, least, most = ((1e3 if unit == "ms" else 1) * own["seconds"][key] for key in ("median", "min", "max"))
+    return f"{median:.3g} ({least:.3g} to {most:.3g})"
+
+
+def _activity(own: Record) -> dict[str, str]:
+    found = own.get("activity")
+    if found is None:
+        return dict.fromkeys(ACTIVITY, "")
+    idle = max(0.0, 1 - found["busy"] / own["seconds"]["median"])
+    values = f"{1e3 * found['busy']:.3g}", f"{idle:.0%}", f"{found['kernels']}", f"{found['launches']}"
+    return dict(zip(ACTIVITY, values, strict=True))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -335,27 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = arguments(argv)
     set_threads(options.threads)
     use_device(options.device)
-    errors = (DisagreementError, WorkerError, ValueError, OSError)
-    return exit_status(options, record_of, errors, throughput_picture if options.plot else None)
-
-
-def exit_status(
-    options: argparse.Namespace,
-    record_of: Callable[[argparse.Namespace], dict[str, Any]],
-    errors: tuple[type[Exception], ...],
-    draw: Callable[[Mapping[str, Any], Path], None] | None = None,
-) -> int:
-    """0, with the record in ``--json``'s file and drawn to ``--plot``'s; or 1, with one of ``errors`` on stderr."""
-    try:
-        record = record_of(options)
-    except errors as error:
-        report(f"error: {error}")
-        return 1
-    if options.json:
-        write_json(options.json, record)
-    if draw:
-        draw(record, options.plot)
-    return 0
+    return exit_status(options, record_of, throughput_picture)
 
 
 if __name__ == "__main__":

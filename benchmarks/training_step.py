@@ -9,15 +9,14 @@ import argparse
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from measure import machine_facts, machine_line
-from sizes import SIZES, named_config
-from workers import set_threads
-from workload import DTYPES, local_folder
+from measure import machine_facts, machine_line, set_threads
+from workload import DTYPES, SIZES, checkpoint_of
 
 from lora_delta import DifferentiableDeltaCompute, DifferentiableLMLoss
 from lora_delta.generate.generator import DirectGenerator, LoRAGenerator
@@ -28,7 +27,7 @@ from lora_delta.generate.terms import TextLosses
 from lora_delta.generate.text_lines import Text
 from lora_delta.generate.tokens import TokenFormat
 from lora_delta.generate.training import train
-from qwen_functional import LoraSpec, init_weights, load_pretrained
+from qwen_functional import LoraSpec, load_pretrained
 from qwen_functional.memory import give_back_freed_memory, keep_freed_memory, use_huge_pages
 
 LOSSES = ("weights+delta", "delta", "weights", "lm")
@@ -53,11 +52,9 @@ def main() -> int:
     use_huge_pages()
     print(machine_line(machine_facts(options.threads)))
     dtype, device = DTYPES[options.dtype], torch.device(options.device)
-    if options.model:
-        config, weights = load_pretrained(local_folder(options.model), dtype=dtype, device=device)
-    else:
-        config = named_config(options.size)
-        weights = init_weights(config, dtype=dtype, device=device)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = checkpoint_of(options.model, options.size, scratch)
+        config, weights = load_pretrained(folder, dtype=dtype, device=device)
     spec = LoraSpec(rank=options.rank, alpha=2 * options.rank)
     format = TokenFormat.for_config(config, options.rank, options.chunk_width)
     chance = torch.Generator().manual_seed(0)

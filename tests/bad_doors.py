@@ -1,4 +1,4 @@
-"""Doors that do what none may: each is seen by the bench of ``fuzz.py``, or what it says of the others means little."""
+"""Doors that do what none may. The bench of ``fuzz.py`` must notice each, or its verdict on the others means little."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _hangs(folder: Path, chance: Random) -> None:
     time.sleep(60)
 
 
-# What the bench says of each.
+# What the bench reports for each.
 BAD = {
     _writes_beside: "outside",
     _writes_elsewhere: "outside",
@@ -69,7 +69,7 @@ BAD = {
 
 
 def add() -> dict[str, str]:
-    """Put them among the kinds; {kind: what the bench says}."""
+    """Add them to the kinds; returns {kind: what the bench should report}."""
     for door in BAD:
         KINDS[door.__name__] = Kind((), door, "something", seconds=2.0)
     return {door.__name__: what for door, what in BAD.items()}

@@ -1,4 +1,4 @@
-"""Tiny checkpoints and tokenizers for the tests, as transformers writes them, and ways to spoil them."""
+"""Tiny checkpoints and tokenizers for the tests, as transformers writes them, and ways to corrupt them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CHATML = (
 def save_checkpoint(
     folder: Path, dtype: torch.dtype = torch.float32, shards: bool = False, **changes: Any
 ) -> Path:
-    """A tiny checkpoint with random weights, biases included, as transformers writes it; of any ``model_type``."""
+    """A tiny checkpoint of any ``model_type``, with random weights and biases, as transformers writes it."""
     sizes = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
     torch.manual_seed(0)
@@ -51,7 +51,7 @@ def save_checkpoint(
 
 
 def make_checkpoint(folder: Path, **settings: Any) -> Path:
-    """A Qwen2 model's folder with a small byte-level BPE tokenizer, saved by transformers; no weights."""
+    """The folder of a Qwen2 model with a small byte-level BPE tokenizer, saved by transformers, without weights."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -76,7 +76,7 @@ def edit_json(path: Path, **changes: Any) -> None:
 
 
 def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> Path:
-    """Rewrite a checkpoint's one file after a change to its {name: tensor}."""
+    """Apply ``change`` to the {name: tensor} of a checkpoint's only file, and write it back."""
     tensors = {name: tensor.clone() for name, tensor in load_file(folder / ONE).items()}
     change(tensors)
     save_file(tensors, folder / ONE)

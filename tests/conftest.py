@@ -10,18 +10,18 @@ if not torch.cuda.is_available():
 from devices import DEVICES
 from ranks import Ranks
 
-torch.set_num_threads(1)  # the models here are tiny: a second thread costs more than it brings
+torch.set_num_threads(1)  # the models here are tiny: a second thread costs more than it saves
 
 
 @pytest.fixture(scope="session", params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
-    """Each device at hand."""
+    """Each available device."""
     return request.param
 
 
 @pytest.fixture
 def real_checkpoint() -> Iterator[str]:
-    """Folder or hub id of a real Qwen2 checkpoint, from the environment; alone, its tests run on two threads."""
+    """Folder or hub id of a real Qwen2 checkpoint, from the environment. Only its tests run on two threads."""
     model = os.environ.get("QWEN_FUNCTIONAL_CHECKPOINT")
     if not model:
         pytest.skip("QWEN_FUNCTIONAL_CHECKPOINT is not set: no test ran on real weights")
@@ -32,7 +32,7 @@ def real_checkpoint() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def two_ranks() -> Iterator[Ranks]:
-    """Two processes in one group; a rank that fails outside of a collective leaves them usable."""
+    """Two processes in one group; they stay usable when a rank fails outside a collective."""
     ranks = Ranks(2)
     yield ranks
     ranks.stop()

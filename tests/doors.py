@@ -1,6 +1,6 @@
-"""The doors through which files of others come in, each with valid files, and with a way to spoil them.
+"""The doors through which other people's files come in, each with valid files and a way to corrupt them.
 
-A kind of input is a door and what of its files is spoiled. :data:`KINDS` has them all.
+A kind of input is a door and a choice of the files to corrupt. :data:`KINDS` has them all.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ _TOKENIZER = (
 
 
 class Canary:
-    """What a pickle runs when it is loaded: it makes a file."""
+    """An object whose pickle creates a file when it is loaded."""
 
     def __init__(self, ran: Path) -> None:
         self.ran = ran
@@ -80,15 +80,15 @@ class Kind:
     """A kind of input.
 
     Attributes:
-        files: of the valid ones, what the door reads, as globs; one of those that match is spoiled.
-        needs: folders and files that must be there besides.
-        open: the door, given the folder of the input; returns an exit status where it is a command.
-        names: what a refusal has to name, as a regular expression.
-        words: what to put in place of values.
-        prepare: what is done to the files of an input besides, given a path that must never come to be.
-        share: how many inputs of this kind there are for one of another.
+        files: globs of the valid files that the door reads; a matching one is corrupted.
+        needs: other folders and files that must be there.
+        open: the door, called with the folder of the input; a command returns an exit status.
+        names: a regular expression that a refusal must match, for what it has to name.
+        words: values to put in place of others.
+        prepare: a further change to the files of an input, given a path that must never be created.
+        share: how many inputs of this kind are drawn for each of a kind with share 1.
         outs: what the door may write to.
-        seconds: that it may take; a template is stopped after 5 s of a processor, which others use too.
+        seconds: the time limit. A template is stopped after 5 s of processor time, but the processor is shared.
     """
 
     files: tuple[str, ...]
@@ -102,7 +102,7 @@ class Kind:
     seconds: float = 10.0
 
     def make(self, valid: Path, folder: Path, chance: Random, outside: Path) -> list[str]:
-        """The files of an input, spoiled; the names of those that are."""
+        """Write the files of an input, some of them corrupted; returns the names of those."""
         for need in {*self.needs, *(pattern.split("/")[0] for pattern in self.files)}:
             source = valid / need
             shutil.copytree(source, folder / need) if source.is_dir() else shutil.copy(source, folder / need)
@@ -144,7 +144,7 @@ class Kind:
 
 
 def _put_template(folder: Path, chance: Random, ran: Path) -> None:
-    """A template of the list, or two, or the valid one cut and mixed with one."""
+    """Use one or two templates of the list, or the valid one mixed with them or corrupted."""
     file = folder / "base" / "tokenizer_config.json"
     config = json.loads((embedded_checkpoint() / "tokenizer_config.json").read_text())
     own, text = config["chat_template"], chance.choice(TEMPLATES)
@@ -164,7 +164,7 @@ def _put_template(folder: Path, chance: Random, ran: Path) -> None:
 
 
 def _put_pickle(folder: Path, chance: Random, ran: Path) -> None:
-    """Sometimes the adapter's tensors are there as a pickle alone."""
+    """Sometimes store the adapter's tensors only as a pickle."""
     if chance.random() < 0.1:
         weights = folder / "teachers" / "a" / "adapter_model.safetensors"
         if not weights.is_dir():
@@ -173,7 +173,7 @@ def _put_pickle(folder: Path, chance: Random, ran: Path) -> None:
 
 
 def _remove_run(folder: Path, chance: Random, ran: Path) -> None:
-    """Sometimes there is no run yet."""
+    """Sometimes remove the runs, as if there were none yet."""
     if chance.random() < 0.5:
         for run in ("run", "textrun"):
             shutil.rmtree(folder / run)
@@ -213,7 +213,7 @@ def _run(folder: Path) -> None:
 
 
 def _texts(folder: Path, chance: Random) -> None:
-    """Whatever lines are taken, what was written of them is what is read."""
+    """Whichever lines are accepted, what is read back is complete."""
     context = chance.choice((None, "{condition}{prompt}"))
     reader = TextReader(folder / "base", max_tokens=200, vocab_size=259, max_condition=64, context=context)
     given: dict[str, Any] = {"on_bad_line": chance.choice(("error", "skip")), "progress": False}
@@ -255,7 +255,7 @@ def _label(folder: Path, chance: Random) -> int:
 
 
 def _train(folder: Path, chance: Random) -> int:
-    """A run may be drawn that goes on for days: one that is under way after some seconds is ended."""
+    """A drawn run may take days: one that is under way after a few seconds is ended."""
     run = chance.choice(("run.toml", "texts.toml"))
     log, out = drawn_run_folder(folder, run) / "metrics.jsonl", ["train", "--quiet", str(folder / run)]
     began = time.time()
@@ -322,14 +322,14 @@ COMMANDS = ("label", "train", "generate", "plot")
 
 
 def drawn_run_folder(folder: Path, run: str) -> Path:
-    """Where a drawn file says that it writes, which is the user's to say; the valid one's where it says nothing."""
+    """The output folder that a drawn file names, as a user may; the valid file's where it cannot be read."""
     with contextlib.suppress(Exception):
         return (folder / RunConfig.from_toml(folder / run).out).resolve()
     return folder / ("run" if run == "run.toml" else "textrun")
 
 
 def outcome(kind: str, folder: Path, chance: Random) -> tuple[str, str]:
-    """("succeeded" or "refused" or what is wrong, the words) of an input at its door."""
+    """Open an input at its door; returns ("succeeded", "refused" or what is wrong; the message)."""
     said, status = io.StringIO(), None
     try:
         with warnings.catch_warnings(), contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
@@ -349,7 +349,7 @@ def outcome(kind: str, folder: Path, chance: Random) -> tuple[str, str]:
         return "succeeded", words
     lines = [line for line in words.splitlines() if not line.startswith("cut to ")]
     if status == 1 and not lines:
-        return "refused", words  # of some adapters, on stdout
+        return "refused", words  # some adapters were refused, on stdout
     clear = status == 2 and len(lines) == 1 and lines[0].startswith(f"lora-delta {kind}: ") and len(lines[0]) < 3000
     if clear and not re.search(KINDS[kind].names, lines[0]):
         return "names nothing", words

@@ -1,4 +1,4 @@
-"""A bench for ``faults.py``: commands in processes to which something happens, and what they leave undisturbed."""
+"""A bench for ``faults.py``: commands in processes that get disturbed, and their results when they are not."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # as optimizers do: before the forks, not in each
+import torch._dynamo  # optimizers import it: once, before the forks
 
 import lora_delta.generate.runs  # noqa: F401
 from lora_delta import DeltaLabels, save_peft_adapter
@@ -75,16 +75,16 @@ every = 2
 """
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink")
-_SECONDS = 120  # of a command, before it counts as one that hangs
+_SECONDS = 120  # after which a command counts as hanging
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What befalls a process at the ``at``-th time that Python changes something under ``folder``.
+    """What happens to a process the ``at``-th time (from 0) that Python changes something under ``folder``.
 
     Attributes:
-        happens: called then; what it raises, the change raises.
-        stays: whether it happens at every later change as well.
+        happens: called then; if it raises, the change raises.
+        stays: whether it also happens at every later change.
     """
 
     folder: Path
@@ -93,7 +93,7 @@ class Fault:
     stays: bool = False
 
     def arm(self) -> None:
-        """In the process that it is for; for good."""
+        """Install it in this process, permanently."""
         count = 0
 
         def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -115,29 +115,29 @@ class Process:
         self.said, self.began, self.seconds = said, time.monotonic(), 0.0
         self.pid = os.fork()
         if self.pid:
-            while not said.exists():  # a signal is for the command, not for what comes before it
+            while not said.exists():  # so that a signal reaches the command, not its setup
                 time.sleep(0.001)
             return
         status = 99
         try:
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored in the background
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
             if fault is not None:
                 fault.arm()
             for number, name in ((1, os.devnull), (2, str(said))):
                 os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
             status = command_line(arguments)
         except KeyboardInterrupt:
-            status = 130  # before the command could say so
+            status = 130  # before the command handles it
         finally:
             os._exit(status)
 
     def send(self, number: int) -> None:
-        """A signal; nothing if it has ended."""
+        """Send a signal, unless the process has ended."""
         if not os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             os.kill(self.pid, number)
 
     def end(self) -> tuple[int, str]:
-        """(exit status, minus the signal that killed it; what it said), when it has ended."""
+        """Wait for its end; returns (exit status, or minus the signal that killed it; its stderr)."""
         until = self.began + _SECONDS
         while not os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             if time.monotonic() > until:
@@ -149,13 +149,13 @@ class Process:
 
 @dataclass
 class Command:
-    """A command as the trials call it, each in a folder of its own.
+    """A command as the trials call it, each trial in its own folder.
 
     Attributes:
-        arguments: given that folder.
-        out: what it writes, in that folder.
-        result: of what it wrote, all that must be the same again.
-        seconds, changes: that it takes, and that it makes, when nothing happens.
+        arguments: the command line, given that folder.
+        out: the folder that it writes, inside that one.
+        result: everything in ``out`` that must be reproduced.
+        seconds, changes: how long it takes and how many changes it makes when undisturbed.
     """
 
     arguments: Callable[[Path], list[str]]
@@ -168,7 +168,7 @@ class Command:
 
 
 class Bench:
-    """Teachers, and a command's results when nothing happens."""
+    """Teachers, and the results of each command when undisturbed."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.reference = root, root / "reference"
@@ -240,7 +240,7 @@ class Bench:
         command.seconds, command.changes = process.seconds, len(log.read_text())
 
     def finishes(self, name: str, folder: Path) -> str:
-        """Run a command undisturbed where one was disturbed; what is wrong then, or nothing."""
+        """Run a command undisturbed where one was disturbed; returns what is wrong afterwards, or ""."""
         command = self.commands[name]
         status, said = Process(command.arguments(folder), folder / "said").end()
         if status:
@@ -248,9 +248,9 @@ class Bench:
         return self.differs(name, folder / command.out)
 
     def differs(self, name: str, out: Path) -> str:
-        """How a folder differs from the reference's, if it does."""
+        """How a folder differs from the reference's, or ""."""
         command = self.commands[name]
-        odd = command.files.symmetric_difference(contents(out)) - {"checkpoint.previous.pt"}  # which is not needed
+        odd = command.files.symmetric_difference(contents(out)) - {"checkpoint.previous.pt"}  # need not be there
         if odd:
             return f"files that should not be there or are missing: {sorted(odd)}"
         return "" if command.result(out) == command.expected else "the result is another one"
@@ -262,7 +262,7 @@ def _labels(out: Path) -> Any:
 
 
 def run_state(out: Path) -> Any:
-    """All that a checkpoint holds, to the bit, and the metrics but for seconds."""
+    """Everything a checkpoint holds, to the bit, and the metrics without the seconds."""
     state = torch.load(out / "checkpoint.pt", weights_only=True)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     best = out / "best.pt"

@@ -1,9 +1,9 @@
-"""Commands of ``lora-delta`` that write, under kill -9, signals, disks that fail and files that a power cut has left.
+"""Commands of ``lora-delta`` that write, under kill -9, signals, failing disks, and files as a power cut leaves them.
 
     python tests/faults.py --times 50 --seed 0     # prints what happened, how often, and what was wrong
 
-Each trial is a command in a forked process that something happens to, at a moment drawn from the trial's seed; then the
-same command again, undisturbed. What it leaves must be, bit for bit, what a command leaves to which nothing happened.
+In each trial, a command runs in a forked process and is disturbed at a moment drawn from the trial's seed; then the
+same command runs again, undisturbed. The result must be, bit for bit, that of a command that was never disturbed.
 """
 
 from __future__ import annotations
@@ -53,16 +53,16 @@ def _dies() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-# Scenarios. Each is given a bench, a command's name, a folder and what it draws from; it returns what happened. What is
-# wrong is raised, as a Wrong.
+# Scenarios. Each gets a bench, a command's name, a folder and a random generator, and returns what happened. If
+# something is wrong, it raises Wrong.
 
 
 class Wrong(Exception):
-    """Something that must not be."""
+    """Something that must not happen."""
 
 
 def _signalled(command: Command, folder: Path, chance: Random, number: int) -> tuple[int, str]:
-    """Run a command that gets a signal, at some time or right before some change to the folder."""
+    """Run a command and send it a signal, at a random time or right before a random change to the folder."""
     if chance.random() < 0.5:
         fault = Fault(folder / command.out, chance.randrange(command.changes), lambda: os.kill(os.getpid(), number))
         return Process(command.arguments(folder), folder / "said", fault).end()
@@ -73,7 +73,7 @@ def _signalled(command: Command, folder: Path, chance: Random, number: int) -> t
 
 
 def kill(bench: Bench, name: str, folder: Path, chance: Random) -> str:
-    """kill -9 at some time, or right before some change to the folder, up to three times."""
+    """kill -9 at a random time, or right before a random change to the folder, up to three times."""
     command = bench.commands[name]
     ended = [_signalled(command, folder, chance, signal.SIGKILL)[0] for _ in range(chance.choice((1, 1, 2, 3)))]
     if set(ended) - {0, -signal.SIGKILL}:
@@ -82,7 +82,7 @@ def kill(bench: Bench, name: str, folder: Path, chance: Random) -> str:
 
 
 def interrupt(bench: Bench, name: str, folder: Path, chance: Random) -> str:
-    """Ctrl-C or SIGTERM at some time: exit 130 or 143, a line, and all steps that were made are saved."""
+    """Ctrl-C or SIGTERM at a random time: exit 130 or 143, no traceback, and all steps made so far are saved."""
     command = bench.commands[name]
     number, status = chance.choice(((signal.SIGINT, 130), (signal.SIGTERM, 143)))
     ended, said = _signalled(command, folder, chance, number)
@@ -100,7 +100,7 @@ def interrupt(bench: Bench, name: str, folder: Path, chance: Random) -> str:
 
 
 def failing_disk(bench: Bench, name: str, folder: Path, chance: Random) -> str:
-    """From some change on the disk is full or can only be read: a line and exit 2, and nothing is lost."""
+    """From a random change on, the disk is full, read-only or failing: one line and exit 2, and nothing is lost."""
     command = bench.commands[name]
     number = chance.choice((errno.ENOSPC, errno.EROFS, errno.EIO))
     fault = Fault(folder / command.out, chance.randrange(command.changes), _raises(number), stays=True)
@@ -110,7 +110,7 @@ def failing_disk(bench: Bench, name: str, folder: Path, chance: Random) -> str:
 
 
 def full_disk(bench: Bench, name: str, folder: Path, chance: Random) -> str:
-    """A file system that has room for a part of what is written, and more later."""
+    """A file system with room for only a part of what is written, then for everything."""
     command = bench.commands[name]
     size = sum(path.stat().st_size for path in (bench.reference / command.out).rglob("*"))
     out = folder / command.out
@@ -138,9 +138,9 @@ def _check_refusal(name: str, ended: int, said: str, words: str) -> None:
 
 
 def two_writers(bench: Bench, name: str, folder: Path, chance: Random) -> str:
-    """A second one while the first is at work: it is refused in a line, and the first one is not disturbed."""
+    """A second writer while the first is at work: it is refused in one line, and the first is not disturbed."""
     command = bench.commands[name]
-    moment = chance.randrange(2, command.changes - 2) if command.changes > 4 else 0  # while it holds what it writes to
+    moment = chance.randrange(2, command.changes - 2) if command.changes > 4 else 0  # while it holds the lock
     stop = Fault(folder / command.out, moment, lambda: os.kill(os.getpid(), signal.SIGSTOP))
     first = Process(command.arguments(folder), folder / "first", stop)
     os.waitid(os.P_PID, first.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
@@ -157,7 +157,7 @@ def two_writers(bench: Bench, name: str, folder: Path, chance: Random) -> str:
 
 
 def power_cut(bench: Bench, name: str, folder: Path, chance: Random) -> str:
-    """Killed, and then a file is empty, half, gone, or has lines too many: mended, or a line that names it."""
+    """Killed, and then a file is empty, cut, gone, or has extra lines: it is mended, or one line names it."""
     command, out = bench.commands[name], folder / bench.commands[name].out
     fault = Fault(out, chance.randrange(command.changes // 2, command.changes), _dies)
     Process(command.arguments(folder), folder / "said", fault).end()
@@ -165,11 +165,11 @@ def power_cut(bench: Bench, name: str, folder: Path, chance: Random) -> str:
     if not files:
         return "nothing was there"
     file = chance.choice(files)
-    began = any(path.name == "checkpoint.pt" for path in files)  # else no line of a log is to be missed
+    began = any(path.name == "checkpoint.pt" for path in files)  # without a checkpoint, no log line is missed
     data, how = file.read_bytes(), chance.choice(("empty", "half", "gone", "longer"))
     if how == "longer" and file.suffix != ".jsonl":
         how = "half"
-    file.unlink()  # it may have another name besides
+    file.unlink()  # it may have a second name
     match how:
         case "empty":
             file.write_bytes(b"")
@@ -199,7 +199,7 @@ def power_cut(bench: Bench, name: str, folder: Path, chance: Random) -> str:
 
 
 def _log_differs(command: Command, out: Path) -> str:
-    """What lines a log has, they are right, and the checkpoint is; lost lines stay lost."""
+    """How a run is wrong: the checkpoint, or a line that the log still has. Lost lines stay lost."""
     state, log = command.result(out)
     expected, whole = command.expected
     return "" if state == expected and log.items() <= whole.items() else "the result is another one"
@@ -220,7 +220,7 @@ SCENARIOS: dict[str, Callable[[Bench, str, Path, Random], str]] = {
 
 
 def trials(bench: Bench, scenario: str, name: str, seeds: Sequence[int]) -> Count:
-    """Let something happen to a command, once for each seed, and finish it each time."""
+    """Disturb a command and then finish it, once for each seed."""
     count = Count()
     for seed in seeds:
         folder = bench.folder(f"{scenario}-{name}-{seed}".replace(" ", "-"))
@@ -238,7 +238,7 @@ def trials(bench: Bench, scenario: str, name: str, seeds: Sequence[int]) -> Coun
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 1 where something was wrong."""
+    """Returns exit status 1 if something was wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=50, help="trials of each scenario and command")
     parser.add_argument("--seed", type=int, default=0, help="of the first one")

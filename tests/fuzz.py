@@ -1,10 +1,10 @@
-"""Drawn files at every door: each is taken, or refused in one line that names the thing, soon, and in little memory.
+"""Random files at every door: each is accepted, or refused in one line that names the cause, fast and in little memory.
 
     python tests/fuzz.py --count 20000 --seed 0 --jobs 2
-    python tests/fuzz.py --only template:17      # one input again, here, with its traceback
+    python tests/fuzz.py --only template:17      # one input again, in this process, with its traceback
 
-A process of its own opens each few hundred inputs, so that a hang, an abort or a swelling is seen and counted. Anything
-that is written outside of what the door writes to, run, or sent over a network, is seen too.
+Child processes open the inputs in batches, so that hangs, aborts and excessive memory are noticed and counted. So is
+anything that a door runs, sends over a network, or writes where it may not.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from valid_files import make_valid
 
 from lora_delta.probes import chat
 
-MEMORY = 2 << 30  # address space of one process over what it begins with
+MEMORY = 2 << 30  # address space that one process may add to what it starts with
 RESIDENT = 1 << 29  # bytes that one input may add to a process
 PER_PROCESS = 150
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -47,13 +47,13 @@ _RUNS = (
     "os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.spawn", "socket.connect", "socket.getaddrinfo",
     "pty.spawn",
 )  # fmt: skip
-# Where in an event's arguments the paths are, and the descriptor of the folder that they are relative to.
+# For each event, the positions of its path arguments and of the folder descriptors that they are relative to.
 _CHANGES = {"os.rename": ((0, 2), (1, 3)), "os.remove": ((0, 1),), "os.rmdir": ((0, 1),), "os.mkdir": ((0, 2),),
             "os.symlink": ((1, 2),), "os.link": ((1, 3),), "os.chmod": ((0, 2),)}  # fmt: skip
 
 
 class Guard:
-    """Sees what the process writes, runs and connects to, by Python's audit events, while :attr:`outs` is set."""
+    """Records what the process writes, runs and connects to, from Python's audit events, while :attr:`outs` is set."""
 
     def __init__(self) -> None:
         self.outs: list[str] | None = None
@@ -84,13 +84,13 @@ class Guard:
 
 
 def _is_own(arguments: tuple[Any, ...]) -> bool:
-    """Whether a new process is the one in which templates are rendered, which is tested by its own limits."""
+    """Whether a new process is the one that renders templates, whose own limits are tested."""
     command = arguments[1] if len(arguments) > 1 else ()
     return isinstance(command, list) and any(str(part).endswith("lora_delta/probes/sandbox.py") for part in command)
 
 
 def schedule(count: int, seed: int, kinds: Sequence[str]) -> list[tuple[str, int]]:
-    """(kind, number) of each input: all kinds by their shares, evenly mixed."""
+    """(kind, number) of each input: all kinds in proportion to their shares, evenly mixed."""
     total = sum(KINDS[kind].share for kind in kinds)
     counts = {kind: max(1, round(count * KINDS[kind].share / total)) for kind in kinds}
     order = [(number / counts[kind], kind, number) for kind in kinds for number in range(counts[kind])]
@@ -101,7 +101,7 @@ class Bench:
     """A folder with the valid files, and a place for one input at a time.
 
     Args:
-        root: an empty folder. In it, ``outside`` must stay as it is, and ``ran`` must never be there.
+        root: an empty folder. In it, ``outside`` must stay unchanged and ``ran`` must never appear.
     """
 
     def __init__(self, root: Path) -> None:
@@ -123,13 +123,13 @@ class Bench:
         return {str(path): path.read_text() if path.is_file() else "" for path in places}
 
     def input(self, kind: str, number: int) -> tuple[Path, Random, list[str]]:
-        """The folder of an input, what its door draws from, and what was spoiled."""
+        """The folder of an input, the random generator for its door, and the names of the corrupted files."""
         folder, chance = self.root / "inputs" / f"{kind}-{number}", Random(f"{kind}:{number}")
         folder.mkdir()
         return folder, chance, KINDS[kind].make(self.valid, folder, chance, self.outside)
 
     def open(self, kind: str, number: int, guard: Guard) -> dict[str, Any]:
-        """Make an input, open it and remove it; what came of it."""
+        """Make an input, open it and remove it; returns the outcome."""
         folder, chance, spoiled = self.input(kind, number)
         outs = [str(folder / out) for out in KINDS[kind].outs]
         if kind == "train":
@@ -153,7 +153,7 @@ class Bench:
 
 
 def run(bench: Bench, inputs: Sequence[tuple[str, int]]) -> Iterator[dict[str, Any]]:
-    """What came of each input, opened in processes that are replaced when one hangs or dies."""
+    """The outcome of each input, opened in processes that are replaced when they hang or die."""
     left = list(inputs)
     while left:
         some = left[:PER_PROCESS]
@@ -167,14 +167,14 @@ def run(bench: Bench, inputs: Sequence[tuple[str, int]]) -> Iterator[dict[str, A
         os.close(read)
         for answer in answers[-1:]:
             shutil.rmtree(bench.root / "inputs" / f"{answer['kind']}-{answer['number']}", ignore_errors=True)
-            if answer["what"] == "hangs" and len(answers) > 1:  # alone once more: the machine may have been busy
+            if answer["what"] == "hangs" and len(answers) > 1:  # try again, alone: the machine may have been busy
                 answers.pop()
         yield from answers
         left = left[len(answers) :]
 
 
 def _serve(bench: Bench, inputs: Sequence[tuple[str, int]], write: int) -> None:
-    """In a child: open inputs, a line for each to the pipe; never returns."""
+    """In a child: open the inputs and write a line for each to the pipe; never returns."""
     try:
         _bound_memory()
         null = os.open(os.devnull, os.O_WRONLY)
@@ -196,7 +196,7 @@ def _bound_memory() -> None:
 
 
 def _answers(read: int, child: int, inputs: Sequence[tuple[str, int]]) -> Iterator[dict[str, Any]]:
-    """The child's answers; where it hangs or dies, one that says so, as the last."""
+    """The child's answers; if it hangs or dies, the last one says so."""
     buffer, answered = b"", 0
     while answered < len(inputs):
         kind, number = inputs[answered]
@@ -237,7 +237,7 @@ def run_jobs(bench: Bench, inputs: Sequence[tuple[str, int]], jobs: int) -> list
 
 
 def table(answers: Sequence[dict[str, Any]]) -> str:
-    """Kind, inputs, succeeded, refused, other, slowest; then what the others are."""
+    """A line per kind: inputs, succeeded, refused, other, slowest. Then a line for each of the others."""
     lines = [f"{'kind':<18}{'inputs':>8}{'succeeded':>11}{'refused':>9}{'other':>7}{'slowest s':>11}"]
     others = [answer for answer in answers if answer["what"] not in ("succeeded", "refused")]
     for kind in [*KINDS, "all"]:
@@ -254,7 +254,7 @@ def table(answers: Sequence[dict[str, Any]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 1 where an input ends otherwise than it should."""
+    """Returns exit status 1 if an input is neither accepted nor properly refused."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=300, help="inputs (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,4 +1,4 @@
-"""Processes that label the tiny adapters of the tests, as the ranks of a job, and that die or fail when told to."""
+"""Processes that label the tests' tiny adapters as the ranks of a job, and that die or fail on command."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ EXCEPTIONS = {kind.__name__: kind for kind in (KeyboardInterrupt, ValueError, Ru
 
 
 def save_adapters(folder: Path, names: str) -> Path:
-    """One adapter for each letter, of different ranks, so that the composition of a pass shows in the bits."""
+    """An adapter for each letter; their ranks differ, so that the bits reveal which adapters share a pass."""
     for index, name in enumerate(names):
         spec = LoraSpec(rank=1 + index % 3, alpha=5)
         tensors = random_lora(CONFIG, spec, seed=index, dtype=torch.float32)
@@ -47,14 +47,13 @@ def delta(**options: Any) -> DifferentiableDeltaCompute:
 
 @dataclass(frozen=True)
 class Orders:
-    """What a process is told.
+    """What the processes are told to do.
 
     Attributes:
         log: a file that gets a line "rank unit" when a pass begins.
-        pass_seconds: that a pass takes at least, by rank.
-        file_seconds: before and after files are written, renamed or removed, so that a kill can come in between.
-        dies_at: the file operation, counted from 0, at which the process kills itself; half of what it writes there is
-            written.
+        pass_seconds: the least time that a pass takes, by rank.
+        file_seconds: the pause before and after each write, rename or removal, so that a kill can come in between.
+        dies_at: the file operation, counted from 0, at which the process kills itself; of a write, half gets written.
         raises: a rank, and what it raises in its first pass, once another rank has begun one too.
     """
 
@@ -66,7 +65,7 @@ class Orders:
 
 
 def label(rank: int, world_size: int, port: int, adapters: Path, out: Path, orders: Orders) -> None:
-    """One rank. Exit status as of the command: 2 after a ValueError, 130 after Ctrl-C, 3 after anything else."""
+    """One rank. The exit status is the command's: 2 after a ValueError, 130 after Ctrl-C; 3 after anything else."""
     torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank)
@@ -128,7 +127,7 @@ def _watch(rank: int, orders: Orders) -> None:
 
 
 def start(n: int, adapters: Path, out: Path, orders: Orders) -> list[Any]:
-    """The processes of a job of ``n`` ranks, begun. They are forked from a server that has imported all of this."""
+    """Start the processes of a job of ``n`` ranks, forked from a server that has imported this module."""
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = path + (os.pathsep + before if before else "")
@@ -147,7 +146,7 @@ def start(n: int, adapters: Path, out: Path, orders: Orders) -> list[Any]:
 
 
 def finished(ranks: list[Any], seconds: float = 60) -> list[int]:
-    """The exit statuses; a process that is still there by then is killed, which is -9."""
+    """The exit statuses; a process that is still running after ``seconds`` is killed, with status -9."""
     until = time.monotonic() + seconds
     for process in ranks:
         process.join(max(0, until - time.monotonic()))

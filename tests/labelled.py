@@ -1,4 +1,4 @@
-"""Random teachers of the embedded checkpoint in a folder, their labels and their prompts, as a run on them reads it."""
+"""Random teachers of the embedded checkpoint, with their labels and prompts, in a folder that a run can read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qwen_functional import LoraSpec, load_pretrained
 
 
 def write_labelled_teachers(folder: Path, spec: LoraSpec, device: str, n: int = 3) -> None:
-    """``teachers/t0`` and so on, ``deltas`` of them, and ``prompts.jsonl`` with two prompts each."""
+    """Write ``teachers/t0`` and so on, their ``deltas``, and ``prompts.jsonl`` with two prompts for each."""
     base, _ = load_pretrained(embedded_checkpoint())
     chance = torch.Generator().manual_seed(0)
     for i in range(n):

@@ -1,9 +1,8 @@
-"""Bugs to plant: small changes of a source file, found in its syntax tree and made in its text.
+"""Bugs to plant: small changes to a source file, found in its syntax tree and made in its text.
 
-Nothing is changed where no test could, or should, see it: docstrings, annotations, the texts of errors and warnings,
-progress bars, ``__repr__``, ``__all__``, assertions that only tell a type, what is for a type checker alone, and where
-a tensor lives, since all run on a CPU. F-strings are left alone: before Python 3.12 the tree does not say where their
-parts are.
+Nothing is changed that no test could, or should, notice: docstrings, annotations, error and warning messages, progress
+bars, ``__repr__``, ``__all__``, assertions and other code for type checkers only, and the device of a tensor, since
+everything runs on a CPU. F-strings are left alone: before Python 3.12 the tree does not say where their parts are.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ COMMUTATIVE = frozenset(("min", "max", "minimum", "maximum", "equal", "gcd", "lo
 ASKING = frozenset(("isinstance", "issubclass", "getattr", "hasattr"))
 QUIET_CALLS = frozenset(("tqdm", "set_postfix", "cast", "TypeVar", "NewType", "namedtuple"))
 TEXT_CALLS = frozenset(("warn", "warning", "print", "info", "debug", "error", "exit", "add_parser", "add_argument"))
-# What these say shows on a GPU, on other systems, in texts, or where something is wrong already.
+# Their values only matter on a GPU, on other systems, in messages, or when something is already wrong.
 QUIET_KEYWORDS = frozenset((
     "device", "map_location", "non_blocking", "pin_memory", "strict", "encoding", "stacklevel", "help", "description",
     "metavar", "prog", "desc", "category", "file", "flush", "progress", "quiet",
@@ -53,10 +52,10 @@ TYPE_WORDS = ("Callable", "tuple[", "dict[", "list[", " | ")
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change of one file: the bytes from ``start`` to ``end`` become ``new``.
+    """One change to one file: the bytes from ``start`` to ``end`` become ``new``.
 
-    ``statement`` are the lines, first and last, of the statement that it is in, where it is in a function; else None:
-    such code runs when the file is imported. ``before`` and ``after`` are the lines that differ, stripped.
+    ``statement`` holds the first and last line of the enclosing statement; None outside functions, where code runs when
+    the file is imported. ``before`` and ``after`` are the lines that differ, stripped.
     """
 
     path: str
@@ -69,15 +68,15 @@ class Mutant:
     new: str
     before: str
     after: str
-    number: int = 0  # of several in the function that read the same
+    number: int = 0  # tells apart changes in a function that read the same
 
     @property
     def key(self) -> str:
-        """Says which it is, and stays what it is while other lines change."""
+        """Identifies the change, and stays the same while other lines change."""
         return "\n".join((self.path, self.function, f"- {self.before}", f"+ {self.after}", str(self.number)))
 
     def order(self, seed: int) -> bytes:
-        """Where a draw by this seed puts it; does not depend on the others."""
+        """Its sort key in a draw with this seed, independent of other changes."""
         return hashlib.sha256(f"{seed}\n{self.key}".encode()).digest()
 
     def apply(self, source: bytes) -> bytes:
@@ -85,7 +84,7 @@ class Mutant:
 
 
 def mutants(path: str, source: bytes) -> list[Mutant]:
-    """All changes of a file, among them some that do not parse or change nothing: see :func:`is_bug`."""
+    """All changes to a file, including some that do not parse or change nothing: see :func:`is_bug`."""
     found: dict[str, Mutant] = {}
     seen = Counter[str]()
     for mutant in _Finder(path, source).find():
@@ -96,7 +95,7 @@ def mutants(path: str, source: bytes) -> list[Mutant]:
 
 
 def is_bug(mutant: Mutant, source: bytes) -> bool:
-    """Whether the changed file parses, and means something else to Python."""
+    """Whether the changed file parses, to a different syntax tree."""
     try:
         changed = ast.parse(mutant.apply(source))
     except SyntaxError:
@@ -133,7 +132,7 @@ class _Finder:
         return self.source[start:end].decode()
 
     def _whole(self, node: ast.AST) -> str:
-        """An expression's text as a part of another."""
+        """An expression's text, in parentheses where it needs them inside another."""
         text = self._text(node)
         atom = (ast.Name, ast.Constant, ast.Call, ast.Attribute, ast.Subscript, ast.List, ast.Dict, ast.Set, ast.Tuple)
         return text if isinstance(node, atom) and text[:1] != "-" else f"({text})"
@@ -162,7 +161,7 @@ class _Finder:
         self._add(kind, *self._span(node), new)
 
     def _between(self, kind: str, left: ast.AST, right: ast.AST, old: str, new: str) -> None:
-        """Exchange an operator that stands between two nodes."""
+        """Exchange the operator between two nodes."""
         start, end = self._span(left)[1], self._span(right)[0]
         text = self.source[start:end].decode()
         if text.count(old) == 1 and "#" not in text:
@@ -170,7 +169,7 @@ class _Finder:
             self._add(kind, at, at + len(old.encode()), new)
 
     def _without(self, kind: str, items: list[ast.AST], index: int) -> None:
-        """Drop one of several that commas part."""
+        """Drop one of several comma-separated items."""
         start, end = self._span(items[index])
         if index:
             start = self._span(items[index - 1])[1]
@@ -290,7 +289,7 @@ class _Finder:
         self._expression(node.value)
 
     def _is_text(self, name: str) -> bool:
-        """Whether a local name is read in errors' and warnings' texts alone."""
+        """Whether a local name is read only in error and warning messages."""
         if not self.scopes:
             return False
         scope = self.scopes[-1]
@@ -302,7 +301,7 @@ class _Finder:
         return bool(reads) and reads <= texts
 
     def _returned(self, node: ast.Return) -> None:
-        """Give back what came in, where it has the type of what goes out."""
+        """Return an argument of the return type instead."""
         function = self.scopes[-1]
         out = function.returns and self._text(function.returns)
         for one in function.args.args:
@@ -435,7 +434,7 @@ class _Finder:
             self._replace("slice", part, ":")
 
     def _name(self, node: ast.Name) -> None:
-        """Another local name of the same statement, or what an option is by default."""
+        """Use another local name of the same kind, or an option's default."""
         if not self.scopes or self.statement is None:
             return
         function = self.scopes[-1]
@@ -453,8 +452,8 @@ class _Finder:
                 self._replace("swapped", node, other)
 
     def _alike(self, function: ast.FunctionDef | ast.AsyncFunctionDef, name: str) -> dict[str, int]:
-        """The other local names of the same kind, with the lines from which they are bound: arguments of the same
-        annotation, and names that are unpacked together."""
+        """The other local names of the same kind, with the lines that bind them: arguments with the same annotation,
+        and names that are unpacked together."""
         key = id(function)
         if key not in self.groups:
             arguments = function.args
@@ -522,7 +521,7 @@ class _Finder:
 
 
 def _lines(node: ast.stmt) -> tuple[int, int]:
-    """The lines of a statement, of a compound one those before its body."""
+    """The first and last line of a statement; a compound one ends before its body."""
     body = getattr(node, "body", None)
     last = node.end_lineno or node.lineno
     if isinstance(node, ast.Match):

@@ -1,4 +1,4 @@
-"""Runs of pytest in forked children, each in a copy of the tree, with a bug in it or none."""
+"""Runs of pytest in forked children, each in a copy of the tree, with or without a bug in it."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ import pytest
 from mutants import Mutant
 
 PRODUCTS = ("qwen_functional", "lora_delta")
-MEMORY = 12 << 30  # bytes of data that a child may have
-# What tests import of others' packages: once here, not in every child.
+MEMORY = 12 << 30  # bytes of data that a child may allocate
+# Third-party modules that the tests import: once here, not in every child.
 IMPORTED = (
     "numpy", "torch", "torch.distributed", "torch.distributed.device_mesh", "torch.nn.parallel", "torch.func",
     "torch.testing", "torch.utils.checkpoint", "torch._dynamo", "torch.multiprocessing", "safetensors.torch",
@@ -39,10 +39,10 @@ IMPORTED = (
 
 @dataclass(frozen=True)
 class Task:
-    """A run of ``files`` of ``tests/``: of the tests named ``chosen``, or of all.
+    """A run of the tests ``chosen``, or of all, in ``files`` of ``tests/``.
 
-    ``seconds`` of processor time, or four times as many by the clock, and it counts as hanging. With ``trace``, it goes
-    on after a failure, and notes which lines of the products each test runs.
+    It counts as hanging after ``seconds`` of processor time, or four times as many of wall-clock time. With ``trace``,
+    it continues after a failure and records which lines of the products each test runs.
     """
 
     files: tuple[str, ...]
@@ -57,11 +57,11 @@ class Result:
     """How a run ended.
 
     Attributes:
-        status: pytest's exit status; negative, the signal that ended it; None, the time limit.
-        seconds: by the clock.
+        status: pytest's exit status; minus the signal that ended it; None after the time limit.
+        seconds: wall-clock time.
         failed: the first test that failed.
-        passed: seconds of each test that passed.
-        lines: {test: {product file: its lines as the bits of a number, in hex}}.
+        passed: the seconds of each test that passed.
+        lines: {test: {product file: the lines it runs, as the bits of a hexadecimal number}}.
         output: the end of what was printed.
     """
 
@@ -86,19 +86,19 @@ def import_what_tests_import() -> None:
 
 
 class Runner:
-    """Runs tasks, so many at a time, each in a copy of ``tree`` under ``folder``."""
+    """Runs tasks, ``jobs`` at a time, each in a copy of ``tree`` under ``folder``."""
 
     def __init__(self, tree: Path, folder: Path, jobs: int) -> None:
         self.tree = tree
         self.places = [folder / str(number) for number in range(jobs)]
         for place in self.places:
             shutil.copytree(tree, place / "tree")
-            for name in PRODUCTS:  # a bug of the same size in the same second is no stale bytecode
+            for name in PRODUCTS:  # a bug that keeps size and second of the file must not run stale bytecode
                 checked = py_compile.PycInvalidationMode.CHECKED_HASH
                 compileall.compile_dir(place / "tree" / name, quiet=1, invalidation_mode=checked)
 
     def run(self, tasks: deque[Task], finish: Callable[[Task, Result], None]) -> None:
-        """Until no task is left; ``finish``, called with each one's result, may add some."""
+        """Run until no task is left; ``finish``, called with the result of each, may add more."""
         free, running = list(self.places), dict[int, tuple[Task, Path, float]]()
         try:
             while tasks or running:
@@ -136,13 +136,13 @@ class Runner:
 
 
 def _poll(pid: int) -> int | None:
-    """A child's exit status once it has ended, as of a signal negative."""
+    """A child's exit status, or minus its signal, once it has ended; else None."""
     done, status = os.waitpid(pid, os.WNOHANG)
     return os.waitstatus_to_exitcode(status) if done else None
 
 
 def _end(pid: int) -> None:
-    """End a child, what it started, and what that left behind in its session."""
+    """Kill a child, its descendants, and the rest of its process group."""
     family = []
     with suppress(psutil.NoSuchProcess):
         family = psutil.Process(pid).children(recursive=True)
@@ -169,7 +169,7 @@ def _child(task: Task, place: Path) -> None:
         os.setsid()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-        sys.modules["__main__"] = ModuleType("__main__")  # or processes that tests spawn would begin with it
+        sys.modules["__main__"] = ModuleType("__main__")  # or processes that tests spawn would import it
         out = os.open(place / "output.txt", os.O_WRONLY | os.O_CREAT)
         os.dup2(out, 1)
         os.dup2(out, 2)
@@ -189,7 +189,7 @@ def _child(task: Task, place: Path) -> None:
 
 
 class Tests:
-    """A plugin of pytest that chooses tests, times them, and notes the lines that they run."""
+    """A pytest plugin that selects tests, times them, and records the lines that they run."""
 
     __test__ = False
 
@@ -208,7 +208,7 @@ class Tests:
         sys.path[:] = [self.tree, tests, *(one for one in sys.path if one != here)]
         os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:2])
         os.chdir(self.tree)
-        # The same examples in every run, and no time spent on smaller ones.
+        # The same examples in every run, and no time spent shrinking them.
         phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
         hypothesis.settings.register_profile("mutations", database=None, derandomize=True, deadline=None, phases=phases)
         options = ["-q", "--tb=line", "-p", "no:cacheprovider", "-o", "addopts=", "-p", "no:xdist"]

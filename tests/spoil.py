@@ -1,6 +1,6 @@
-"""Ways to spoil a file, drawn: as bytes, as JSON, as TOML, as lines, as a template, as a name in a folder.
+"""Random ways to corrupt a file: as bytes, as JSON, as TOML, as lines, as a template, as an entry of a folder.
 
-Every function draws from the ``random.Random`` that it is given, and from nothing else: the same seed, the same file.
+Every function draws only from the ``random.Random`` that it is given: the same seed gives the same file.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Raw:
-    """A piece of JSON text that no Python value has."""
+    """A piece of JSON text that no Python value serializes to."""
 
     text: str
 
 
-# What is off in any field, whatever it is for.
+# Wrong values for almost any field.
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 0.5, -0.0, 2**31, 2**63, -(2**63), 10**30, 1e308, 1e-320, "", " ", "1", "null",
     "a" * 200_000, "\x00", "\ud800", "\u2028", "é́", [], {}, [[]], [None], [1, "a", {}], {"": {}}, {"a": 1},
@@ -89,16 +89,16 @@ def spoiled_bytes(data: bytes, chance: Random) -> bytes:
                 data = data[:at] + data[at + some :]
             case 6:
                 data = data[:at] + data[max(0, at - some) :]
-            case _:  # where files have their sizes
+            case _:  # the first 8 bytes, where some formats have a size
                 data = chance.choice((b"\xff" * 8, bytes(8), chance.randbytes(8))) + data[8:]
     return data
 
 
 def spoiled_json(text: str, chance: Random, words: Sequence[Any] = ()) -> bytes:
-    """One to four changes to the value of a JSON text, put down as text, sometimes in another encoding.
+    """One to four changes to the value of a JSON text, written back as text, sometimes in another encoding.
 
     Args:
-        words: what may stand in place of a value, besides :data:`VALUES`.
+        words: what may replace a value, in addition to :data:`VALUES`.
     """
     value = json.loads(text)
     for _ in range(chance.choice((1, 1, 1, 2, 4))):
@@ -107,7 +107,7 @@ def spoiled_json(text: str, chance: Random, words: Sequence[Any] = ()) -> bytes:
 
 
 def json_text(value: Any) -> str:
-    """JSON of a value in which there may be a :class:`Raw`."""
+    """The JSON of a value that may contain a :class:`Raw`."""
     raws: list[str] = []
 
     def marker(raw: Raw) -> str:
@@ -115,13 +115,13 @@ def json_text(value: Any) -> str:
         return f"@raw-{len(raws) - 1}@"
 
     text = json.dumps(value, default=marker, indent=None)
-    while raws and "@raw-" in text:  # one in another
+    while raws and "@raw-" in text:  # they may be nested
         text = re.sub(r'"@raw-(\d+)@"', lambda found: raws[int(found[1])], text)
     return text
 
 
 def _changed(value: Any, chance: Random, words: Sequence[Any]) -> Any:
-    """``value`` with one change, at a place to which a random walk leads."""
+    """``value`` with one change, at the end of a random walk down its nesting."""
     if isinstance(value, (dict, list)) and value and chance.random() < 0.85:
         key = chance.choice(list(value)) if isinstance(value, dict) else chance.randrange(len(value))
         if isinstance(value, dict):
@@ -164,7 +164,7 @@ def _text(word: Any) -> str:
 
 
 def encoded(text: str, chance: Random) -> bytes:
-    """Mostly UTF-8, sometimes with a mark, sometimes something else, sometimes with something around it."""
+    """Mostly UTF-8, sometimes with a byte order mark, in another encoding, or with extra characters around it."""
     plain = text.encode("utf-8", "surrogatepass")
     match chance.randrange(40):
         case 0:
@@ -185,7 +185,7 @@ def encoded(text: str, chance: Random) -> bytes:
 
 
 def spoiled_text(text: str, chance: Random, words: Sequence[str] = ()) -> bytes:
-    """Lines left out, doubled, exchanged, cut, or with something in them; or it as bytes."""
+    """Lines dropped, doubled, swapped, cut, or with something inserted; or the text corrupted as bytes."""
     if chance.random() < 0.2:
         return spoiled_bytes(text.encode(), chance)
     lines = text.split("\n")
@@ -213,7 +213,7 @@ def spoiled_text(text: str, chance: Random, words: Sequence[str] = ()) -> bytes:
 
 
 def spoiled_json_lines(text: str, chance: Random, words: Sequence[Any] = ()) -> bytes:
-    """A line of JSON spoiled as JSON, or the lines as lines."""
+    """One line corrupted as JSON, or the lines corrupted as lines."""
     if chance.random() < 0.4:
         return spoiled_text(text, chance, [word for word in words if isinstance(word, str)])
     lines = text.strip("\n").encode().split(b"\n")
@@ -223,7 +223,7 @@ def spoiled_json_lines(text: str, chance: Random, words: Sequence[Any] = ()) -> 
 
 
 def spoiled_toml(table: dict[str, Any], chance: Random, words: Sequence[Any] = ()) -> bytes:
-    """A table changed as JSON is, written as TOML."""
+    """A table, changed like JSON and written as TOML."""
     for _ in range(chance.choice((1, 1, 2, 3))):
         changed = _changed(table, chance, [*VALUES, *words])
         table = changed if isinstance(changed, dict) else {"a": changed}
@@ -232,7 +232,7 @@ def spoiled_toml(table: dict[str, Any], chance: Random, words: Sequence[Any] = (
 
 
 def toml_text(table: dict[str, Any]) -> str:
-    """A table as TOML; what TOML cannot say is as JSON says it."""
+    """A table as TOML; what TOML cannot express is written as in JSON."""
     lines, tables = [], []
     for key, value in table.items():
         if isinstance(value, dict) and value:
@@ -255,7 +255,7 @@ def _toml(value: Any) -> str:
 
 
 def spoiled_safetensors(data: bytes, chance: Random) -> bytes:
-    """The header's JSON, the header's size, or bytes anywhere."""
+    """Corrupts the header's JSON, the header's size, or bytes anywhere."""
     if chance.random() < 0.3:
         return spoiled_bytes(data, chance)
     size = int.from_bytes(data[:8], "little")
@@ -266,7 +266,7 @@ def spoiled_safetensors(data: bytes, chance: Random) -> bytes:
 
 
 def spoiled_place(path: Path, chance: Random, outside: Path) -> None:
-    """Something else where a file was: nothing, no bytes, a folder, a link, a pipe, a device's name."""
+    """Replace a file by something else: nothing, no bytes, a folder, a link, also to a device, a pipe."""
     data = path.read_bytes()
     path.unlink()
     kinds: list[Callable[[], object]] = [

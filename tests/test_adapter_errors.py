@@ -1,4 +1,4 @@
-"""What must be refused in an adapter folder rather than misread, and in tensors rather than written."""
+"""Adapter folders that must be refused rather than misread, and tensors that must be refused rather than written."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from qwen_functional import LoraSpec
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """PEFT's adapter of q and v in all layers, rank 4, to be spoilt."""
+    """PEFT's adapter of q and v in all layers, rank 4, for tests to corrupt."""
     by_peft(tmp_path / "adapter", target_modules=QV)
     return tmp_path / "adapter"
 
 
-# --- What no LoraSpec can say -------------------------------------------------------------------------------
+# --- What no LoraSpec can express ---------------------------------------------------------------------------
 
 PISSA = "converts the others"
 REFUSED_FROM_PEFT: dict[str, tuple[dict[str, Any], str]] = {
@@ -138,7 +138,7 @@ def test_fields_that_disagree_are_refused(folder: Path, fields: dict[str, Any], 
         load_peft_adapter(folder)
 
 
-EXPLODES = "(.|..)*!"  # in ``re``, on any name of a module
+EXPLODES = "(.|..)*!"  # takes exponential time in ``re`` on any module name
 
 
 @pytest.mark.parametrize(

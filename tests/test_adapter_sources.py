@@ -37,7 +37,7 @@ def test_a_hash_is_equal_for_a_copy_and_other_for_any_change(folder: Path, tmp_p
 
 def test_hash_and_tensors_are_of_the_same_bytes(folder: Path, tmp_path: Path) -> None:
     files, (spec, expected) = AdapterFiles.read(folder), load_peft_adapter(folder)
-    for _ in range(2):  # hashed before and after
+    for _ in range(2):  # before the first hash, and after it
         by_peft(folder, target_modules=["o_proj"])
         found, tensors = files.load()
         assert found == spec
@@ -50,7 +50,7 @@ def test_a_pipe_or_a_file_that_is_too_large_is_not_read(folder: Path) -> None:
     for name in (JSON, TENSORS):
         content = (folder / name).read_bytes()
         with (folder / name).open("r+b") as file:
-            file.truncate(1 << 34)  # takes no room on the disk
+            file.truncate(1 << 34)  # sparse
         with pytest.raises(ValueError, match=rf"{name} has 17,179,869,184 bytes, expected .* of at most"):
             AdapterFiles.read(folder)
         (folder / name).unlink()
@@ -63,7 +63,7 @@ def test_a_pipe_or_a_file_that_is_too_large_is_not_read(folder: Path) -> None:
 
 @pytest.fixture
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Adapters runs/b, runs/a, runs/deep/c and "x [1]" beside other things; the working directory."""
+    """The working directory, with adapters runs/b, runs/a, runs/deep/c and "x [1]" among other things."""
     for name in ("runs/b", "runs/a", "runs/deep/c", "x [1]"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / JSON).touch()

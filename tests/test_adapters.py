@@ -1,4 +1,4 @@
-"""Adapter folders against PEFT, read and written, and what must be refused rather than misread."""
+"""Adapter folders, read and written, against PEFT; and what must be refused rather than misread."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ JSON, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 Q_A = peft_name(0, "q_proj", "A")
 QV = ["q_proj", "v_proj"]
 
-# What PEFT is asked for, and the spec that should come back where the base model is known.
+# What PEFT is asked for, and the spec that should be read back when the base model is known.
 CASES: dict[str, tuple[dict[str, Any], LoraSpec]] = {
     "plain": ({"target_modules": QV}, LoraSpec(4, 7, QV)),
     "PEFT's default modules": ({}, LoraSpec(4, 7, QV)),
@@ -104,7 +104,7 @@ def base() -> Any:
 
 
 def by_peft(folder: Path, model: Any = None, **fields: Any) -> PeftModel:
-    """PEFT's model with random A and B, saved by PEFT to ``folder``."""
+    """PEFT's model with random A and B, which PEFT saves to ``folder``."""
     config = LoraConfig(**{"r": 4, "lora_alpha": 7, "task_type": "CAUSAL_LM", **fields})
     model = get_peft_model(model or base(), config, autocast_adapter_dtype=False).eval()
     torch.manual_seed(1)
@@ -120,7 +120,7 @@ def logits(spec: LoraSpec, tensors: dict[str, Tensor]) -> Tensor:
 
 
 def assert_same(spec: LoraSpec, tensors: dict[str, Tensor], model: PeftModel) -> None:
-    """Logits, scales, tensors and their order are PEFT's, and the adapter does something."""
+    """Logits, scales, tensors and their order are PEFT's, and the adapter has an effect."""
     with torch.no_grad():
         theirs = model(IDS).logits
         with model.disable_adapter():
@@ -246,7 +246,7 @@ def test_every_default_of_a_field_is_read(folder: Path) -> None:
     edit_json(folder / JSON, **{**fields, **later, "peft_type": "LORA", "peft_version": "99.0"})
     assert len(load_peft_adapter(folder)[1]) == 12
     few = json.loads((folder / JSON).read_text())
-    needed = ("peft_type", "r", "lora_alpha")  # as an early version of PEFT would have written it
+    needed = ("peft_type", "r", "lora_alpha")  # all that an early version of PEFT would have written
     (folder / JSON).write_text(json.dumps({name: few[name] for name in needed}))
     assert load_peft_adapter(folder)[0] == LoraSpec(4, 7, ("q_proj", "v_proj"))
 
@@ -323,7 +323,7 @@ def test_what_peft_saved_is_saved_alike(folder: Path, tmp_path: Path) -> None:
 def test_views_leaves_and_other_spellings_are_saved(tmp_path: Path, dtype: torch.dtype) -> None:
     spec = LoraSpec(2, target_modules=("q_proj",), layers_to_transform=0)
     rows, cols = spec.shapes(CONFIG)[Q_A]
-    A = torch.randn(2, cols, rows, dtype=dtype, requires_grad=True)  # of two adapters, transposed
+    A = torch.randn(2, cols, rows, dtype=dtype, requires_grad=True)  # two adapters, transposed
     B = A.new_ones(1, rows).expand(32, rows)
     given = {"model.layers.0.self_attn.q_proj.lora_B.default.weight": B, Q_A: A[1].T}
     save_peft_adapter(tmp_path, spec, given)
@@ -352,7 +352,7 @@ def test_a_failed_save_leaves_what_is_there_or_no_adapter(folder: Path, monkeypa
         broken.setattr(Path, "replace", fail_for_config)
         with pytest.raises(OSError, match="no space"):
             save_peft_adapter(folder, spec, tensors)
-    assert {path.name for path in folder.iterdir()} == {TENSORS, "README.md"}  # no adapter rather than a mixed one
+    assert {path.name for path in folder.iterdir()} == {TENSORS, "README.md"}  # no adapter rather than a mixture of two
     save_peft_adapter(folder, spec, tensors)
     assert load_peft_adapter(folder, config=CONFIG)[0] == spec
 
@@ -406,7 +406,7 @@ def test_a_save_that_is_killed_leaves_the_old_adapter_or_none_and_the_next_clear
         if (snapshot / JSON).exists():
             _, found = load_peft_adapter(snapshot)
             outcomes[-1] = next(s for s in (1, -1) if all(torch.equal(found[n], s * tensors[n]) for n in tensors))
-    assert outcomes == sorted(outcomes, key=(1, 0, -1).index)  # the old one, none, the new one
+    assert outcomes == sorted(outcomes, key=(1, 0, -1).index)  # the old adapter, then none, then the new one
     assert set(outcomes) == {1, 0, -1}
     assert sorted(path.name for path in snapshot.iterdir()) == ["README.md", JSON, TENSORS]
 
@@ -423,6 +423,6 @@ def test_tensors_come_in_the_order_of_the_spec_whatever_that_of_the_file(folder:
 
 def test_a_file_that_is_cut_while_it_is_read_is_what_was_left(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = (folder / TENSORS).read_bytes()
-    longer = os.stat_result((0o100644, 0, 0, 1, 0, 0, len(content) + 9, 0, 0, 0))  # as it was found
+    longer = os.stat_result((0o100644, 0, 0, 1, 0, 0, len(content) + 9, 0, 0, 0))  # the file's size before the cut
     monkeypatch.setattr("lora_delta.peft.adapters.os.fstat", lambda _: longer)
     assert bytes(adapters._content(folder / TENSORS, 1 << 30)) == content

@@ -1,4 +1,4 @@
-"""The fused backend against the plain one. Without a GPU its kernels run in Triton's interpreter, on the CPU."""
+"""The fused backend against the plain one. Without a GPU, its kernels run on the CPU, in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = 2e-5
-# A shared prefix, a sequence within another, one twice, one of a single token.
+# A shared prefix, a sequence that is a prefix of another, a duplicate, a single token.
 TOKENS = pack([[5, 6, 7, 8], [5, 6, 20], [5, 6], [30], [5, 6]])
 CONFIG = tiny_config(num_hidden_layers=2)
 WINDOWS = tiny_config(use_sliding_window=True, sliding_window=2, max_window_layers=1)
@@ -45,7 +45,7 @@ def computed(
     tensors: Mapping[str, Tensor],
     **options: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Value and gradients by a backend."""
+    """Value and gradients computed by a backend."""
     monkeypatch.setattr(plan_module, "choose", lambda *_: backend)
     weights = init_weights(config, device=DEVICE)
     value, vjp = forward_vjp(config, weights, TOKENS, spec.bind(config, tensors), **options)

@@ -1,4 +1,4 @@
-"""Every bad checkpoint is met at the door: an error that names the thing, before weights are allocated."""
+"""Every bad checkpoint is refused at the door: the error names the cause, before weights are allocated."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def folder(tmp_path: Path) -> Path:
     return save_checkpoint(tmp_path / "checkpoint")
 
 
-# Bad input. Nothing may be allocated before it is found, except where values are looked at.
+# Bad input. It must be found before anything is allocated, except where the check needs the values.
 
 
 @pytest.fixture
 def no_heavy_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights may be laid out without memory, to learn their shapes, and not otherwise."""
+    """Weights may only be allocated on the meta device, for their shapes."""
 
     def shapes_only(
         config: Qwen2Config,
@@ -141,7 +141,7 @@ class TestBadCheckpoints:
     def test_a_header_of_gigabytes_is_refused(self, folder: Path) -> None:
         with (folder / ONE).open("r+b") as file:
             file.write((1 << 32).to_bytes(8, "little"))
-            file.truncate(1 << 34)  # takes no room on the disk
+            file.truncate(1 << 34)  # sparse
         with pytest.raises(ValueError, match=r"its header has 4,294,967,296 bytes, expected at most"):
             load_pretrained(folder)
 

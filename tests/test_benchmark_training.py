@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import training_step
 
 

@@ -108,7 +108,7 @@ def test_chat_token_ids_equal_transformers(tmp_path: Path) -> None:
 THINKING = (
     CHATML + "{%- if add_generation_prompt and enable_thinking is defined and enable_thinking is false %}"
     "{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}"
-)  # as Qwen3's does: thinking is skipped by writing it, empty
+)  # like Qwen3's: an empty thinking block skips thinking
 
 
 @pytest.mark.parametrize("variables", [{}, {"enable_thinking": True}, {"enable_thinking": False}, {"other": [1, None]}])
@@ -151,7 +151,7 @@ def test_a_text_is_one_turn_of_the_user() -> None:
 def test_special_tokens_of_a_template_equal_transformers(tmp_path: Path, where: str) -> None:
     folder = make_checkpoint(tmp_path / "checkpoint", pad_token="<|endoftext|>")
     path = folder / "tokenizer_config.json"
-    if where == "AddedToken":  # as older versions of transformers wrote it
+    if where == "AddedToken":  # the format of older versions of transformers
         fields = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
         token = {name: getattr(AddedToken("<|im_start|>", special=True), name) for name in fields}
         edit_json(path, bos_token={"__type": "AddedToken", **token}, unk_token=None, image_token="<image>")
@@ -216,7 +216,7 @@ def test_a_broken_template_file_or_config_is_refused(tmp_path: Path) -> None:
 
 
 def in_this_process(source: str, content: str = "hi") -> dict[str, Any]:
-    """What the other process answers, without starting one: for templates that harm none."""
+    """What the other process would answer, computed in this one: for harmless templates."""
     messages = [{"role": "user", "content": content}]
     request = {"source": source, "conversations": [messages], "variables": {"tools": None}, "most_characters": 1000}
     answer = sandbox.render(request)
@@ -312,7 +312,7 @@ def test_the_other_process_finds_what_this_one_imports(tmp_path: Path, monkeypat
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "json.py").write_text("raise RuntimeError('the module of another folder')")
-    monkeypatch.chdir(elsewhere)  # nothing is imported from where one happens to stand
+    monkeypatch.chdir(elsewhere)  # nothing is imported from the working directory
     monkeypatch.setenv("PYTHONPATH", os.fspath(elsewhere))
     assert ChatTemplate("{{ messages[0].content }}").apply_chat_template("é 日本") == "é 日本"
 

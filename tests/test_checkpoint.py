@@ -1,4 +1,4 @@
-"""Loading from a folder and from the hub's cache: what transformers saves comes back bit for bit."""
+"""Loading from a folder and from the hub's cache: what transformers saves is read back bit for bit."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def folder(tmp_path: Path) -> Path:
 def test_weights_are_bit_for_bit_those_that_transformers_loads(
     tmp_path: Path, dtype: torch.dtype | None, shards: bool, kind: str, tied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "PIECE_BYTES", 1000)  # several pieces for a tensor, of a few rows each
+    monkeypatch.setattr(checkpoint, "PIECE_BYTES", 1000)  # several pieces per tensor, of a few rows each
     save_checkpoint(tmp_path, torch.bfloat16, shards, tie_word_embeddings=tied, model_type=kind)
     assert (tmp_path / INDEX).exists() == shards
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype or "auto").state_dict()
@@ -123,12 +123,12 @@ def test_weights_loaded_in_inference_mode_can_be_used_by_autograd_later(folder: 
     assert x.grad is not None
 
 
-# The hub, without a network: a cache as huggingface_hub lays it out, snapshots linking to blobs.
+# The hub, without a network: a cache in the layout of huggingface_hub, with snapshots that link to blobs.
 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The cached repository org/name, one sharded snapshot as main; the network is off."""
+    """The cached repository org/name, whose main is a sharded snapshot; the network is off."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     repo, commit = tmp_path / "cache" / "models--org--name", "0123456789abcdef0123456789abcdef01234567"
@@ -237,7 +237,7 @@ def test_peak_memory_while_loading_stays_within_a_third_more_than_the_weights(
         text=True,
         check=True,
     )
-    assert 0.9 < float(run.stdout) <= 1.3  # the lower bound: it was the weights that were measured
+    assert 0.9 < float(run.stdout) <= 1.3  # the lower bound shows that the weights were measured
 
 
 def test_weights_are_drawn_in_the_sizes_that_are_said() -> None:

@@ -1,4 +1,4 @@
-"""The one door of all commands: exit statuses, one line for every error, signals."""
+"""The single entry point of all commands: exit statuses, one line per error, signals."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Run = Callable[[Callable[[Namespace], int]], int]
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs a function in place of a command, through the door."""
+    """Runs a function in place of a command, through the entry point."""
 
     def through_the_door(command: Callable[[Namespace], int]) -> int:
         monkeypatch.setattr(plot, "_plot", command)
@@ -154,7 +154,7 @@ def test_a_warning_is_one_line_without_its_code(run: Run, capsys: pytest.Capture
     before = warnings.formatwarning
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        warnings.showwarning = _shown  # what pytest has put in its place
+        warnings.showwarning = _shown  # pytest has replaced it
         assert run(command) == 0
     assert capsys.readouterr().err == "lora-delta plot: warning: this is slow\n"
     assert warnings.formatwarning is before
@@ -255,7 +255,7 @@ def test_what_cannot_be_done_names_the_thing_in_one_line_and_writes_nothing(
 
 
 def test_a_program_ends_with_its_status_and_no_traceback_by_signals_and_when_nobody_reads_it() -> None:
-    """All three at once: each imports torch first."""
+    """All three run at once, since each imports torch first."""
     command = [sys.executable, "-m", "lora_delta", "check", "--steps", "1000", "--device", "cpu"]
     started = [
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0)

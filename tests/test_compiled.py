@@ -1,4 +1,4 @@
-"""What users compile with ``torch.compile``: numbers are those of eager torch, to the bit."""
+"""What users compile with ``torch.compile`` gives the numbers of eager torch, to the bit."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_compiled_call_has_the_bits_of_an_eager_one(
 ) -> None:
     expected, expected_gradients = call(leaves(LORA))
     compiled = torch.compile(call, backend=backend)
-    for _ in range(2):  # as it is traced, and as it was
+    for _ in range(2):  # while it is traced, and afterwards
         value, found = compiled(leaves(LORA))
         assert torch.equal(value, expected)
         assert found.keys() == expected_gradients.keys()
@@ -97,7 +97,7 @@ def test_a_compiled_training_step_has_the_bits_of_an_eager_one() -> None:
     def trained(wrap: Callable[[Any], Any]) -> list[Tensor]:
         torch.manual_seed(0)
         generator = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, sum(sizes.values())))
-        optimizer = torch.optim.SGD(generator.parameters(), lr=0.1)  # AdamW itself rounds otherwise
+        optimizer = torch.optim.SGD(generator.parameters(), lr=0.1)  # compiled, AdamW itself rounds differently
 
         def step(conditions: Tensor) -> Tensor:
             parts = generator(conditions).split(list(sizes.values()), dim=1)

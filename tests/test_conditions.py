@@ -66,7 +66,7 @@ MANY = [f"task {index}, {'do it ' * (index % 5)}now" for index in range(21)]
 
 
 def passes_of(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many prompts each pass has, from now on."""
+    """The number of prompts in each pass from now on."""
     sizes: list[int] = []
     tokenize = conditions.tokenize_probes
 
@@ -121,7 +121,7 @@ def test_what_was_used_longest_ago_goes_first(device: str, monkeypatch: pytest.M
     short = encoder_on(device, keep_bytes=2 * size)
     assert {short(one)[0].nbytes for one in prompts[:2]} == {size}
     short(prompts[0])
-    short(prompts[2])  # takes the room of the second
+    short(prompts[2])  # displaces the second
     sizes = passes_of(monkeypatch)
     short(prompts[0])
     assert not sizes
@@ -240,11 +240,11 @@ def test_no_more_bytes_are_on_disk_than_there_may_be(
     expected = encoder_on(device, cache=plenty)(MANY)
     sizes = [plenty._path(one).stat().st_size for one in PASSES]
     most, computed = sum(sizes[:passes]) + room, counts(monkeypatch)
-    kept: list[tuple[str, ...]] = []  # those for which there is room, one after the other
+    kept: list[tuple[str, ...]] = []  # those that fit, in order
     for one, size in zip(PASSES, sizes, strict=True):
         if sum(sizes[PASSES.index(other)] for other in kept) + size <= most:
             kept.append(one)
-    for _ in range(2):  # the second counts what it finds
+    for _ in range(2):  # the second cache counts the files it finds
         cache = ConditionCache(tmp_path / "cache", "key", most)
         assert_equal(encoder_on(device, cache=cache)(MANY), expected)
         assert bytes_in(tmp_path / "cache") == sum(sizes[PASSES.index(one)] for one in kept) <= max(most, 0)
@@ -335,5 +335,5 @@ def test_a_file_that_cannot_be_written_is_an_error_and_leaves_nothing(
         with pytest.raises(OSError, match="No space left on device"):
             cache.save(["a"], [torch.ones(2, 8)])
     assert not any(tmp_path.iterdir())
-    cache.save(["a"], [torch.ones(2, 8)])  # what was not written takes no room
+    cache.save(["a"], [torch.ones(2, 8)])  # a failed write takes up no space
     assert cache.load(["a"]) is not None

@@ -39,7 +39,7 @@ SHARED = (
 
 
 def both(**changes: Any) -> tuple[Qwen2Config, Any]:
-    """The same json fields, read by us and by transformers."""
+    """The same JSON fields, read by us and by transformers."""
     text = json.dumps({**FIELDS, **changes})
     fields = json.loads(text)
     theirs = AutoConfig.for_model(fields["model_type"]).__class__.from_dict(fields)
@@ -168,7 +168,7 @@ def test_a_config_of_the_other_family_is_another_one() -> None:
 def test_a_qwen3_with_biases_is_refused() -> None:
     with pytest.raises(ValueError, match="config field attention_bias is True, expected False"):
         Qwen3Config.from_dict({**FIELDS, "model_type": "qwen3", "attention_bias": True})
-    Qwen2Config.from_dict({**FIELDS, "attention_bias": True})  # which there says nothing
+    Qwen2Config.from_dict({**FIELDS, "attention_bias": True})  # means nothing for Qwen2
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_a_qwen3_with_biases_is_refused() -> None:
         ("intermediate_size", -1),
         ("num_hidden_layers", 2.0),
         ("num_attention_heads", True),
-        ("num_key_value_heads", 4),  # no divisor of 6
+        ("num_key_value_heads", 4),  # does not divide 6
         ("head_dim", 7),
         ("head_dim", 0),
         ("head_dim", 1 << 62),

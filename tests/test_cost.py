@@ -1,4 +1,4 @@
-"""The arithmetic of what a step multiplies and keeps, against what is multiplied and kept."""
+"""The predicted multiplications and kept bytes of a step, against the measured ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qwen_functional.plan import Plan
 
 CONFIG = tiny_config(vocab_size=67, num_hidden_layers=4)
 TREE = [[5, 6, 7, 8, 9], [5, 6, 7, 20], [30, 31, 32]]
-CHAIN = [list(range(5, 5 + n)) for n in range(1, 20) if n != 4]  # most rows are read out
+CHAIN = [list(range(5, 5 + n)) for n in range(1, 20) if n != 4]  # most rows are read
 SPECS = {
     "thin": LoraSpec(rank=1, target_modules=("q_proj",)),
     "thick": LoraSpec(rank=64, alpha=32),
@@ -28,7 +28,7 @@ ADAPTERS = 3
 
 
 class Step:
-    """A step on the CPU, and what its plan says of it."""
+    """A step on the CPU, and the costs that its plan predicts."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class Step:
         self.cost = self.plan.cost
 
     def kept(self) -> int:
-        """Bytes that live after the way there beside the value."""
+        """Bytes alive after the forward, apart from the value."""
         with Watch() as watch:
             value, vjp = forward_vjp(self.config, self.weights, self.tokens, self.lora, plan=self.plan)
         blocks = [tensor for block in self.weights.blocks for tensor in block.tensors().values()]
@@ -55,7 +55,7 @@ class Step:
         return watch.held([value, *self.lora.tensors().values(), *blocks, *tables]) if vjp else 0
 
     def multiplied(self) -> tuple[int, int]:
-        """FLOP of products with base weights, on the way there and on the way back."""
+        """FLOP of products with base weights, in the forward and in the vjp."""
         with Watch() as there:
             value, vjp = forward_vjp(self.config, self.weights, self.tokens, self.lora, plan=self.plan)
         with Watch() as back:
@@ -109,7 +109,7 @@ def test_no_more_bytes_are_kept_than_are_counted(case: str, spec: str) -> None:
 @pytest.mark.parametrize("spec", ["thin", "thick"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_block_keeps_the_bytes_that_are_counted(dtype: torch.dtype, spec: str) -> None:
-    """One between the first, whose input all adapters share, and the last. float32 adapters are cast to bfloat16."""
+    """A block between the first, whose input is shared, and the last. float32 adapters are cast to bfloat16."""
     two, three = Step(SPECS[spec], dtype=dtype), Step(SPECS[spec], dtype=dtype)
     two.plan.n_keep, three.plan.n_keep = 2, 3
     assert three.kept() - two.kept() == two.cost.block_bytes()
@@ -117,7 +117,7 @@ def test_a_block_keeps_the_bytes_that_are_counted(dtype: torch.dtype, spec: str)
 
 @pytest.mark.parametrize("case", CASES)
 def test_auto_keeps_no_more_than_its_budget(case: str) -> None:
-    """With a rank that makes A and B outweigh the activations of these few tokens."""
+    """Also at a rank at which A and B outweigh the activations of these few tokens."""
     options = options_of(case, SPECS["thick"])
     whole = Step(**options, checkpoint="none")
     most, least = whole.cost.kept_bytes(), whole.cost.kept_bytes(0)
@@ -161,7 +161,7 @@ def test_a_budget_keeps_a_block_from_the_byte_on_that_it_and_what_is_kept_anyway
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_adapters_and_cast_weights_that_are_held_once_more_count_with_all_their_bytes(spec: str) -> None:
-    """On a GPU, in the compute dtype; of a block's weights the norms are not cast."""
+    """As on a GPU, in the compute dtype. A block's norms are not cast."""
     step = Step(SPECS[spec], dtype=torch.bfloat16, compute=torch.float32)
     cost = replace(step.cost, copies_adapters=True)
     adapters = sum(tensor.nbytes for tensor in step.lora.tensors().values())

@@ -22,7 +22,7 @@ from torch import Tensor
 from lora_delta import DifferentiableDeltaCompute
 from qwen_functional import LoraSpec, Qwen2Config, init_weights
 
-PROBES = [[5, 6, 7, 8], [5, 6, 9], [1], [5, 6, 7, 8, 9, 10]]  # 1 is not shared, one probe is within another
+PROBES = [[5, 6, 7, 8], [5, 6, 9], [1], [5, 6, 7, 8, 9, 10]]  # 1 is not shared, one probe is a prefix of another
 CONFIG = tiny_config()
 SPEC = LoraSpec(rank=3, alpha=5)
 F64 = torch.float64
@@ -47,7 +47,7 @@ def peft_delta(
     layers: Sequence[int] = (-1,),
     probes: Sequence[Sequence[int]] = PROBES,
 ) -> Tensor:
-    """(G, layers, P, H) of float64 weights; differentiable in the tensors, which say of which device."""
+    """(G, layers, P, H) on float64 weights on the tensors' device; differentiable in the tensors."""
     weights = init_weights(config, dtype=F64, device=next(iter(tensors.values())).device)
     bare, model = hf_model(config, weights), peft_model(hf_model(config, weights), spec)
     batched = next(iter(tensors.values())).dim() == 3
@@ -70,7 +70,7 @@ def gradients(loss: Tensor, tensors: Mapping[str, Tensor], **options: Any) -> di
 
 
 def squared(delta: Tensor) -> Tensor:
-    """A loss that tells every entry apart from every other."""
+    """A loss that weights every entry differently."""
     factors = torch.linspace(1, 2, delta.numel(), dtype=delta.dtype).view(delta.shape).to(delta.device)
     return (delta * factors).square().sum()
 
@@ -82,14 +82,14 @@ def assert_like_peft(
     layers: Sequence[int] = (-1,),
     on_cpu: float = 1e-9,
 ) -> None:
-    """Value and gradients; ``shaped`` makes what is expected of the (G, layers, P, H) of PEFT."""
+    """Value and gradients are PEFT's; ``shaped`` turns its (G, layers, P, H) into the expected delta."""
     allowed = tolerance(delta.base_activation.device.type, on_cpu)
     ours, theirs = leaves(tensors), leaves({name: tensor.double() for name, tensor in tensors.items()})
     value = delta(ours)
     expected = shaped(peft_delta(delta.config, delta.spec, theirs, layers))
     assert relative_error(value, expected) <= allowed
     got = gradients(squared(value), ours)
-    want = gradients(squared(expected), theirs, materialize_grads=True)  # layers above those read out
+    want = gradients(squared(expected), theirs, materialize_grads=True)  # zeros above the layers that are read
     for name in want:
         assert got[name].device == value.device == delta.base_activation.device
         assert relative_error(got[name], want[name]) <= allowed, name
@@ -234,7 +234,7 @@ def test_a_delta_on_other_weights_is_one_made_of_them(used: bool) -> None:
     options: dict[str, Any] = {"layer": (0, -1), "pooling": "none", "adapters_per_pass": 2}
     delta = DifferentiableDeltaCompute(CONFIG, weights, PROBES, SPEC, **options)
     tensors = leaves(random_lora(CONFIG, SPEC, n_adapters=3, dtype=F64))
-    before = delta(tensors) if used else None  # it holds plans and bases by now
+    before = delta(tensors) if used else None  # by now it holds plans and bases
     moved, made = delta.on(others), DifferentiableDeltaCompute(CONFIG, others, PROBES, SPEC, **options)
     assert moved.weights is others
     assert torch.equal(moved(tensors), made(tensors))

@@ -1,4 +1,4 @@
-"""The delta as a node of somebody else's autograd graph."""
+"""The delta as a node in a larger autograd graph."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Generator(nn.Module):
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """(wrt, vjp) of each run of the engine since the fixture was asked for."""
+    """(wrt, vjp) of each run of the engine since the fixture was set up."""
     seen: list[Any] = []
     engine = Passes.run
 
@@ -49,7 +49,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return seen
 
 
-# --- Who made the tensors ---------------------------------------------------------------------------------
+# --- Where the tensors come from --------------------------------------------------------------------------
 
 
 def test_a_generators_gradients_equal_those_through_peft(device: str) -> None:
@@ -74,7 +74,7 @@ def test_views_expanded_and_shared_tensors_get_the_gradients_of_peft(device: str
     def disguised(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         q, k = (n for n in names if "layers.2" in n and "lora_A" in n and "self_attn" in n)
         made = {n: t.mT.contiguous().mT.expand(3, *t.shape) for n, t in tensors.items()}  # not contiguous
-        return {**made, k: made[q]}  # one leaf at two places
+        return {**made, k: made[q]}  # one leaf in two places
 
     want = gradients(squared(peft_delta(CONFIG, spec, disguised(theirs))), theirs, allow_unused=True)
     delta = make_delta(spec=spec, layer=(-1,), pooling="none", device=device)
@@ -97,7 +97,7 @@ def test_gradients_are_in_the_tensors_own_dtype(base: torch.dtype, dtype: torch.
     assert torch.equal(value, of_exact)
     assert value.dtype == (F64 if base == F64 else torch.float32)
     got, want = gradients(squared(value), tensors), gradients(squared(of_exact), exact)
-    # A GPU's kernels round float32 sums to the tensor's dtype at once, so those of narrow tensors are the coarser ones.
+    # A GPU's kernels round float32 sums to the tensor's dtype at once, so gradients of narrow tensors are coarser.
     eps = max(torch.finfo(one).eps for one in ((dtype,) if device == "cpu" else (dtype, compute)))
     for name, gradient in got.items():
         assert (gradient.dtype, gradient.shape) == (dtype, tensors[name].shape)
@@ -111,7 +111,7 @@ def test_tensors_of_several_dtypes_in_a_dict_get_gradients_of_their_own(device: 
     assert {n: g.dtype for n, g in gradients(loss, mixed).items()} == {n: t.dtype for n, t in mixed.items()}
 
 
-# --- Which of them ----------------------------------------------------------------------------------------
+# --- Which tensors need gradients -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("adapters_per_pass", [None, 2])
@@ -131,7 +131,7 @@ def test_tensors_that_need_no_gradient_cost_no_work(
     every = leaves(random_lora(CONFIG, SPEC, 3))
     some = {n: t.detach().requires_grad_(wanted(n)) for n, t in every.items()}
     want = gradients(squared(delta(every)), every)
-    delta(some)  # the base is at hand
+    delta(some)  # computes the base
     calls.clear()
     squared(delta(some)).backward()
     names = [name for name in some if wanted(name)]

@@ -26,7 +26,7 @@ def delta() -> DifferentiableDeltaCompute:
 
 @pytest.fixture
 def no_run(delta: DifferentiableDeltaCompute, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine does not run from here on; ``delta`` is made before."""
+    """From here on the engine must not run; ``delta`` is made before."""
 
     def run(*_: Any) -> None:
         pytest.fail("the engine ran")
@@ -115,7 +115,7 @@ def test_tensors_on_the_cpu_are_refused_by_a_delta_on_a_gpu(n_adapters: int | No
     delta = make_delta(device="cuda")
     for call in (delta, lambda tensors: delta.mean_loss(tensors, lambda deltas, _: deltas.mean())):
         if n_adapters is None and call is not delta:
-            continue  # it takes a batch alone
+            continue  # it only takes a batch
         with pytest.raises(ValueError, match=r"LoRA tensors are on cpu, expected cuda:\d like the base model"):
             call(tensors(n_adapters))
 
@@ -133,7 +133,7 @@ def test_tensors_on_the_cpu_are_refused_by_a_delta_on_a_gpu(n_adapters: int | No
         ),
         ([{}, tensors()], "adapters 0 and 1 of the batch differ in 'base_model.*', expected the same tensors"),
         ([tensors(), None], "a NoneType, expected a dict of LoRA tensors"),
-        (tensors(), "a str, expected a dict of LoRA tensors"),  # one dict, which iterates over its names
+        (tensors(), "a str, expected a dict of LoRA tensors"),  # a dict iterates over its names
     ],
 )
 def test_a_bad_batch_is_refused(delta: DifferentiableDeltaCompute, batch: Any, message: str) -> None:

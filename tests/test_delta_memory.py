@@ -1,4 +1,4 @@
-"""What a delta costs: bytes held, and runs of the engine, counted and not timed."""
+"""What a delta costs: bytes held and runs of the engine, counted rather than timed."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from lora_delta import DifferentiableDeltaCompute
 from lora_delta.generate.losses import delta_loss
 from qwen_functional import LoraSpec, Qwen2Weights, init_weights
 
-# Activations far larger than the LoRA tensors.
+# The activations are far larger than the LoRA tensors.
 LONG = tiny_config(num_hidden_layers=4, max_position_embeddings=256)
 RANK_1 = LoraSpec(rank=1, target_modules=("q_proj", "down_proj"))
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors that were made inside it and are still alive, and the most there were at once."""
+    """Bytes of the tensors that were made inside it and are still alive, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,10 +62,10 @@ def long_delta(**options: Any) -> DifferentiableDeltaCompute:
 
 
 def step(delta: DifferentiableDeltaCompute, n_adapters: int) -> tuple[int, int, int, int]:
-    """Bytes (at most, held from forward to backward, left after it) of a training step, and of the tensors."""
+    """Bytes of a training step (peak, held from forward to backward, left after it), and of the tensors."""
     tensors = leaves(random_lora(LONG, RANK_1, n_adapters, dtype=torch.float32))
-    delta({name: tensor.detach() for name, tensor in tensors.items()})  # the base is at hand
-    gradients(squared(delta(tensors)), tensors)  # and so are the plans, whose tables are kept
+    delta({name: tensor.detach() for name, tensor in tensors.items()})  # computes the base
+    gradients(squared(delta(tensors)), tensors)  # makes the plans, whose tables stay
     with LiveBytes() as bytes_:
         loss = delta(tensors).square().sum()
         held = bytes_.live
@@ -77,7 +77,7 @@ def step(delta: DifferentiableDeltaCompute, n_adapters: int) -> tuple[int, int, 
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many adapters each run of the engine had since the fixture was asked for."""
+    """The number of adapters in each run of the engine since the fixture was set up."""
     seen: list[int] = []
     engine = lora_delta.passes.forward_vjp
 
@@ -96,11 +96,11 @@ def test_memory_of_passes_does_not_grow_with_the_number_of_adapters() -> None:
     in_passes = long_delta(adapters_per_pass=8)
     one_pass, held_by_one, _, tensors_of_8 = step(in_passes, 8)
     many_passes, held_by_many, _, tensors_of_64 = step(in_passes, 64)
-    # Above one pass: the gradients, per pass and joined, and the values; none of them an activation.
+    # On top of one pass: the gradients, per pass and joined, and the values, but no activations.
     assert many_passes < 1.05 * one_pass + 3 * tensors_of_64
     assert held_by_many < 1.05 * held_by_one + tensors_of_64
     assert 20 * tensors_of_8 < one_pass
-    assert step(long_delta(), 32)[0] > 3 * one_pass  # the measure sees what passes save
+    assert step(long_delta(), 32)[0] > 3 * one_pass  # the measurement sees what passes save
 
 
 def test_nothing_is_held_after_backward_and_every_step_peaks_alike() -> None:
@@ -112,7 +112,7 @@ def test_nothing_is_held_after_backward_and_every_step_peaks_alike() -> None:
 
 
 def test_a_delta_goes_with_its_last_user() -> None:
-    """Without a collection of cycles: a mesh that outlives the script's main() can abort the process as it ends."""
+    """Without garbage collection of cycles: a mesh that outlives the script's main() can abort the process at exit."""
     gc.collect()
     gc.disable()
     try:
@@ -162,7 +162,7 @@ def test_the_base_activation_is_not_computed_again(runs: list[int]) -> None:
     for _ in range(3):
         delta(tensors)
         delta.forward_batch(one_by_one(tensors))
-    assert runs == [0, 3, 3, *[3] * 5]  # value and base, then values
+    assert runs == [0, 3, 3, *[3] * 5]  # the base, then the values
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_the_engine_runs_once_for_each_pass_and_again_where_a_pass_kept_nothing(
     loss = squared(delta(tensors))
     assert runs == forwards
     loss.backward()
-    assert runs == forwards + backwards  # computed again only where a pass kept nothing, which the last one did
+    assert runs == forwards + backwards  # recomputed except for the last pass, which was kept
 
 
 @pytest.mark.parametrize("adapters_per_pass", [None, 7, 3, 1])
@@ -242,7 +242,7 @@ def test_a_mean_loss_refuses_one_adapter_a_vector_and_a_second_backward() -> Non
 
 def test_checkpointed_blocks_hold_less_than_kept_ones() -> None:
     held = {checkpoint: step(long_delta(checkpoint=checkpoint), 4)[1] for checkpoint in ("none", "block")}
-    # A block's input (H) against all of q, k, v, o, gate, up and the residuals beside it.
+    # A block's input (H), against q, k, v, o, gate, up and the residuals as well.
     assert held["block"] < 0.25 * held["none"]
 
 
@@ -278,7 +278,7 @@ def test_a_memory_budget_is_used_and_not_exceeded() -> None:
         delta = long_delta(memory_budget=budget)
         assert step(delta, 4)[1] <= max(budget, least)
         used.append(delta.checkpoint_used)
-    # The budget counts all rows of every block, although the last one keeps few.
+    # The budget counts all rows of every block, although the last block keeps few.
     assert list(dict.fromkeys(used)) == ["block", *(f"{n} of 4 blocks kept" for n in (1, 2, 3)), "none"]
 
 

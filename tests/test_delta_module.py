@@ -1,4 +1,4 @@
-"""The delta as a module among others, and in the transforms of ``torch.func``: right, or an error."""
+"""The delta as a submodule, and in the transforms of ``torch.func``: the result is right, or there is an error."""
 
 from __future__ import annotations
 
@@ -109,8 +109,8 @@ def test_a_transform_of_a_call_is_refused(delta: Delta, transform: Callable[...,
     }
     for name, call in calls.items():
         if transform is TRANSFORMS["vmap"] and name == "mean_loss":
-            continue  # which takes a batch alone
-        lower_dual = name == "engine" and transform is dual  # torch's own word: the lower floor knows no autograd
+            continue  # it only takes a batch
+        lower_dual = name == "engine" and transform is dual  # torch's own error: this layer knows no autograd
         expected = NotImplementedError if lower_dual else ValueError
         with pytest.raises(expected, match=r"is inside a transform of torch\.func|is a dual number|forward AD"):
             transform(call if tracked else torch.no_grad()(call), tensors)
@@ -127,5 +127,5 @@ def test_many_cotangents_at_once_are_refused(delta: Delta) -> None:
     tensors = leaves(random_lora(CONFIG, SPEC, 2))
     value = delta(tensors)
     cotangents = torch.ones(2, *value.shape, dtype=F64)
-    with pytest.raises(RuntimeError, match="vmap"):  # torch's own: it does not say which of its tensors are many
+    with pytest.raises(RuntimeError, match="vmap"):  # torch's own error, which does not name the tensor
         torch.autograd.grad(value, list(tensors.values()), cotangents, is_grads_batched=True)

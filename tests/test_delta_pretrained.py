@@ -24,7 +24,7 @@ F32 = torch.float32
 
 @pytest.fixture(scope="module", params=["qwen2", "qwen3"])
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole checkpoint as transformers writes it: weights, a byte-level tokenizer, a chat template."""
+    """A complete checkpoint as transformers writes it: weights, a byte-level tokenizer, a chat template."""
     folder = tmp_path_factory.mktemp("saved")
     make_checkpoint(folder, chat_template=CHATML)
     edit_json(folder / "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer")
@@ -121,7 +121,7 @@ def test_chat_probes_equal_transformers(folder: Path, adds_special_tokens: bool)
     chats = [[{"role": "user", "content": probe}] for probe in probes]
     ids = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False)
     assert relative_error(delta.base_activation, bare_activation(folder, ids)) <= 1e-5
-    assert len(delta.tokens) < sum(delta.tokens.lengths)  # the template's own beginning is shared
+    assert len(delta.tokens) < sum(delta.tokens.lengths)  # the template's beginning is shared
     plain = DifferentiableDeltaCompute.from_pretrained(folder, probes, SPEC, **options)
     ids = tokenizer(probes)["input_ids"]
     assert relative_error(plain.base_activation, bare_activation(folder, ids)) <= 1e-5

@@ -12,7 +12,7 @@ from torch import Tensor
 from lora_delta import DifferentiableDeltaCompute
 from qwen_functional import LoraSpec, init_weights
 
-# Sizes at which a GEMM adds in another order when it has other rows.
+# Sizes at which a GEMM's order of summation depends on its number of rows.
 CONFIG = tiny_config(hidden_size=96, intermediate_size=200, num_key_value_heads=1)
 SPEC = LoraSpec(rank=5, rank_pattern={"v_proj": 3, "layers.1.mlp.up_proj": 8})
 PROBES = [[3, 1, 4, *range(end)] for end in (23, 9, 40, 17)]
@@ -25,7 +25,7 @@ def make_delta(dtype: torch.dtype, device: str, **options: Any) -> Differentiabl
 
 
 def lora(n_adapters: int | None, zero: str, device: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Random tensors of which those that end in one of ``zero`` are zero."""
+    """Random tensors, except that those whose names end in a letter of ``zero`` are zero."""
     tensors = random_lora(CONFIG, SPEC, n_adapters, dtype=dtype, device=device)
     return {n: t * 0 if n.removesuffix(".weight").endswith(tuple(zero)) else t for n, t in tensors.items()}
 
@@ -88,7 +88,7 @@ def test_the_delta_of_a_zero_lora_is_zero_however_it_is_read_out_or_kept(
 def test_the_delta_of_a_zero_lora_of_some_modules_is_zero(left: str, device: str) -> None:
     for dtype in DTYPES:
         delta = make_delta(dtype, device)
-        for n_adapters in (3, 5, None):  # the same object: a base of other shapes would be off by a rounding
+        for n_adapters in (3, 5, None):  # one object: a base of other shapes would differ by rounding
             some = {name: tensor for name, tensor in lora(n_adapters, "B", device).items() if left in name}
             assert some
             assert_zero(delta(some))

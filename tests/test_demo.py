@@ -1,4 +1,4 @@
-"""The demo and what it stands on: the tasks, the embedded checkpoint, and the story from data to verdict."""
+"""The demo and its foundations: the tasks, the embedded checkpoint, and the course from data to verdict."""
 
 from __future__ import annotations
 
@@ -91,14 +91,14 @@ def test_the_loss_of_the_embedded_checkpoints_training_is_that_of_each_example_a
     for row in range(2):
         seen = sees[row, 0]
         for at in (targets[row] >= 0).nonzero().flatten().tolist():
-            text = ids[row, seen[at].nonzero().flatten()][None]  # what a prediction has read
+            text = ids[row, seen[at].nonzero().flatten()][None]  # the tokens that a prediction sees
             assert torch.equal(positions[row, seen[at]], torch.arange(text.shape[1]))
             alone = forward(config, weights, text).logits[0, -1]
             assert torch.allclose(whole[row, at], alone, rtol=1e-9, atol=1e-12)
 
 
 def prompted_accuracy(tasks: tuple[Task, ...]) -> float:
-    """Of the embedded checkpoint that reads the condition, in transformers."""
+    """The accuracy of the embedded checkpoint, in transformers, with the condition in its prompt."""
     folder, chance, right, total = embedded_checkpoint(), random.Random(5), 0, 0
     tokenizer = load_tokenizer(folder)
     model = transformers.Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -217,6 +217,6 @@ def test_a_demo_that_is_disturbed_says_so_in_a_line_and_leaves_runs_that_go_on(
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.splitlines()) == (what != "SIGKILL")
-    if at == 60:  # in the first training
+    if at == 60:  # it dies in the first training
         assert main(["train", "--quiet", str(out / "cross-entropy.toml")]) == 0
         assert len((out / "runs" / "cross-entropy" / "metrics.jsonl").read_text().splitlines()) == 4

@@ -1,4 +1,4 @@
-"""Which device a process of several computes on, and what one tells the others of an error."""
+"""Which device each of several processes computes on, and how an error reaches the others."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RUN = 'base = "embedded"\nlabels = "x"\nprompts = "x"\nout = "run"\n[format]\nra
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """The environment of the second of three processes that torchrun has started on a machine with two GPUs."""
+    """The environment of the second of three processes that torchrun starts on a machine with two GPUs."""
     for name, value in {"RANK": 1, "WORLD_SIZE": 3, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 3}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -64,7 +64,7 @@ def test_a_rank_beyond_the_gpus_is_refused_where_the_number_of_ranks_is_not_told
 def test_each_rank_has_the_gpu_of_its_own_number(gpus: pytest.MonkeyPatch) -> None:
     gpus.setenv("LOCAL_WORLD_SIZE", "2")
     assert _own_device(None, under_torchrun=True) == _own_device("cuda", under_torchrun=True) == torch.device("cuda:1")
-    assert _own_device("cuda:0", under_torchrun=True) == torch.device("cuda:0")  # as asked
+    assert _own_device("cuda:0", under_torchrun=True) == torch.device("cuda:0")  # as requested
     assert _own_device("cpu", under_torchrun=True) == torch.device("cpu")
     assert _own_device(None, under_torchrun=False) == default_device() == torch.device("cuda")
     gpus.setattr(torch.cuda, "is_available", lambda: False)

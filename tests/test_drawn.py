@@ -1,6 +1,6 @@
-"""Drawn configs, adapters, tokens and options: the engine's values and gradients against autograd and PEFT in float64.
+"""Random configs, adapters, tokens and options: the engine's values and gradients against autograd and PEFT in float64.
 
-Autograd goes through ``qwen_functional.forward``, the formula, one sequence a row. Operations are drawn alone too.
+Autograd goes through ``qwen_functional.forward``, the formula, with one sequence per row. Operations are drawn too.
 """
 
 from __future__ import annotations
@@ -109,16 +109,16 @@ def specs(draw: st.DrawFn, n_layers: int) -> LoraSpec:
     )
 
 
-# Of few tokens: they share prefixes, are equal, or lie within one another.
+# Few distinct tokens, so that sequences share prefixes, are equal, or are prefixes of one another.
 SEQUENCES = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), min_size=1, max_size=6)
-# How the engine goes about it.
+# How the engine computes.
 WAYS: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
     {"checkpoint": st.sampled_from(["none", "block", "auto"]), "memory_budget": st.none() | st.integers(0, 100_000)}
 )
 
 
 class Case:
-    """What the engine is asked, and what it answers."""
+    """A call of the engine, and its results."""
 
     def __init__(self, data: st.DataObject, device: str, sequences: list[list[int]], *, inner_only: bool) -> None:
         self.fields, self.sequences = data.draw(fields(), "config"), sequences
@@ -136,7 +136,7 @@ class Case:
         self.wrt = data.draw(st.none() | st.lists(st.sampled_from(names), unique=True), "wrt")
         self.read = data.draw(st.sampled_from(["last", "all"]), "read") if inner_only else "last"
         self.weights: Qwen2Weights = init_weights(self.config, dtype=F64, device=device)
-        with pytest.MonkeyPatch.context() as patched:  # one adapter in a chunk, some, or all
+        with pytest.MonkeyPatch.context() as patched:  # chunks of one adapter, some, or all
             patched.setattr(cpu, "CHUNK_BYTES", data.draw(st.sampled_from([0, 4000, 1 << 20]), "chunk"))
             self.lora = self.spec.bind(self.config, self.tensors)
             self.value, vjp = forward_vjp(
@@ -153,7 +153,7 @@ class Case:
         if not wanted:
             assert self.gradients == {}
             return
-        # Gradients of such texts and sizes may cancel altogether, and what is left be 5e-14.
+        # With such texts and sizes, gradients may cancel entirely, leaving 5e-14.
         assert_gradients(self.gradients, {name: gradients[name] for name in wanted}, allowed, negligible=1e-3)
 
 
@@ -185,7 +185,7 @@ def test_the_engine_equals_the_formula_under_autograd(
     value = torch.cat(rows, 2)
     value = value[:, 0] if isinstance(case.layer, int) else value
     gradients = [torch.zeros_like(tensor) for tensor in tensors.values()]
-    if value.requires_grad:  # else it is read below all adapters
+    if value.requires_grad:  # else the layer is below all adapters
         gradients = [*torch.autograd.grad(value, list(tensors.values()), case.cotangent, materialize_grads=True)]
     case.assert_is(value.detach(), dict(zip(tensors, gradients, strict=True)), device)
 
@@ -211,7 +211,7 @@ def test_rmsnorm_and_its_vjp_equal_torch(seed: int, lead: list[int], width: int,
     expected = F.rms_norm(x, (width,), weight, eps)
     y, rstd = rmsnorm_to(x.detach(), weight, eps, F64)
     dx = rmsnorm_vjp(dy, x.detach(), weight, rstd)
-    scale = 10**exponent  # of what is not near one
+    scale = 10**exponent  # brings dx near one
     assert_equal((y, expected), (dx * scale, by_autograd(expected, dy, x)[0] * scale))
 
 
@@ -247,7 +247,7 @@ def test_swiglu_and_its_vjp_equal_torch(seed: int, rows: int, width: int, expone
 def test_a_projection_and_its_vjp_equal_merged_weights(
     seed: int, n: int, shared: bool, with_bias: bool, parts: list[tuple[int, int]], rows: int, n_in: int
 ) -> None:
-    """Of projections that lie one below the other, with a rank of their own, or none."""
+    """For stacked projections, each with its own rank, or none."""
     out, ranks = sum(size for size, _ in parts), [rank for _, rank in parts]
     x, dy = normal(seed, 1 if shared else n, rows, n_in).requires_grad_(), normal(seed + 1, n, rows, out)
     weight, bias = normal(seed + 2, out, n_in), normal(seed + 3, out) if with_bias else None
@@ -288,7 +288,7 @@ def test_attention_and_its_vjp_equal_torch(
     shapes = (n, kv_heads, n_tokens, group, head_dim), (n, kv_heads, n_tokens, head_dim)
     q, k, v = (normal(seed + i, *shapes[min(i, 1)]).requires_grad_() for i in range(3))
     do = normal(seed + 3, n, n_tokens, kv_heads * group * head_dim)
-    seen = torch.eye(n_tokens, dtype=torch.bool)  # from the paths to the root
+    seen = torch.eye(n_tokens, dtype=torch.bool)  # from each node's path to the root
     for node in range(n_tokens):
         ancestor, left = node, n_tokens if window is None else window
         while ancestor >= 0 and left > 0:

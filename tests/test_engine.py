@@ -29,7 +29,7 @@ from qwen_functional import LoraSpec, Qwen2Config, init_weights, pack
 from qwen_functional.forward import forward, forward_vjp
 
 TOLERANCE = 1e-9
-# Prefixes shared and not, a sequence within another, one twice, one of a single token.
+# Prefixes shared and not, a sequence that is a prefix of others, a duplicate, a single token.
 SEQUENCES = [[5, 6, 7, 8, 9, 10, 11], [5, 6, 7, 20, 21], [5, 6, 7], [30], [5, 6, 7], [31, 6, 7, 8]]
 
 
@@ -50,7 +50,7 @@ def assert_parity(
     device: str,
     **options: Any,
 ) -> None:
-    """Values and gradients are those of PEFT, one sequence and one adapter at a time."""
+    """Values and gradients are those of PEFT run on one sequence and one adapter at a time."""
     weights, allowed = init_weights(config, dtype=torch.float64, device=device), tolerance(device, TOLERANCE)
     tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
     lora = spec.bind(config, tensors)
@@ -134,7 +134,7 @@ def test_texts_longer_than_a_tile_equal_peft(device: str) -> None:
 @pytest.mark.parametrize("at_once", [1, 2, 3])
 @pytest.mark.parametrize("checkpoint", ["none", "block"])
 def test_adapters_in_chunks_equal_peft(monkeypatch: pytest.MonkeyPatch, at_once: int, checkpoint: str) -> None:
-    """Adapters of many tokens go through a block in chunks: here of few."""
+    """With many tokens, adapters go through a block in chunks; here, also with few."""
     config, spec = tiny_config(), SPECS["some layers"]
     gate_up_of_one = len(pack(SEQUENCES)) * 2 * config.intermediate_size * 8
     monkeypatch.setattr("qwen_functional.backends.cpu.CHUNK_BYTES", gate_up_of_one * at_once)
@@ -166,7 +166,7 @@ def test_the_gradient_is_linear_in_the_cotangent(device: str) -> None:
     together, first, second = gradients(one - 3 * two), gradients(one), gradients(two)
     assert_gradients(together, {name: first[name] - 3 * second[name] for name in first})
     assert not any(gradient.any() for gradient in gradients(torch.zeros_like(one)).values())
-    # An adapter or a sequence whose cotangent is zero takes no part.
+    # An adapter or a sequence with a zero cotangent contributes nothing.
     only = torch.zeros_like(one)
     only[1] = one[1]
     for name, gradient in gradients(only).items():
@@ -184,7 +184,7 @@ def test_a_gradient_asked_for_alone_equals_peft(wanted: str, n_adapters: int | N
 
 @pytest.mark.filterwarnings("error:An output with one or more elements was resized")
 def test_the_input_that_adapters_share_is_not_written_over(device: str) -> None:
-    """Only down_proj of the first block is adapted: what enters the second is a sum of one row and of one for each."""
+    """Only down_proj is adapted: the second block's input is the sum of a shared term and one per adapter."""
     config = tiny_config()
     spec = LoraSpec(rank=3, target_modules=("down_proj",))
     tensors = random_lora(config, spec, 3)

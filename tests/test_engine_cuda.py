@@ -1,4 +1,4 @@
-"""The engine on fake CUDA tensors: shapes, dtypes and devices of every operation, and no GPU."""
+"""The engine on fake CUDA tensors: shapes, dtypes and devices of every operation, without a GPU."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ CUDA = torch.device("cuda", 0)
 CONFIG = tiny_config(**CONFIGS["windows"])
 SPEC = LoraSpec(rank=2)
 TOKENS = pack([[5, 6, 7, 8, 9], [5, 6, 7, 20], [30, 31, 32], [5, 6], [5, 6]])
-TOKENS.end  # noqa: B018  (made of real tensors, once)
-BUDGET = 1 << 20  # how much is free on the GPU cannot be asked
+TOKENS.end  # noqa: B018  (cached now, from real tensors)
+BUDGET = 1 << 20  # free GPU memory cannot be queried
 
 
 class FloatsOnTheCpu(TorchDispatchMode):
@@ -50,7 +50,7 @@ READING = (aten._local_scalar_dense, aten.item, aten.nonzero, aten.masked_select
 
 
 class Transfers(TorchDispatchMode):
-    """Collects the operations that read a value back from the device, or that bring one there from the host."""
+    """Collects the operations that copy values from the device to the host (back), or from the host to it (there)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Transfers(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, given = func.overloadpacket, [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         by_mask = name in (aten.index, aten.index_put, aten.index_put_) and any(t.dtype == torch.bool for t in given)
-        if name in READING or by_mask:  # how many are true, the host has to know
+        if name in READING or by_mask:  # the host must know how many are true
             self.back.append(str(func))
         if name in (aten.lift_fresh, aten.lift_fresh_copy):  # torch.tensor of numbers
             self.there.append(str(func))
@@ -77,7 +77,7 @@ class Transfers(TorchDispatchMode):
 
 @pytest.fixture
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FloatsOnTheCpu]:
-    """Where tensors can be made on a GPU that is not there. Two devices in one operation are an error."""
+    """Allows tensors on a GPU that does not exist. Two devices in one operation are an error."""
     # Where torch is built without CUDA, these Python methods look for a GPU before they reach the fake one.
     for name, aten in (
         ("__getitem__", _getitem),
@@ -88,13 +88,13 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FloatsOnTheCpu]:
         monkeypatch.setattr(Tensor, name, _on_cuda(aten, getattr(Tensor, name)))
     if not torch.cuda.is_available():
         monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
-    else:  # what other tests' checks have found is real, and could not be read among fake tensors
+    else:  # read what checks in other tests have found: it is real, and unreadable among fake tensors
         torch.cuda.synchronize()
         with contextlib.suppress(ValueError):
             raise_found()
-    # No kernel can run: torch's own operations, in the form that any device takes.
+    # No kernel can run, so use torch's own operations, in the form for any device.
     monkeypatch.setattr("qwen_functional.backends.cuda.can_fuse", lambda *_: False)
-    # The tokens are on the CPU and real, and read there.
+    # The tokens are real tensors on the CPU, and are read there.
     for name in ("check_fits", "reads", "tiles", "readout_tiles"):
         monkeypatch.setattr(PackedTokens, name, _with_real_tensors(getattr(PackedTokens, name)))
     monkeypatch.setattr(plan_module, "_places", _with_real_tensors(plan_module._places))
@@ -166,7 +166,7 @@ def test_all_tensors_of_forward_vjp_are_on_the_weights_device(
         for name, gradient in gradients.items():
             assert gradient.device == CUDA
             assert (gradient.shape, gradient.dtype) == (tensors[name].shape, tensors[name].dtype)
-    # Only short lists, the frequencies of rope and the scales of ranks, come from the CPU.
+    # Only short lists come from the CPU: rope's frequencies and the scales of the ranks.
     assert all(len(shape) < 2 for shape in fake_cuda.shapes)
 
 
@@ -185,7 +185,7 @@ def test_all_tensors_of_forward_are_on_the_weights_device(fake_cuda: FloatsOnThe
 
 
 def test_two_devices_in_one_operation_are_an_error(fake_cuda: FloatsOnTheCpu) -> None:
-    """Or the tests above would find nothing."""
+    """Otherwise the tests above would find nothing."""
     with pytest.raises(RuntimeError, match="device"):
         torch.empty(2, 2, device="cuda") @ torch.empty(2, 2)
 
@@ -219,7 +219,7 @@ def test_a_step_by_a_plan_leaves_all_values_where_they_are(
 
 
 def test_what_is_moved_between_host_and_device_is_seen(fake_cuda: FloatsOnTheCpu) -> None:
-    """Or the test above would find nothing."""
+    """Otherwise the test above would find nothing."""
     there, host = torch.empty(3, device=CUDA), torch.empty(3)
 
     def seen(move: Callable[[], object]) -> Transfers | None:

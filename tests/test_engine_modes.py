@@ -1,4 +1,4 @@
-"""``forward_vjp`` under other modes, dtypes, devices; the same bits each time; bad inputs."""
+"""``forward_vjp`` in other modes, dtypes and devices; the same bits every time; bad inputs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_inference_mode_and_autocast_change_no_bit(checkpoint: str, device: str)
             gradients = other_vjp(torch.ones_like(value))
         assert torch.equal(other, value)
         assert all(torch.equal(gradients[name], expected[name]) for name in expected)
-    # A vjp may also be called under another mode than the forward.
+    # A vjp may also be called in another mode than the forward.
     with torch.autocast(device, dtype=torch.bfloat16):
         _, vjp = run(checkpoint=checkpoint, device=device)
     gradients = vjp(torch.ones_like(value))
@@ -91,7 +91,7 @@ def test_a_gradient_comes_in_the_dtype_of_its_tensor(
     for name, tensor in tensors.items():
         assert gradients[name].dtype == tensor.dtype
         assert gradients[name].isfinite().all()
-    # The same adapters in float64 on the same weights: half precision may be coarse, but not something else.
+    # The same adapters and weights in float64: half precision may be coarse, but not wrong.
     exact = {name: tensor.cpu().double() for name, tensor in tensors.items()}
     value64, vjp64 = forward_vjp(CONFIG, _upcast(base), TOKENS, SPEC.bind(CONFIG, exact))
     tolerance = 0.2 if {base, *(t.dtype for t in tensors.values())} & set(HALVES) else 1e-4
@@ -154,7 +154,7 @@ def test_a_compute_dtype_is_taken_and_does_not_change_the_weights(
     assert relative_error(value, value64) < tolerance
     expected = vjp64(torch.ones_like(value64))
     together, wanted = (torch.cat([g[name].double().flatten() for name in expected]) for g in (gradients, expected))
-    assert relative_error(together, wanted) < max(3 * tolerance, 1e-6)  # they are float32
+    assert relative_error(together, wanted) < max(3 * tolerance, 1e-6)  # the gradients are float32
     assert weights.compute_in(storage if storage != torch.float16 else torch.float32).packed is None
 
 

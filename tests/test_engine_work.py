@@ -1,4 +1,4 @@
-"""What ``forward_vjp`` computes and keeps: no more GEMMs than needed, no logits, no tape, what was asked for."""
+"""What ``forward_vjp`` computes and keeps: only the GEMMs that are needed, no logits, no tape, as much as requested."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def run(
 
 
 def block_bytes() -> int:
-    """What "auto" counts for a block that is kept whole, of three adapters."""
+    """The bytes that "auto" counts for keeping a whole block, with three adapters."""
     tensors = random_lora(CONFIG, SPEC, 3, dtype=torch.float32)
     return Plan(CONFIG, WEIGHTS, TOKENS, SPEC.bind(CONFIG, tensors)).cost.block_bytes()
 
 
 def watched(**options: Any) -> tuple[Watch, Watch, dict[str, Tensor]]:
-    """What the forward did, what the vjp did, and the gradients."""
+    """The operations of the forward, those of the vjp, and the gradients."""
     with Watch() as there:
         value, vjp = run(**options)
     with Watch() as back:
@@ -53,7 +53,7 @@ def test_the_number_of_base_gemms_does_not_grow_with_the_adapters() -> None:
     one, many = watched(n_adapters=1), watched(n_adapters=9)
     for few, more in zip(one[:2], many[:2], strict=True):
         assert len(few.gemms) == len(more.gemms) > 0
-    # A block has q|k|v, o, gate, up and down; the last one q and k|v apart. The first one's q|k|v have no dx.
+    # A block has q|k|v, o, gate, up and down; the last one has separate q and k|v. The first one's q|k|v have no dx.
     assert len(one[0].gemms) == 5 * CONFIG.num_hidden_layers + 1
 
 
@@ -63,7 +63,7 @@ def test_a_block_does_no_work_that_nothing_needs() -> None:
     rest = h * q + 3 * h * i  # o, gate, up, down
     qkv = h * (q + 2 * kv)
     top = n_adapters * (tokens * 2 * h * kv + read * (h * q + rest))
-    forwards = tokens * qkv + n_adapters * tokens * rest  # the first block's input is the same for all adapters
+    forwards = tokens * qkv + n_adapters * tokens * rest  # all adapters share the first block's input
     forwards += (blocks - 2) * n_adapters * tokens * (qkv + rest) + top
     backwards = n_adapters * tokens * rest + (blocks - 2) * n_adapters * tokens * (qkv + rest) + top
     there, back, _ = watched(n_adapters=n_adapters, checkpoint="none")
@@ -127,7 +127,7 @@ def test_the_other_half_of_an_adapter_costs_nothing() -> None:
 def test_the_adapter_beside_the_wanted_one_costs_nothing() -> None:
     wanted = (["gate_proj.lora_A"], ["up_proj.lora_A"], ["gate_proj.lora_B"], ["gate_proj.lora_A", "up_proj.lora_A"])
     products = [watched(wrt=names(*(f"layers.3.mlp.{part}" for part in parts)))[1].batched for parts in wanted]
-    assert products == [4, 4, 3, 5]  # two for down_proj's dx; then t and dA, dB alone, or two t and one dA for both
+    assert products == [4, 4, 3, 5]  # two for down_proj's dx; then t and dA, only dB, or two t and a joint dA
 
 
 @pytest.mark.parametrize("nothing", [{"wrt": ()}, {"n_adapters": None, "wrt": []}], ids=["batch", "one"])
@@ -160,11 +160,11 @@ def test_checkpointing_changes_no_bit() -> None:
             assert all(torch.equal(gradients[name], same[name]) for name in same), options
 
 
-THIN = LoraSpec(rank=1, target_modules=("q_proj",))  # what is kept of the low-rank parts is not in the budget
+THIN = LoraSpec(rank=1, target_modules=("q_proj",))  # the budget does not count the low-rank parts
 
 
 def held_after(checkpoint: str, memory_budget: int | None = None) -> tuple[int, Vjp]:
-    """Bytes that are kept for the vjp, and beside what a run without gradients leaves."""
+    """Bytes kept for the vjp, beyond what a run without gradients leaves."""
     lora = THIN.bind(CONFIG, random_lora(CONFIG, THIN, 3, dtype=torch.float32))
 
     def held(wrt: tuple[()] | None) -> tuple[Watch, Tensor, Vjp]:
@@ -187,7 +187,7 @@ def test_as_much_is_kept_as_was_asked_for_and_no_more() -> None:
     assert (vjp.checkpoint, vjp.n_kept, vjp.n_blocks) == ("none", blocks, blocks)
     inputs, vjp = held_after("block")
     assert (vjp.checkpoint, vjp.n_kept, vjp.n_blocks) == ("block", 0, blocks)
-    assert inputs <= 2 * blocks * 3 * len(TOKENS) * CONFIG.hidden_size * 4  # into the halves
+    assert inputs <= 2 * blocks * 3 * len(TOKENS) * CONFIG.hidden_size * 4  # the input of each half of a block
     assert inputs < 0.25 * whole
     kept = set()
     for budget in range(0, 2 * whole, whole // 8):
@@ -196,7 +196,7 @@ def test_as_much_is_kept_as_was_asked_for_and_no_more() -> None:
         assert held <= max(1.05 * budget, inputs), "more was kept than the budget allows"
         expected = {0: "block", blocks: "none"}.get(vjp.n_kept, f"{vjp.n_kept} of {blocks} blocks kept")
         assert vjp.checkpoint == expected
-        # A budget that allows another block is used.
+        # A budget with room for another block is used.
         assert vjp.n_kept == blocks or held + 1.5 * (whole - inputs) / (blocks - 1) > budget
     assert kept == set(range(blocks + 1))
 
@@ -212,7 +212,7 @@ def test_a_block_is_let_go_after_its_vjp(checkpoint: str) -> None:
         vjp(torch.ones_like(value))
     assert without
     assert held == sorted(held, reverse=True)
-    # The last block keeps least, as it computes few rows: then there are three more, and one is left.
+    # The last block keeps least, since it computes few rows: of three others, one is left.
     assert held[-1] < 0.4 * held[0], held
 
 
@@ -220,7 +220,7 @@ def test_half_of_the_free_memory_is_used_to_keep_blocks(monkeypatch: pytest.Monk
     assert run()[1].checkpoint == "none"
     monkeypatch.setattr("qwen_functional.plan.free_bytes", lambda device: 0)
     assert run()[1].checkpoint == "block"
-    # Half of what is free.
+    # Half of the free memory.
     each = block_bytes()
     inputs = 2 * CONFIG.num_hidden_layers * 3 * len(TOKENS) * CONFIG.hidden_size * 4
     monkeypatch.setattr("qwen_functional.plan.free_bytes", lambda device: 2 * (inputs + 2 * each))

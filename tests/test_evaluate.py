@@ -45,7 +45,7 @@ def cases(groups: Sequence[str] = (SEEN, HELD_OUT, HELD_OUT), tasks: Sequence[st
 
 
 def states(model: Any, adapter: dict[str, Tensor] | None, before: list[int], text: list[int], n: int) -> Any:
-    """The last hidden states of the tokens that predict the last n of a text, and their logits."""
+    """The last hidden states of the tokens that predict the last ``n`` of a text, and their logits."""
     found = call(model, adapter, input_ids=torch.tensor([before + text]), output_hidden_states=True)
     return found.hidden_states[-1][0, -1 - n : -1], found.logits[0, -1 - n : -1]
 
@@ -125,7 +125,7 @@ def test_verdicts_are_those_of_peft(per_pass: int) -> None:
 def test_another_conditions_adapter_is_of_the_group_and_of_another_task() -> None:
     lm = DifferentiableLMLoss(CONFIG, WEIGHTS)
     assert Judge(lm, cases((SEEN, SEEN, SEEN), "aab")).others() == [2, 2, 0]
-    assert Judge(lm, cases((SEEN, HELD_OUT, SEEN), "abc")).others() == [2, 2, 0]  # one alone takes any other
+    assert Judge(lm, cases((SEEN, HELD_OUT, SEEN), "abc")).others() == [2, 2, 0]  # alone in its group: any other
     assert Judge(lm, cases((SEEN, HELD_OUT, HELD_OUT), "abc")).others()[1:] == [2, 1]
 
 
@@ -215,7 +215,7 @@ def write(path: Path, lines: Sequence[dict[str, Any]]) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on two of three tasks, and a file of all."""
+    """A run on two of three tasks, and a file with all three."""
     folder = tmp_path_factory.mktemp("evaluate")
     write(folder / "train.jsonl", [line for line in LINES if line["task"] != "z"])
     write(folder / "all.jsonl", LINES)
@@ -240,7 +240,7 @@ def test_a_run_is_judged_on_what_it_has_seen_and_on_what_it_has_not(
     assert list(found[SEEN]) == ways
     assert json.loads((tmp_path / "out" / "verdict.json").read_text()) == found
     assert (tmp_path / "out" / "verdict.png").read_bytes().startswith(b"\x89PNG")
-    # By hand, in PEFT: what the generator writes for a held-out condition, on its two texts.
+    # By hand, in PEFT: the adapters that the generator writes for held-out conditions, on two texts each.
     run = load_run(folder / "run", "cpu")
     tokenizer = AutoTokenizer.from_pretrained(embedded_checkpoint())
     config, weights = load_pretrained(embedded_checkpoint(), dtype=torch.float32)
@@ -279,9 +279,9 @@ def test_adapters_from_elsewhere_have_the_figures_of_the_generator_that_wrote_th
     data = ["--data", folder / "all.jsonl"]
     judged = evaluate(capsys, *data, "--adapters", tmp_path / "adapters", "--model", embedded_checkpoint())
     found = evaluate(capsys, "--run", folder / "run", *data)
-    assert list(judged) == [HELD_OUT]  # nobody says what they were trained on
+    assert list(judged) == [HELD_OUT]  # nothing says what they were trained on
     ways = [own["generated"] for own in found.values()]
-    nats = sum(one["loss"] * one["conditions"] for one in ways) / 6  # all have as many tokens
+    nats = sum(one["loss"] * one["conditions"] for one in ways) / 6  # all have the same number of tokens
     assert judged[HELD_OUT]["adapters"]["loss"] == pytest.approx(nats, rel=1e-5)
     assert list(judged[HELD_OUT]) == [
         "adapters", "another condition's", "mean of adapters", "bare model", "prompted base",
@@ -321,7 +321,7 @@ def test_conditions_may_be_names_of_prompts(folder: Path, tmp_path: Path, capsys
     found = evaluate(capsys, "--run", folder / "run", "--data", data, "--prompts", prompts)[HELD_OUT]
     plain = write(tmp_path / "plain.jsonl", [line for line in LINES if line["condition"] == "do z now"])
     expected = evaluate(capsys, "--run", folder / "run", "--data", plain)[HELD_OUT]
-    for way in ("generated", "prompted base"):  # whose context is the prompt, not the name
+    for way in ("generated", "prompted base"):  # the context is the prompt, not the name
         assert found[way]["loss"] == pytest.approx(expected[way]["loss"], rel=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""A few trials of ``faults.py``: kill -9, signals, disks that fail, second writers, power cuts."""
+"""A few trials of ``faults.py``: kill -9, signals, failing disks, second writers, power cuts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TIMES = 2
 
 @pytest.fixture(scope="module")
 def counts() -> dict[str, Any]:
-    """{scenario and command: what happened how often, what was wrong}, from the script, in processes of its own."""
+    """{scenario and command: [how often what happened, what was wrong]}, from the script, in its own processes."""
     script = Path(__file__).parent / "faults.py"
     done = subprocess.run([sys.executable, script, "--json", "--times", str(TIMES)], capture_output=True, text=True)
     assert done.stdout, done.stderr

@@ -19,7 +19,7 @@ from lora_delta.commands import label, plot
 from lora_delta.files import replaces, write_json
 from qwen_functional.files import parse_json, read_json_object, read_lines, read_text
 
-SEPARATORS = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\rh"  # at each of them str.splitlines splits
+SEPARATORS = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\rh"  # str.splitlines splits at each of them
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_what_is_not_utf_8_is_refused_by_its_name(path: Path) -> None:
 
 
 def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")  # nobody writes: reading it would not end
+    os.mkfifo(tmp_path / "pipe")  # nothing writes to it: reading it would never end
     for name in (tmp_path / "pipe", tmp_path, "/dev/zero"):
         with pytest.raises(ValueError, match=f"^{name} is not a file, expected a list"):
             read_lines(name, "a list")
@@ -71,7 +71,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
 
 def test_a_file_that_is_too_large_is_refused_before_it_is_read(path: Path) -> None:
     with path.open("wb") as file:
-        file.truncate(1 << 40)  # takes no space
+        file.truncate(1 << 40)  # sparse
     with pytest.raises(ValueError, match=f"^{path} has 1,099,511,627,776 bytes, expected .* of at most 268,435,456"):
         read_text(path)
     path.write_text("four")
@@ -113,7 +113,7 @@ def test_json_of_another_kind_than_an_object_is_refused(text: str, kind: str, pa
 
 @contextmanager
 def files_of_at_most(n_bytes: int) -> Iterator[None]:
-    """As on a disk with so much space left."""
+    """Limits file sizes, as on a disk with ``n_bytes`` left."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
     try:

@@ -34,7 +34,7 @@ def random_ids(rows: int = N_ROWS, n_tokens: int = N_TOKENS, seed: int = 0, devi
 
 
 def assert_same(ours: ForwardOutput, theirs: Any, real: Tensor | None = None, on_cpu: float = 1e-13) -> None:
-    """Logits and all hidden states, at the tokens where ``real`` (N, T) is true."""
+    """Logits and all hidden states are equal at the tokens where ``real`` (N, T) is true."""
     real = (torch.ones(ours.logits.shape[:2]) if real is None else real).bool().cpu()
     assert ours.hidden_states is not None
     pairs = [*zip(ours.hidden_states, theirs.hidden_states, strict=True), (ours.logits, theirs.logits)]
@@ -122,7 +122,7 @@ def test_outputs_come_in_the_dtype_that_they_have_in_transformers(device: str) -
         assert ours.hidden_states is not None
         assert ours.logits.dtype == ours.last_hidden_state.dtype == theirs.logits.dtype == dtype
         assert {h.dtype for h in ours.hidden_states} == {h.dtype for h in theirs.hidden_states} == {dtype}
-        # Half precision is held to a number on real weights; here it should just not be something else.
+        # Tests on real weights bound the error in half precision; here it should just not be wrong.
         assert relative_error(ours.logits, theirs.logits) < 0.1
     assert forward(config, weights, random_ids(device=device)).hidden_states is None
 

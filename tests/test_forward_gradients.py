@@ -1,4 +1,4 @@
-"""``forward`` is differentiable to any order: autograd and torch.func through it, and through PEFT."""
+"""``forward`` is differentiable to any order: autograd and torch.func through it, against PEFT."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def attention_in_transformers_has_all_derivatives() -> Iterator[None]:
 def losses(
     changes: dict[str, Any], device: str, spec: LoraSpec = SPEC
 ) -> tuple[Qwen2Config, Qwen2Weights, Callable[[Tensors], Tensor], Callable[[Tensors], Tensor]]:
-    """The same scalar of one adapter's tensors, by ``forward`` and by PEFT."""
+    """The same scalar as a function of one adapter's tensors, by ``forward`` and by PEFT."""
     config = tiny_config(**changes)
     weights = init_weights(config, dtype=torch.float64, device=device)
     model = peft_model(hf_model(config, weights), spec)

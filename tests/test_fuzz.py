@@ -1,4 +1,4 @@
-"""A sample of the drawn inputs of ``fuzz.py``, and that its bench sees what must not be."""
+"""A sample of the random inputs of ``fuzz.py``, and a check that its bench notices bad doors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SAMPLE = 300
 
 @pytest.fixture(scope="module")
 def answers() -> list[dict[str, Any]]:
-    """What came of the sample and of the bad doors, opened by the script, in processes of its own."""
+    """The outcomes of the sample and of the bad doors, which the script opens in its own processes."""
     script = Path(__file__).parent / "fuzz.py"
     options = ["--json", "--bad-doors", "--jobs", "2", "--count", str(SAMPLE), "--template-seconds", "1"]
     done = subprocess.run([sys.executable, script, *options], capture_output=True, text=True)

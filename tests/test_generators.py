@@ -1,4 +1,4 @@
-"""The reference generators: what they write before they are trained, and from what."""
+"""The reference generators: what they write before training, and what it depends on."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_an_additive_generator_writes_the_tensors_of_its_spec(spec: LoraSpec, wr
     }
     assert list(written) == list(spec.shapes(CONFIG))
     spec.bind(CONFIG, written)
-    for name, tensor in written.items():  # without what is written, A is one for all
+    for name, tensor in written.items():  # an A that is not generated is shared
         assert torch.equal(tensor[0], tensor[1]) == ("lora_A" in name and writes == "B"), name
 
 
@@ -192,7 +192,7 @@ def test_an_additive_generator_that_starts_from_teachers_has_their_mean_and_can_
     for start, names in zip(made.start, made._kinds.values(), strict=True):
         for one, name in zip(start, names, strict=True):
             assert torch.allclose(one, teachers[name].mean(0), atol=1e-12)
-    # Of four teachers there are three directions: each teacher is a mixture of as many components.
+    # Four teachers span three directions around their mean: each is a mixture of three components.
     basis = torch.cat([one.transpose(0, 1).flatten(1) for one in made.components], 1)[:3]
     moved = torch.cat([(teachers[name] - teachers[name].mean(0)).flatten(1) for names in sides for name in names], 1)
     solved = torch.linalg.lstsq(basis.T, moved.T).solution

@@ -1,4 +1,4 @@
-"""Steps in CUDA graphs: what is captured gives the bits of what is not, whatever is called in between. For a GPU."""
+"""Steps in CUDA graphs: captured steps give the bits of others, whatever is called in between. Needs a GPU."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DEVICE = "cuda"
 CONFIG = tiny_config(hidden_size=64, intermediate_size=96, num_hidden_layers=2)
 SPEC = LoraSpec(rank=3, alpha=5)
 SEQUENCES = [[5, 6, 7, 8, 9], [5, 6, 7, 20], [30, 31, 32], [5, 6]]
-OTHERS = [[1, 2, 3], [40, 41], [40, 41, 42, 43, 44], [1, 2, 3, 4]]  # in a tree of the same sizes
+OTHERS = [[1, 2, 3], [40, 41], [40, 41, 42, 43, 44], [1, 2, 3, 4]]  # a tree of the same sizes
 TOKENS = pack(SEQUENCES)
 DTYPES = [torch.float32, torch.bfloat16]
 G = 3
@@ -43,7 +43,7 @@ def _nothing_is_left_to_be_found() -> Iterator[None]:
 
 @pytest.fixture
 def replays(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Of each step by a plan that is captured, whether it was by its graphs."""
+    """For each step with a captured plan, whether it replays the graphs."""
     seen: list[bool] = []
     forward = graph.Captured.forward
 
@@ -60,7 +60,7 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 def made(dtype: torch.dtype, **options: Any) -> tuple[Qwen2Weights, Plan, Plan]:
-    """Weights, a plan that is captured at its second use, and one that never is."""
+    """Weights, a plan that is captured on its second use, and one that never is."""
     weights = init_weights(CONFIG, dtype=dtype, device=DEVICE)
     captured, plain = (Plan(CONFIG, weights, TOKENS, lora(), graph=how, **options) for how in ("auto", False))
     assert captured.backend.captures
@@ -138,7 +138,7 @@ def test_two_forwards_and_then_two_backwards_give_the_gradients_of_each(
         gradients = {index: both[index][1](cotangent_of(both[index][0])) for index in order}
         for index, (value, _) in enumerate(both):
             assert_same_bits((value, gradients[index]), expected[index])
-        assert replays.count(True) == 1  # the other one would have written over what the first one keeps
+        assert replays.count(True) == 1  # the other would overwrite what the first keeps
     replays.clear()
     assert_same_bits(step(weights, plan, lora(7)), expected[0])
     assert replays == [True]
@@ -148,7 +148,7 @@ def test_a_forward_whose_way_back_is_never_gone_stands_in_no_ones_way(replays: l
     weights, plan, plain = made(torch.float32)
     expected = step(weights, plain, lora(5))
     for seed in range(4):
-        forward_vjp(CONFIG, weights, TOKENS, lora(seed), plan=plan)  # what it returns is let go
+        forward_vjp(CONFIG, weights, TOKENS, lora(seed), plan=plan)  # drop what it returns
     assert_same_bits(step(weights, plan, lora(5)), expected)
     assert replays[-1]
 
@@ -162,10 +162,10 @@ def test_what_was_returned_stays_as_it_is(dtype: torch.dtype) -> None:
         copies = value.clone(), {name: gradient.clone() for name, gradient in gradients.items()}
         kept.append(((value, gradients), copies))
         for tensor in (value, *gradients.values()):
-            assert tensor.untyped_storage().nbytes() < 1 << 20  # nor a view into something large
+            assert tensor.untyped_storage().nbytes() < 1 << 20  # and no view of something large
     for returned, copies in kept:
         assert_same_bits(returned, copies)
-    # Nor does what a caller writes into them change a later step.
+    # Writing into them does not change a later step, either.
     expected = step(weights, plan, lora(0))
     for value, gradients in (step(weights, plan, lora(0)), expected):
         for tensor in (value, *gradients.values()):
@@ -185,7 +185,7 @@ def test_a_filled_plan_needs_no_new_capture_and_reads_no_memory_that_was_freed(
         tokens = pack(sequences)
         plan.fill(tokens)
         torch.cuda.synchronize()
-        junk = [torch.zeros(16, dtype=torch.int32, device=DEVICE) for _ in range(1_000)]  # where tables may have been
+        junk = [torch.zeros(16, dtype=torch.int32, device=DEVICE) for _ in range(1_000)]  # may reuse freed tables
         plain = Plan(CONFIG, weights, tokens, lora(), graph=False)
         assert_same_bits(step(weights, plan, lora(3)), step(weights, plain, lora(3)))
         del junk
@@ -214,7 +214,7 @@ def test_a_step_inside_of_another_capture_is_part_of_it() -> None:
         tensor.copy_(other.tensors()[name])
     outer.replay()
     assert_same_bits((value, gradients), expected[1])
-    assert_same_bits(step(weights, plan, other), expected[1])  # and its own graphs still serve
+    assert_same_bits(step(weights, plan, other), expected[1])  # its own graphs still work
 
 
 def test_a_profiler_changes_nothing() -> None:
@@ -237,7 +237,7 @@ def make_delta(dtype: torch.dtype, spec: LoraSpec = SPEC, **options: Any) -> Dif
 
 
 def two_deltas(dtype: torch.dtype, **options: Any) -> tuple[DifferentiableDeltaCompute, DifferentiableDeltaCompute]:
-    """One whose steps are captured, and one whose are not."""
+    """A delta whose steps are captured, and one whose steps are not."""
     return make_delta(dtype, **options), make_delta(dtype, graph=False, **options)
 
 
@@ -383,7 +383,7 @@ def test_release_gives_the_memory_of_graphs_back(dtype: torch.dtype) -> None:
             trained(delta, tensors)
         torch.cuda.synchronize()
 
-    train()  # what stays for good: the base, and workspaces of the streams
+    train()  # allocates what stays: the base, and workspaces of the streams
     delta.release()
     before = torch.cuda.memory_allocated()
     for _ in range(3):
@@ -410,7 +410,7 @@ def test_a_tensor_that_is_not_finite_is_named_by_the_next_call_after_the_gpu_has
         torch.cuda.synchronize()
         with pytest.raises(ValueError, match=re.escape(f"LoRA tensor {name!r} is not finite")):
             delta(tensors)
-        assert torch.equal(delta(tensors), expected)  # it is said once
+        assert torch.equal(delta(tensors), expected)  # reported only once
 
 
 def test_a_vjp_names_a_tensor_that_is_not_finite() -> None:

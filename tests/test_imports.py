@@ -1,4 +1,4 @@
-"""What each floor may know of: neither transformers nor PEFT, the lower one neither autograd nor the upper one."""
+"""What each package may import: neither transformers nor PEFT; the lower one neither autograd nor the upper one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import qwen_functional
 
 LOWER, UPPER = (Path(package.__path__[0]) for package in (qwen_functional, lora_delta))
 LOWER_FILES = sorted(LOWER.rglob("*.py"))
-KERNELS = LOWER / "backends" / "kernels"  # the only files that need Triton, which not every torch comes with
+KERNELS = LOWER / "backends" / "kernels"  # only these files need Triton, which some torch builds lack
 
 BLOCKED = """
 import importlib.abc, sys
@@ -72,7 +72,7 @@ def run(code: str, *arguments: str) -> str:
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
-    """Absolute names of all modules that a file imports, inside functions as well."""
+    """Absolute names of all modules that a file imports, including inside functions."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -93,7 +93,7 @@ def names(tree: ast.AST) -> Iterator[str]:
 def test_the_main_job_runs_without_transformers_peft_and_triton(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, chat_template=CHATML)
     save_checkpoint(tmp_path, vocab_size=300)
-    edit_tensors(tmp_path, lambda tensors: [t.mul_(0.2) for t in tensors.values()])  # no softmax saturates
+    edit_tensors(tmp_path, lambda tensors: [t.mul_(0.2) for t in tensors.values()])  # so that no softmax saturates
     run(BLOCKED + MAIN_JOB, str(tmp_path))
 
 

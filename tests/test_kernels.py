@@ -1,6 +1,6 @@
-"""The Triton kernels around the norms, the activation and the gradients against autograd in float64.
+"""The Triton kernels for the norms, the activation and the gradients against autograd in float64.
 
-Without a GPU they run in Triton's interpreter.
+Without a GPU, they run in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ pytest.importorskip("triton")
 from qwen_functional.backends.kernels import gate, low_rank, norm  # noqa: E402
 from qwen_functional.backends.kernels.outer import Job, Tiles, outer  # noqa: E402
 
-gates: Any = gate  # called with what `given` makes, of which mypy knows nothing
+gates: Any = gate  # Any, since mypy does not know the types that `given` makes
 norms: Any = norm
 G, EPS, TOLERANCE = 2, 1e-5, 2e-5
-# Rows, width, ranks: smaller than a tile, several tiles, ranks up to what a program holds.
+# (rows, width, rank): smaller than a tile, several tiles, a rank near the most that a program holds.
 SIZES = {"small": (5, 24, 3), "several tiles": (70, 300, 5), "rank 33": (20, 40, 33)}
 
 
@@ -31,12 +31,12 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def given(*tensors: Any) -> Any:
-    """As the kernels take them, each amid NaN: what lies before and behind a tensor is none of its numbers."""
+    """As the kernels take them, each surrounded by NaN, to expose reads before and after a tensor."""
     return [amid_nan(tensor.detach().float().to(DEVICE)) for tensor in tensors]
 
 
 def amid_nan(tensor: Tensor) -> Tensor:
-    around = 64  # a multiple of what the kernels' loads are aligned to
+    around = 64  # a multiple of the alignment of the kernels' loads
     memory = torch.full((tensor.numel() + 2 * around,), torch.nan, device=tensor.device)
     return memory[around:-around].view(tensor.shape).copy_(tensor)
 
@@ -140,7 +140,7 @@ def test_gate_and_its_vjp_equal_autograd(size: str, adapted: str) -> None:
     a = F.silu(z) * v
     cotangent = da + t @ leaves["down"].detach() if "down" in names else da
     value = (a * cotangent.detach()).sum()
-    # down's own: dA = tᵀ a for u = a Aᵀ.
+    # For down: dA = tᵀ a, as u = a Aᵀ.
     value = value + 3 * ((a.detach() @ leaves["down"].mT) * t).sum() if "down" in names else value
     wanted = [leaves[name] for name in names]
     expected_base, *expected = torch.autograd.grad(value, [base, *wanted])

@@ -1,4 +1,4 @@
-"""The Triton kernels of attention against autograd in float64; without a GPU they run in Triton's interpreter."""
+"""The Triton kernels of attention against autograd in float64; without a GPU, they run in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 from qwen_functional.backends.kernels import attention as kernels  # noqa: E402
 from qwen_functional.backends.kernels import rotate as rotation  # noqa: E402
 
-# Parent of each node, depth first; −1 begins a tree.
+# The parent of each node, depth first; −1 starts a tree.
 CHAIN = list(range(-1, 20))
 BRANCHES = [-1, 0, 1, 2, 3, 4, 5, 6, 5, 8, 9, 10, 11, 4, 13, 14, 1, 16, 17, 18, 19, 20, 16, 22, 23, 24, 25, 26, 27, 28]
 BRANCHES += [1, 30, 31, 32, 33, 34, 35, 36]
@@ -27,7 +27,7 @@ SPREAD = [0, *range(5, 36, 2), 37]
 
 @dataclass
 class Case:
-    """One call of attention and its vjp; rank is that of o_proj, 0 for no adapter there."""
+    """One call of attention and its vjp; ``rank`` is that of o_proj, 0 for no adapter there."""
 
     parents: list[int]
     nodes: list[int] | None = None
@@ -71,7 +71,7 @@ def _one_thread() -> object:
 
 @pytest.fixture(autouse=True)
 def _interpret_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter's tl.dot multiplies the bits of bfloat16 as integers: it is given float32."""
+    """Pass float32 to the interpreter's tl.dot, which multiplies the bits of bfloat16 as integers."""
     if DEVICE != "cpu":
         return
     import triton.language as tl
@@ -87,7 +87,7 @@ def _interpret_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tree(parents: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """end and positions (S,) int32; and ancestry (S, S), whether i sees j, from the parents alone."""
+    """From the parents: ``end`` and positions (S,), int32, and ancestry (S, S): whether i sees j."""
     n = len(parents)
     sees = torch.zeros(n, n, dtype=torch.bool)
     for i, parent in enumerate(parents):
@@ -103,7 +103,7 @@ def random(*shape: int) -> Tensor:
 
 
 def rotate(y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Of y (..., N, heads, D)."""
+    """Rotate y (..., N, heads, D)."""
     y1, y2 = y.chunk(2, -1)
     cos, sin = cos[:, None].double(), sin[:, None].double()
     return torch.cat([y1 * cos - y2 * sin, y2 * cos + y1 * sin], -1)
@@ -257,7 +257,7 @@ def test_rotation_with_bias_and_adapters_equals_its_formula(
 
 @pytest.mark.parametrize(("size", "finite"), [(1e16, True), (1e25, False)])
 def test_scores_far_below_zero_weigh_as_they_do_and_infinite_ones_are_nan(size: float, finite: bool) -> None:
-    """A token that sees itself alone has a weight of one, however low its score."""
+    """A token that sees only itself has weight one, however low its score."""
     q = torch.full((1, 2, 16), size, device=DEVICE)
     v = torch.arange(32.0, device=DEVICE).view(1, 2, 16)
     ends, positions = torch.tensor([1, 2], dtype=torch.int32), torch.tensor([0, 0], dtype=torch.int32)  # two trees

@@ -1,4 +1,4 @@
-"""Labels by several processes: the same deltas, to the bit, as by one, whoever is killed, and whenever."""
+"""Several processes compute the same labels as one, to the bit, whichever are killed, and whenever."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def deltas(out: Path) -> Deltas:
-    """{adapter's name: the bytes of its delta} of a folder in which no job is under way; failures have none."""
+    """{adapter's name: the bytes of its delta, or why it failed} of a folder without a running job."""
     assert contents(out).keys() == {"manifest.json", "labels.jsonl", "deltas.f32"}
     labels = DeltaLabels(out)
     failed = {name: failure.reason.encode() for name, failure in labels.failures.items()}
@@ -58,8 +58,8 @@ def deltas(out: Path) -> Deltas:
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Thirteen adapters of three kinds. One overflows, one cannot be read, and two are copies of others, which must not
-    be taken for finished because those are.
+    """Thirteen adapters of three kinds. One overflows, one cannot be read, and two are copies of others: they must not
+    count as finished just because the originals are.
     """
     folder = save_adapters(tmp_path_factory.mktemp("adapters") / "teachers", NAMES)
     for name, original in (("k", "a"), ("m", "h")):
@@ -73,7 +73,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def label(adapters: Sequence[Path], out: Path, base: DifferentiableDeltaCompute | None = None) -> LabelReport:
-    """A job in this process, perhaps after one that was killed: what that has left unfinished is said."""
+    """A job in this process; warnings about what a killed job left unfinished are ignored."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "(?s).*it was not finished, and is ignored", UserWarning)
         return compute_labels(base or delta(), adapters, out, adapters_per_pass=PER_PASS, progress=False)
@@ -86,7 +86,7 @@ def in_one_process(adapters: Path, out: Path) -> Deltas:
 
 @pytest.fixture(scope="module")
 def uninterrupted(adapters: Path, tmp_path_factory: pytest.TempPathFactory) -> Deltas:
-    """What an uninterrupted job in this very process leaves."""
+    """The result of an uninterrupted job in this process."""
     out = tmp_path_factory.mktemp("uninterrupted") / "labels"
     found = in_one_process(adapters, out)
     assert (len(DeltaLabels(out)), len(DeltaLabels(out).failures), len(found)) == (11, 2, 13)
@@ -94,13 +94,13 @@ def uninterrupted(adapters: Path, tmp_path_factory: pytest.TempPathFactory) -> D
 
 
 def started_units(log: Path) -> list[tuple[int, int]]:
-    """(rank, unit) of every pass that was begun."""
+    """(rank, unit) of every pass that has begun."""
     lines = log.read_text().splitlines() if log.exists() else []
     return [(int(rank), int(unit)) for rank, unit in map(str.split, lines)]
 
 
 def units_on_disk(out: Path) -> set[int]:
-    """Units that a job has finished, as long as it is under way."""
+    """The units that a running job has finished."""
     try:
         before = json.loads((out / JOB).read_text())["lines"]
         own = [file.read_bytes().splitlines(True) for file in out.glob("labels-*.jsonl")]
@@ -128,7 +128,7 @@ def test_a_slow_process_does_not_hold_up_the_others(
     orders = Orders(tmp_path / "log", {0: 0.02, 1: 1.5})
     assert finished(start(2, adapters, tmp_path / "labels", orders)) == [0, 0]
     units = Counter(rank for rank, _ in started_units(orders.log))
-    assert units[1] <= 2 < units[0], units  # one that computes, one that is read ahead
+    assert units[1] <= 2 < units[0], units  # one being computed, one read ahead
     assert deltas(tmp_path / "labels") == uninterrupted
 
 
@@ -139,7 +139,7 @@ def test_a_killed_job_loses_its_unfinished_passes_alone_and_ends_in_the_same_del
         return Orders(tmp_path / name, {0: 0.04, 1: 0.04}, file_seconds=0.004)
 
     draw = random.Random(7)
-    kills: list[int] = []  # units on disk at each
+    kills: list[int] = []  # the number of units on disk at each
     episode, runs = 0, 0
     while len(kills) < KILLS:
         out = tmp_path / str(episode) / "labels"
@@ -149,12 +149,12 @@ def test_a_killed_job_loses_its_unfinished_passes_alone_and_ends_in_the_same_del
         ranks = start(n, adapters, out, orders(f"log {runs}"))
         victims = draw.choice([ranks, [draw.choice(ranks)]])
         more = len(before) + draw.randrange(4)
-        _wait(ranks, 30, lambda: len(units_on_disk(out)) >= more)  # noqa: B023  (called in this turn)
+        _wait(ranks, 30, lambda: len(units_on_disk(out)) >= more)  # noqa: B023  (called in this iteration)
         _wait(ranks, draw.uniform(0, 0.15))
         if all(process.is_alive() for process in ranks):
             for process in victims:
                 process.kill()
-            _wait(ranks, 0.05)  # torchrun ends the others soon after one has died
+            _wait(ranks, 0.05)  # torchrun ends the others soon after one dies
             for process in ranks:
                 process.kill()
         statuses = finished(ranks)
@@ -163,7 +163,7 @@ def test_a_killed_job_loses_its_unfinished_passes_alone_and_ends_in_the_same_del
         if -9 in statuses:
             there = units_on_disk(out)
             kills.append(len(there))
-            if (out / JOB).exists():  # else it had not begun, or had finished
+            if (out / JOB).exists():  # else it has not begun, or has finished
                 assert before <= there
                 assert len(begun - there) <= n, "more than the unfinished passes was lost"
             continue
@@ -294,7 +294,7 @@ def test_free_memory_and_threads_do_not_change_the_deltas_when_a_job_goes_on(
     out, seen = tmp_path / "labels", set()
     finished(start(1, adapters, out, Orders(tmp_path / "log", dies_at=13)))
     other = delta()
-    packed = other.weights.packed is not None  # as the killed job had it: it depends on the processor
+    packed = other.weights.packed is not None  # as in the killed job; this depends on the processor
     monkeypatch.setattr("qwen_functional.weights.packing_pays", can_pack)
     other.weights = replace(other.weights, packed=None) if packed else other.weights.prepack()
     compute = DifferentiableDeltaCompute.deltas

@@ -1,4 +1,4 @@
-"""Label folders: what is read is what was written, damage is noticed, and nothing is written twice."""
+"""Label folders: they are read back as written, damage is noticed, and nothing is written twice."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def opened(folder: Path, settings: Mapping[str, Any] = SETTINGS, shape: tuple[in
 
 
 def write(folder: Path, names: str = "abc") -> Path:
-    """A line for each name."""
+    """Write a line and a delta for each name."""
     log = opened(folder)
     for unit, (name, delta) in enumerate(zip(names, deltas(len(names)), strict=True)):
         log.append([(unit, [entry(name, delta)], [])])
@@ -239,7 +239,7 @@ def test_a_delta_that_is_not_what_was_written_is_refused_when_it_is_read(
 
 
 def test_the_end_of_a_file_that_was_not_written_is_said_and_cut_off(tmp_path: Path) -> None:
-    """A power cut's pictures: files that end anywhere, before their end or after it."""
+    """What a power cut may leave: files that end too early, or too late."""
     write(tmp_path / "whole")
     whole = {name: (tmp_path / "whole" / name).read_bytes() for name in FILES}
     lines = whole["labels.jsonl"].splitlines(True)
@@ -278,7 +278,7 @@ def test_labels_that_a_rank_has_left_behind_are_taken_in_once(tmp_path: Path) ->
     part.append([(1, [entry("b", deltas(2)[1])], []), (2, [], [failure("c", "bad", "a sha")])])
     left = {name: (tmp_path / name).read_bytes() for name in ("deltas-3.f32", "labels-3.jsonl")}
     opened(tmp_path)
-    for name, content in left.items():  # as if it had been killed before it removed them
+    for name, content in left.items():  # as if killed before their removal
         assert not (tmp_path / name).exists()
         (tmp_path / name).write_bytes(content)
     opened(tmp_path)
@@ -318,7 +318,7 @@ def test_a_hundred_thousand_labels_are_opened_without_reading_the_table(
 
 @pytest.fixture
 def labelled(tmp_path: Path) -> Path:
-    """Two adapters under ``teachers``, and their labels, made up, beside them."""
+    """Two adapters under ``teachers``, and made-up labels for them next to it."""
     log = opened(tmp_path / "deltas")
     for seed, name in enumerate(("a", "b")):
         folder = tmp_path / "teachers" / name
@@ -382,7 +382,7 @@ def test_teachers_are_read_once_where_there_is_room(
     dataset = DeltaLabels(labelled / "deltas").dataset(conditions, targets, format, keep_bytes=room << 30)
     first = [dataset[index][1] for index in range(2)]
     if targets == "tensors":
-        dataset[0][1].clear()  # the caller's own
+        dataset[0][1].clear()  # the caller owns it
     again = [dataset[index][1] for index in range(2)]
     assert len(seen) == reads
     for one, other in zip(first, again, strict=True):

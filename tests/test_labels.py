@@ -1,4 +1,4 @@
-"""Labels of many adapters against transformers and PEFT, and against themselves when runs stop, go on and differ."""
+"""Labels of many adapters against transformers and PEFT, and between runs that stop, resume and differ."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def label(adapters: Path | str, out: Path, **options: Any) -> labels.LabelReport
 
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many adapters each pass so far had."""
+    """The number of adapters in each pass so far."""
     seen: list[int] = []
     compute = DifferentiableDeltaCompute.deltas
 
@@ -72,7 +72,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.fixture(scope="module")
 def by_peft(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
-    """Adapters of every spec, written by PEFT itself, and {folder's name: per-probe delta of the last layers}."""
+    """Adapters of every spec, written by PEFT itself, and {folder's name: per-probe deltas at two layers}."""
     folder, expected, layers = tmp_path_factory.mktemp("by_peft"), {}, (1, -1)
     weights = init_weights(CONFIG)
     bare = hf_model(CONFIG, weights)
@@ -169,7 +169,7 @@ def test_a_changed_adapter_gets_another_label_and_others_keep_theirs(
     save(teachers / "f", LoraSpec(rank=1), seed=10)
     shutil.copytree(teachers / "a", teachers / "copy")
     report = label(teachers, tmp_path / "labels")
-    assert passes == [2, 2, 1, 1, 1]  # units are fixed before contents are known: "f" and "c" do not share a pass
+    assert passes == [2, 2, 1, 1, 1]  # units are made before files are read: "f" and "c" share no pass
     assert (set(report.computed), len(report.reused)) == ({"teachers/c", "teachers/f"}, 5)
     after = DeltaLabels(tmp_path / "labels")
     assert set(after.names) == {f"teachers/{name}" for name in ("a", "b", "c", "copy", "d", "e", "f")}
@@ -222,7 +222,7 @@ def test_the_fingerprint_sees_what_a_delta_sees_and_nothing_else(monkeypatch: py
 
 
 def spoil(teachers: Path) -> None:
-    """Three bad adapters among the good ones: of another model, cut, and so large that the delta overflows."""
+    """Make three adapters bad: one for another model, one cut, and one so large that its delta overflows."""
     save(teachers / "b", config=tiny_config(hidden_size=28, num_attention_heads=7, num_key_value_heads=1))
     (teachers / "c" / "adapter_model.safetensors").write_bytes(b"1234")
     save(teachers / "d", factor=1e30)
@@ -289,7 +289,7 @@ def test_what_is_finished_can_be_read_while_a_job_is_at_work(
 def test_each_label_is_of_the_very_bytes_that_it_names_while_adapters_are_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two versions take turns: each time that an adapter has been read, and at any moment."""
+    """Two versions take turns: after each read of an adapter, and at arbitrary moments."""
     versions: dict[str, Tensor] = {}
     folders = [tmp_path / "versions" / str(seed) for seed in range(2)]
     for seed, folder in enumerate(folders):
@@ -429,7 +429,7 @@ def test_the_command_labels_as_the_library_does(
     printed = capsys.readouterr()
     assert printed.err == ""
     facts = json.loads(printed.out)
-    # Paths in the list are relative to it, names to the folder of labels.
+    # Paths in the list are relative to the list, names to the folder of labels.
     assert (facts["labels"], facts["computed"], facts["reused"], facts["failed"]) == (2, 2, 0, [])
     read = DeltaLabels(tmp_path / "labels")
     assert read.names == ["teachers/a", "teachers/b"]

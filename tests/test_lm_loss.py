@@ -1,4 +1,4 @@
-"""The language model's loss under adapters, through autograd, against transformers and PEFT on whole logits."""
+"""The language model's loss under adapters, through autograd, against transformers and PEFT on full logits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ F64 = torch.float64
 SPEC = LoraSpec(rank=3, alpha=7)
 CONFIG = tiny_config()
 WEIGHTS = init_weights(CONFIG, dtype=F64)
-# Shared prompts, one text twice, a completion of one token, no prompt at all.
+# Shared prompts, a duplicate text, a completion of one token, no prompt at all.
 EXAMPLES: list[list[tuple[list[int], list[int]]]] = [
     [([3, 1, 4], [1, 5, 9]), ([3, 1, 4], [2, 6]), ([7, 7], [8])],
     [([], [2, 3, 4, 5, 6, 7, 8])],
@@ -39,7 +39,7 @@ def leaves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def predicted(model: Any, adapter: dict[str, Tensor] | None, prompt: list[int], completion: list[int]) -> Tensor:
-    """The logits that predict a completion's tokens; without a prompt all but its first one."""
+    """The logits that predict a completion's tokens; without a prompt, all but its first token."""
     logits = call(model, adapter, input_ids=torch.tensor([prompt + completion])).logits[0]
     return logits[max(0, len(prompt) - 1) : -1]
 
@@ -47,7 +47,7 @@ def predicted(model: Any, adapter: dict[str, Tensor] | None, prompt: list[int], 
 def in_peft(
     tensors: dict[str, Tensor], loss: Callable[[Tensor, int, int], Tensor], reduction: str = "token"
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(G,) and the leaves they come from; ``loss`` gives each token's, from logits, the adapter and the example."""
+    """Losses (G,) and their leaves; ``loss`` maps logits and the indices of adapter and example to a loss per token."""
     model, whole = peft_model(hf_model(CONFIG, WEIGHTS), SPEC), leaves(tensors)
     values = []
     for g, adapter in enumerate(one_by_one(whole)):
@@ -66,7 +66,7 @@ def cross_entropy(smoothing: float = 0.0) -> Callable[[Tensor, int, int], Tensor
 
 
 def assert_same(value: Tensor, ours: dict[str, Tensor], expected: Tensor, theirs: dict[str, Tensor]) -> None:
-    """Values, and the gradients of a weighted sum of them."""
+    """Values are equal, and so are the gradients of a weighted sum of them."""
     assert relative_error(value.detach(), expected.detach()) <= 1e-11
     weights = torch.tensor([1.0, -2.0, 0.5], dtype=F64)
     (value * weights).sum().backward()
@@ -99,7 +99,7 @@ def test_one_adapter_without_a_leading_dimension_has_a_scalar_loss() -> None:
 
 
 def stored_teacher(k: int, temperature: float = 1.0) -> list[list[TopK]]:
-    """Another adapter's likeliest tokens, on other prompts; by transformers."""
+    """Another adapter's likeliest tokens, by transformers."""
     model, tensors = peft_model(hf_model(CONFIG, WEIGHTS), SPEC), random_lora(CONFIG, SPEC, seed=9)
     said = []
     for own in EXAMPLES:
@@ -132,7 +132,7 @@ def test_the_divergence_from_a_stored_teacher_equals_that_of_whole_logits(k: int
 @pytest.mark.parametrize("adapted", [True, False])
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_a_live_teacher_says_what_transformers_says(adapted: bool, temperature: float) -> None:
-    """Behind prompts that say more, and with the same completions: what a student is to learn from."""
+    """For longer prompts with the same completions, as a student's teacher sees them."""
     longer = [[([9, 9, 8, *prompt], completion) for prompt, completion in own] for own in EXAMPLES]
     tensors = random_lora(CONFIG, SPEC, 3, seed=4) if adapted else None
     said = make().top_k(longer, 4, tensors, temperature=temperature)
@@ -146,16 +146,16 @@ def test_a_live_teacher_says_what_transformers_says(adapted: bool, temperature: 
             assert torch.equal(said[g][e].indices.long(), most.indices)
             assert relative_error(said[g][e].log_probs, most.values) <= 1e-11
             assert said[g][e].temperature == temperature
-    with_prompts = [own for g, own in enumerate(EXAMPLES) if g != 1]  # that one has no prompt, and a target fewer
+    with_prompts = [own for g, own in enumerate(EXAMPLES) if g != 1]  # it has no prompt, so one target fewer
     value = make()(random_lora(CONFIG, SPEC, 2), with_prompts, [said[0], said[2]])
     assert value.isfinite().all()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_the_divergence_from_a_live_teacher_equals_that_of_whole_logits_in_peft(temperature: float) -> None:
-    """The bare model behind longer prompts: context distillation, over the whole vocabulary."""
+    """The teacher is the bare model with longer prompts: context distillation over the whole vocabulary."""
     longer = [[([9, 9, 8, *prompt], completion) for prompt, completion in own] for own in EXAMPLES]
-    longer[1] = [([9, 9, 2], EXAMPLES[1][0][1][1:])]  # that one has no prompt, and a target fewer
+    longer[1] = [([9, 9, 2], EXAMPLES[1][0][1][1:])]  # it has no prompt, so one target fewer
     tensors, lm, bare = random_lora(CONFIG, SPEC, 3), make(adapters_per_pass=2), hf_model(CONFIG, WEIGHTS)
 
     def divergence(logits: Tensor, g: int, e: int) -> Tensor:
@@ -420,5 +420,5 @@ def test_on_real_weights_loss_and_gradients_equal_peft(real_checkpoint: str) -> 
         of_ours = {name: ours[name].grad[g] for name in of_peft}  # type: ignore[index]
         whole = (torch.cat([part.flatten() for part in parts.values()]) for parts in (of_ours, of_peft))
         assert relative_error(*whole) <= 1e-4
-        for name, gradient in of_peft.items():  # rounding alone moves a small one by 1e-4, and differs by processor
+        for name, gradient in of_peft.items():  # rounding may change a small one by 1e-4
             assert relative_error(of_ours[name], gradient) <= 1e-3, name

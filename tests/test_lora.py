@@ -50,7 +50,7 @@ SPECS = {
 
 @pytest.fixture(params=SPECS)
 def pair(request: pytest.FixtureRequest) -> tuple[LoraSpec, peft.PeftModel]:
-    """A spec, and PEFT's model of the same fields, its LoRA filled with random numbers."""
+    """A spec, and PEFT's model with the same fields and random LoRA tensors."""
     spec = SPECS[request.param]
     model = peft_model(hf_model(CONFIG, init_weights(CONFIG)), spec)
     for name, parameter in model.named_parameters():

@@ -43,7 +43,7 @@ def adapter(*batch: int, seed: int = 0, ranks: tuple[int, int] = (3, 2)) -> dict
 
 
 def updates(tensors: dict[str, Tensor], scalings: tuple[float, float] = (1, 1)) -> Tensor:
-    """The explicit weight updates of both modules, flat: (elements,) or (G, elements)."""
+    """The explicit weight updates of both modules, flattened: (elements,) or (G, elements)."""
     q, up = scalings[0] * tensors[Q_B] @ tensors[Q_A], scalings[1] * tensors[UP_B] @ tensors[UP_A]
     return torch.cat([q.flatten(-2), up.flatten(-2)], -1)
 
@@ -160,7 +160,7 @@ def test_what_is_generated_into_the_padding_reaches_neither_the_loss_nor_its_gra
     for gradient in torch.autograd.grad(loss, (spoilt, target)):
         assert gradient.isfinite().all()
         assert not gradient[target.isnan()].any()
-    assert tokens_mse(tokens * NAN, target).isnan()  # outside the padding it shows
+    assert tokens_mse(tokens * NAN, target).isnan()  # outside the padding it matters
 
 
 @pytest.mark.parametrize("batch", [(), (3,)])
@@ -200,7 +200,7 @@ def test_the_loss_of_products_depends_on_no_gauge_and_scales_the_target_by_its_s
     assert product_mse(turned, ours) < 1e-12
 
 
-# Not nearer in another gauge: the rounding of the turned tensors to float32 is itself a distance.
+# Turned factors are not closer: rounding them to float32 already moves the product.
 @pytest.mark.parametrize(("distance", "turn"), [(0.1, False), (1e-3, False), (1e-6, False), (0.1, True), (1e-4, True)])
 def test_the_distance_of_nearly_equal_products_survives_rounding(distance: float, turn: bool) -> None:
     r, sizes = 16, (896, 1152)

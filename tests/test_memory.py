@@ -1,4 +1,4 @@
-"""What is free is what the system and the control groups leave, of either version, page cache not counted as used."""
+"""Free memory is what the system and its control groups (v1 or v2) leave; page cache does not count as used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every operation and its vjp against transformers' or torch's own function, differentiated by autograd."""
+"""Every operation and its vjp against the function of transformers or torch, differentiated by autograd."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_rope_and_its_vjp_equal_transformers() -> None:
     expected = apply_rotary_pos_emb(q, q, cos, sin)[0]
     tables = rope_tables(config, positions, torch.float64, torch.device("cpu"))
     assert relative_error(rope(q.detach(), *tables), expected) < EXACT
-    # Written into a strided part of a larger buffer, as a block does.
+    # Write into a strided part of a larger buffer, as a block does.
     buffer = torch.zeros(2, 5, 4 * 8 + 3, dtype=torch.float64)
     out = buffer[..., :32].unflatten(-1, (4, 8)).transpose(1, 2)
     assert relative_error(rope_into(q.detach(), *tables, out=out), expected) < EXACT
@@ -152,7 +152,7 @@ def test_swiglu_and_its_vjp_equal_transformers_activation() -> None:
 
 
 def stacked(Bs: list[torch.Tensor]) -> list[Part]:
-    """Parts that lie one below the other, in outputs and in ranks."""
+    """Parts that are stacked along outputs and ranks."""
     parts, out, rank = [], 0, 0
     for B in Bs:
         parts.append(Part(B, slice(out, out + B.shape[1]), slice(rank, rank + B.shape[2])))
@@ -227,11 +227,11 @@ def test_weights_are_not_packed_where_the_processor_is_as_fast_without(
 def test_adapters_products_in_float32_equal_those_in_float64(
     shape: tuple[int, int, int], threshold: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of matrices as they are, transposed, cut out of wider ones, and shared by all adapters."""
+    """For contiguous and transposed matrices, slices of wider ones, and ones that all adapters share."""
     if not can_pack(torch.float32, torch.device("cpu")):
         pytest.skip("torch without oneDNN")
     monkeypatch.setattr(onednn, "ONE_BY_ONE", threshold)
-    monkeypatch.setattr(onednn, "_packing_pays_in_float32", lambda: True)  # as on a processor where it does
+    monkeypatch.setattr(onednn, "_packing_pays_in_float32", lambda: True)  # as on a processor where packing pays
     n, k, m = shape
     lefts = normal(3, n, k), normal(3, k, n).mT, normal(3, n, k + 3)[..., 1 : k + 1], normal(1, n, k).expand(3, n, k)
     rights = normal(3, k, m), normal(3, m, k).mT, normal(3, k, m + 3)[..., 1 : m + 1]
@@ -247,7 +247,7 @@ def test_adapters_products_in_float32_equal_those_in_float64(
 
 @pytest.mark.parametrize("pays", [True, False], ids=["AMD", "Intel"])
 def test_adapters_are_multiplied_one_by_one_where_that_pays(pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In float32, of large matrices, whose right one need not be copied."""
+    """In float32, for large matrices, when the right one need not be copied."""
     calls: list[Tensor] = []
     multiply = onednn._multiply
     monkeypatch.setattr(onednn, "ONE_BY_ONE", 7 * (5 + 6))
@@ -272,7 +272,7 @@ def test_adapters_are_multiplied_one_by_one_where_that_pays(pays: bool, monkeypa
     assert not one_by_one(left[:, 1:], right)  # fewer numbers
     assert not one_by_one(left, right[..., 1:])
     assert not one_by_one(left[..., 1:], right[:, 1:])
-    assert not one_by_one(normal(3, 5, 7).float(), normal(3, 7, 9).float()[..., 1:7])  # cut out of a wider one
+    assert not one_by_one(normal(3, 5, 7).float(), normal(3, 7, 9).float()[..., 1:7])  # a slice of a wider matrix
     assert not one_by_one(normal(3, 5, 7), normal(3, 7, 6))
 
 
@@ -303,7 +303,7 @@ SEQUENCES: dict[str, list[list[int]]] = {
 
 
 def may_see(tokens: PackedTokens, window: int | None) -> Tensor:
-    """(S, S) bool, from the paths to the root: what the tiles should amount to."""
+    """(S, S) bool, from the paths to the root: what the tiles should cover."""
     seen = torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
     for node in range(len(tokens)):
         ancestor, distance = node, 0
@@ -314,7 +314,7 @@ def may_see(tokens: PackedTokens, window: int | None) -> Tensor:
 
 
 def torch_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-    """torch's attention on q (G, heads, S, head_dim) and k, v (G, K, S', head_dim), heads side by side."""
+    """torch's attention on q (G, heads, S, head_dim) and k, v (G, K, S', head_dim), with the heads concatenated."""
     group = q.shape[1] // k.shape[1]
     o = F.scaled_dot_product_attention(q, repeat_kv(k, group), repeat_kv(v, group), seen, scale=1.0)
     return o.transpose(1, 2).flatten(2)
@@ -333,7 +333,7 @@ def test_attention_and_its_vjp_equal_torch(
     n_adapters, n_tokens, head_dim = 2, len(tokens), 4
     q = normal(n_adapters, kv_heads * group, n_tokens, head_dim)
     k, v = (normal(n_adapters, kv_heads, n_tokens, head_dim, seed=seed) for seed in (1, 2))
-    if tile_size is None:  # a few queries of all, as the last block has
+    if tile_size is None:  # only some queries, as in the last block
         nodes = sorted(set(tokens.last))
         tiles, q, seen = [*tokens.readout_tiles(torch.tensor(nodes), window, 8)], q[:, :, nodes], seen[nodes]
     else:
@@ -350,7 +350,7 @@ def test_attention_and_its_vjp_equal_torch(
     dq, dk, dv = attention_vjp(do, *values, probs, tiles)
     ours = (dq.transpose(2, 3).flatten(1, 2), dk, dv)
     for gradient, wanted in zip(ours, autograd(expected, do, q, k, v), strict=True):
-        # Where each query sees one key only, the gradient of q and k is zero.
+        # Where each query sees only one key, the gradients of q and k are zero.
         assert (gradient - wanted).norm() < EXACT * max(1.0, wanted.norm().item())
 
 

@@ -1,6 +1,6 @@
-"""Large numbers: what is finite is right, however large; what overflows is NaN or infinite, never a finite number.
+"""Large numbers: finite results are right, however large; what overflows is NaN or infinite, never finite and wrong.
 
-transformers' own norm overflows in float32, so these compare with float64, where nothing here does.
+transformers' own norm overflows in float32, so the reference is float64, where nothing here overflows.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def test_a_norm_of_large_numbers_and_its_vjp_equal_those_in_float64(largest: flo
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.integers(0, 2**32), st.integers(1, 300), st.floats(-12, 14))
 def test_a_norm_of_other_numbers_has_the_bits_of_its_formula(seed: int, width: int, exponent: float) -> None:
-    """Also beside a row that overflows; rows are of sizes that a real one has, and of far larger ones."""
+    """Even next to a row that overflows, for realistic and far larger magnitudes."""
     x, weight, dy = drawn(seed, 4, width), drawn(seed + 1, width), drawn(seed + 2, 4, width)
     x *= 10 ** (exponent + drawn(seed + 3, 4, 1).clamp(-1, 1))
     beside = torch.cat((x, torch.full((1, width), 1e30)))
@@ -147,7 +147,7 @@ def test_the_backends_values_and_gradients_of_large_adapters_equal_those_in_floa
     from qwen_functional.backends.plain import Plain
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    # Not q and k: of scores as large as that a float32 holds too few digits to compare keys by.
+    # Not q and k: for scores that large, float32 has too few digits to tell keys apart.
     spec = LoraSpec(rank=3, target_modules=("v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
     config, tokens = tiny_config(num_hidden_layers=2), pack([[5, 6, 7, 8], [5, 6, 20]])
     tensors = {n: 1e6 * t.float() for n, t in random_lora(config, spec, 2, device=device).items()}

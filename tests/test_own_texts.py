@@ -1,4 +1,4 @@
-"""Adapters that each read texts of their own: values and gradients against transformers and PEFT, text by text."""
+"""Adapters that each read their own texts: values and gradients against transformers and PEFT, text by text."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from qwen_functional.heads import Hidden
 
 F64 = torch.float64
 SPEC = LoraSpec(rank=3, alpha=7)
-# Of each adapter: several lengths, a shared beginning, one text twice, one alone.
+# Each adapter's texts: several lengths, a shared prefix, a duplicate, a single token.
 TEXTS = [
     [[3, 1, 4, 1, 5], [3, 1, 4, 9, 2, 6], [7]],
     [[8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8], [1, 2]],
@@ -35,7 +35,7 @@ TEXTS = [
 ]
 
 
-# How adapters are computed: all at once, each alone, or some of either kind.
+# How adapters are computed: all together, each alone, or some of each.
 TOGETHER = {
     "together": None,
     "each alone": [slice(0, 1), slice(1, 2), slice(2, 3)],
@@ -54,7 +54,7 @@ def groups(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> A
 def expected_of(
     config: Qwen2Config, weights: Any, spec: LoraSpec, tensors: dict[str, Tensor], cotangent: Tensor, layer: Any
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Adapter by adapter; the cotangent (ΣP, H) or (layers, ΣP, H)."""
+    """Value and gradients, adapter by adapter; the cotangent is (ΣP, H) or (layers, ΣP, H)."""
     model = peft_model(hf_model(config, weights), spec)
     values, gradients, first = [], [], 0
     for own, texts in zip(one_by_one(tensors), TEXTS, strict=True):
@@ -145,7 +145,7 @@ def test_several_heads_have_the_gradients_of_their_sum() -> None:
 
 
 def test_what_is_counted_of_own_texts_is_what_all_of_them_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many bytes and FLOP as of adapters one by one, but for what they share; of padding as well where there is."""
+    """The bytes and FLOP of adapters computed one by one; computed together, padding counts too."""
     monkeypatch.setattr(Cpu, "together", lambda self, sizes: TOGETHER["each alone"])
     config = tiny_config()
     weights, tensors = init_weights(config, dtype=F64), random_lora(config, SPEC, 3)
@@ -160,7 +160,7 @@ def test_what_is_counted_of_own_texts_is_what_all_of_them_take(monkeypatch: pyte
     longest = max(map(len, pack_each(TEXTS)))
     (tables,) = joint.tables
     assert tuple(tables.ids.shape) == (3, longest)
-    rows = [[list(range(2, 2 + longest))]] * 3  # of one text each, read as a whole
+    rows = [[list(range(2, 2 + longest))]] * 3  # one text each, all of it read
     whole = Plan(config, weights, pack_each(rows), lora, read="all").cost
     assert joint.cost.base_flop() == whole.base_flop()
 

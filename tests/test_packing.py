@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from qwen_functional import PackedTokens, Qwen2Config, pack
 from qwen_functional.packing import AttentionTile
 
-# Few different tokens: many shared prefixes, whole duplicates, sequences that are prefixes of others.
+# Few distinct tokens, so that there are many shared prefixes, duplicates, and sequences that are prefixes of others.
 SEQUENCES = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), min_size=1, max_size=8)
 WINDOWS = st.none() | st.integers(1, 10)
 CONFIG = Qwen2Config(
@@ -33,7 +33,7 @@ def prefixes(sequences: Sequence[Sequence[int]]) -> set[tuple[int, ...]]:
 
 
 def path(tokens: PackedTokens, node: int) -> list[int]:
-    """From the root down to the node."""
+    """The nodes from the root down to ``node``."""
     nodes = []
     while node >= 0:
         nodes.append(node)
@@ -46,7 +46,7 @@ def prefix_of(tokens: PackedTokens, node: int) -> tuple[int, ...]:
 
 
 def expected_relation(tokens: PackedTokens, window: int | None) -> set[tuple[int, int]]:
-    """(query, key) pairs: the key's prefix begins the query's, and is less than ``window`` shorter."""
+    """(query, key) pairs: the query's path starts with the key's, which is less than ``window`` shorter."""
     of_node = [prefix_of(tokens, node) for node in range(len(tokens))]
     return {
         (query, key)
@@ -73,7 +73,7 @@ def relation(tile: AttentionTile, nodes: Sequence[int], n: int) -> set[tuple[int
 
 
 def assert_lean(tile: AttentionTile, seen: set[tuple[int, int]], n: int) -> None:
-    """No key that no query sees, a slice where the keys allow one, no mask where nothing is masked."""
+    """There is no key that no query sees, a slice if the keys form one, and no mask if nothing is masked."""
     keys = keys_of(tile, n)
     assert keys == sorted({key for _, key in seen})
     assert isinstance(tile.keys, slice) == (keys == list(range(keys[0], keys[-1] + 1)))

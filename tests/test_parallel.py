@@ -1,4 +1,4 @@
-"""A model split over ranks, and adapters split over ranks: the numbers of one process."""
+"""A model or adapters split over ranks give the numbers of one process."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def case_of(config: Qwen2Config, spec: LoraSpec | None = None, n: int | None = 3
 
 
 def assert_same(found: list[jobs.Values], expected: jobs.Values, tolerance: float = TOLERANCE) -> None:
-    """On every rank; and all ranks have the same bits."""
+    """The first rank is within the tolerance, and all ranks have the same bits."""
     (value, gradients), (wanted, wanted_gradients) = found[0], expected
     assert relative_error(value, wanted) <= tolerance
     assert gradients.keys() == wanted_gradients.keys()
@@ -91,8 +91,8 @@ def test_a_block_takes_two_sums_each_way_and_one_more_where_it_is_computed_again
     n = config.num_hidden_layers
     forwards, backwards = two_ranks.call(jobs.sums_of, case_of(config), checkpoint)[0]
     assert forwards == 2 * n
-    # The first block's q, k and v have no dx; one more for the gradients of all tensors together, and one for what
-    # enters the MLP of a block that is computed again.
+    # The first block's q, k and v have no dx. One more sum is for the gradients of all tensors together, and one for
+    # the MLP's input in each recomputed block.
     assert backwards == 2 * n - 1 + 1 + (n if checkpoint == "block" else 0)
 
 
@@ -204,6 +204,6 @@ def test_a_real_model_split_over_two_ranks_gives_the_same_numbers(real_checkpoin
 def test_the_lm_loss_of_split_adapters_or_of_a_split_model_is_that_of_one_process(
     sizes: dict[str, int], mean_loss: bool, options: dict[str, Any], tied: bool, two_ranks: Ranks
 ) -> None:
-    case = case_of(tiny_config(tie_word_embeddings=tied, vocab_size=61))  # which two ranks cannot halve
+    case = case_of(tiny_config(tie_word_embeddings=tied, vocab_size=61))  # 61 is odd: an uneven split
     found = two_ranks.call(jobs.split_lm_loss, case, sizes, mean_loss, EXAMPLES, {"checkpoint": "block", **options})
     assert_same(found, jobs.lm_loss_of(case, case.weights(), None, mean_loss, EXAMPLES, **options))

@@ -1,4 +1,4 @@
-"""Regular expressions of strangers: the matches of ``re``, and an answer or an error where ``re`` has no end."""
+"""Untrusted regular expressions: they match as in ``re``, and get an answer or an error where ``re`` would not end."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ REGEXES = st.recursive(
 
 
 def by_sets(regex: str) -> Pattern:
-    """A pattern that is not left to ``re``, whatever it is."""
+    """A pattern that is never delegated to ``re``."""
     pattern = Pattern(regex)
     pattern._re = None
     return pattern
@@ -76,7 +76,7 @@ EXPLODING = {
 
 @pytest.mark.parametrize("regex", EXPLODING)
 def test_an_expression_without_end_in_re_has_an_answer(regex: str) -> None:
-    assert not Pattern(regex).work < 10_000  # ``re`` would be at it for longer than the test
+    assert not Pattern(regex).work < 10_000  # ``re`` would take longer than the whole test
     assert Pattern(regex).fullmatch("model.layers.12.self_attn.q_proj") is EXPLODING[regex]
 
 

@@ -1,4 +1,4 @@
-"""Plans: what is made once for the sizes of a step, used again, filled with other tokens, and kept."""
+"""Plans: they are made once for the sizes of a step, reused, filled with other tokens, and kept."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from qwen_functional.plan import Plan, Plans
 CONFIG = tiny_config()
 WINDOWS = tiny_config(use_sliding_window=True, sliding_window=2, max_window_layers=1)
 SPEC = LoraSpec(rank=3, alpha=5)
-# As many tokens, sequences, tokens in all sequences, and rows that are read, in trees of other shapes.
+# Equal numbers of nodes, sequences, tokens in all sequences and rows that are read, in trees of different shapes.
 SEQUENCES = [[5, 6, 7, 8, 9], [5, 6, 7, 20], [30, 31, 32], [5, 6]]
 OTHERS = [[1, 2, 3], [40, 41], [40, 41, 42, 43, 44], [1, 2, 3, 4]]
 OPTIONS: list[dict[str, Any]] = [
@@ -42,7 +42,7 @@ def bound(
 def both(
     config: Qwen2Config, weights: Qwen2Weights, tokens: PackedTokens, lora: Lora, **options: Any
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The value, and the gradients for a cotangent that tells its entries apart."""
+    """The value, and the gradients for a cotangent with distinct entries."""
     value, vjp = forward_vjp(config, weights, tokens, lora, **options)
     cotangent = torch.linspace(-1, 1, value.numel(), dtype=value.dtype).view(value.shape)
     return value, vjp(cotangent.to(value.device))
@@ -88,13 +88,13 @@ def test_a_filled_plan_gives_the_bits_of_a_new_one(config: Qwen2Config, options:
         tokens = pack(sequences)
         if times:
             plan.fill(tokens)
-        for _ in range(3 - times // 2):  # on a GPU captured in between
+        for _ in range(3 - times // 2):  # on a GPU, captured in between
             ours = both(config, weights, tokens, lora, plan=plan)
             assert_same_bits(ours, both(config, weights, tokens, lora, **options))
 
 
 def test_a_filled_plan_reads_the_tables_that_it_had(device: str) -> None:
-    """Or what was captured would read memory that is no longer its own."""
+    """Otherwise a captured graph would read freed memory."""
     weights, lora = init_weights(CONFIG, device=device), bound(dtype=torch.float32, device=device)
     plan = Plan(CONFIG, weights, pack(SEQUENCES), lora)
 
@@ -189,7 +189,7 @@ def prefixes(sequences: Sequence[Sequence[int]]) -> list[list[int]]:
 @pytest.mark.parametrize("layer", [-1, 1, (0, 2, -1), (-1, 0, 0)], ids=str)
 @pytest.mark.parametrize("config", [CONFIG, WINDOWS], ids=["full attention", "windows"])
 def test_all_tokens_equal_the_last_ones_of_all_prefixes(config: Qwen2Config, layer: Any, device: str) -> None:
-    sequences = [*SEQUENCES, SEQUENCES[0]]  # one twice
+    sequences = [*SEQUENCES, SEQUENCES[0]]  # with a duplicate
     weights = init_weights(config, dtype=torch.float64, device=device)
     lora, allowed = bound(config, device=device), tolerance(device, 1e-12)
     value, gradients = both(config, weights, pack(sequences), lora, layer=layer, read="all")
@@ -228,7 +228,7 @@ def test_all_tokens_equal_those_of_forward_with_gradients_by_autograd(device: st
 
 
 class Softmaxes(Watch):
-    """Watches, and records the shapes of attention's probabilities."""
+    """Also records the shapes of attention's probabilities."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -299,10 +299,10 @@ def test_of_captured_plans_no_more_than_the_most_are_kept_captured() -> None:
     for n in (1, 2, 3, 4):
         made.append(plans(bound(n_adapters=n), None))
         if n != 3:
-            made[-1].captured = object()  # what a GPU would have
+            made[-1].captured = object()  # as on a GPU
         kept = [plan.n_adapters for plan in made if plan.captured is not None]
         assert kept == {1: [1], 2: [1, 2], 3: [1, 2], 4: [1, 2, 4]}[n]
-    plans(bound(n_adapters=3), None)  # the one that is captured next makes room when it is asked for
+    plans(bound(n_adapters=3), None)  # another use captures it, which makes room first
     assert [plan.n_adapters for plan in made if plan.captured is not None] == [2, 4]
 
 

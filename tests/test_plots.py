@@ -1,4 +1,4 @@
-"""Pictures are written whole and in their size; the measures behind them against their definitions."""
+"""Pictures are written whole and in their size; the measures in them equal their definitions."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def silhouette_by_definition(points: Tensor, classes: list[str], metric: str) ->
 @pytest.mark.parametrize("n_classes", [2, 8, 39])
 def test_the_silhouette_is_that_of_its_definition(metric: str, n_classes: int) -> None:
     points, classes = deltas(n_classes=n_classes)
-    points[3] = points[3 + n_classes] if n_classes < 10 else 0  # two that are equal, or one without a direction
+    points[3] = points[3 + n_classes] if n_classes < 10 else 0  # two equal points, or one at zero
     expected = silhouette_by_definition(points, classes, metric)
     assert silhouette_score(points, classes, metric) == pytest.approx(expected, abs=1e-9)
     numbers = torch.tensor([int(name.removeprefix("task ")) for name in classes])
@@ -162,7 +162,7 @@ def test_a_plot_is_written_alone_in_its_size_and_the_same_every_time(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     matplotlib = pytest.importorskip("matplotlib")
-    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # an import of it fails
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # importing it fails
     plot, pixels = PLOTS[name]
     path = tmp_path / "new folder" / "plot.png"
     before = matplotlib.rcParams.copy()

@@ -1,4 +1,4 @@
-"""Prepacked weights: the numbers of the weights themselves, and when they are packed."""
+"""Prepacked weights: they give the numbers of the weights themselves; and when weights are packed."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reas
 
 @pytest.fixture(autouse=True)
 def packing_pays_wherever_it_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that it is tested on every processor that does it, also on those that are faster without."""
+    """Pack on every processor that can, even if it is faster without."""
     monkeypatch.setattr("qwen_functional.weights.packing_pays", can_pack)
 
 
@@ -110,7 +110,7 @@ print(during - before > 200 << 20, resident() - before > 200 << 20)
 
 
 def test_memory_that_this_process_has_freed_is_free() -> None:
-    # In a process of its own, as above.
+    # In a separate process, as above.
     program = """
 import torch
 from qwen_functional.memory import free_bytes, keep_freed_memory

@@ -23,7 +23,7 @@ SETS: dict[str, Callable[[], list[str]]] = {
     "commonsense": lambda: create_domain_probes("commonsense"),
     "mixed": create_mixed_probes,
 }
-# With the Qwen2 tokenizer: tokens in all, of the longest probe, and of the prefix tree.
+# With the Qwen2 tokenizer: all tokens, those of the longest probe, and those of the prefix tree.
 PLAIN = {
     "generic": (158, 33, 155),
     "math": (91, 26, 90),
@@ -31,7 +31,7 @@ PLAIN = {
     "commonsense": (84, 21, 84),
     "mixed": (357, 35, 352),
 }
-# In the template that names Qwen as the assistant, 29 tokens a probe, the first 24 of them shared.
+# In the template that names Qwen as the assistant: 29 more tokens per probe, the first 24 of them shared.
 CHAT = {
     "generic": (303, 62, 204),
     "math": (236, 55, 139),
@@ -115,7 +115,7 @@ def test_real_chat_token_ids_and_counts_of_a_probe_set_equal_transformers(
         assert _counts(got.ids) == CHAT[name]
 
 
-@cache  # seconds each
+@cache  # takes seconds
 def _tokenizers(folder: Path) -> tuple[Tokenizer, Any]:
     return load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
 

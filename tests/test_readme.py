@@ -1,4 +1,4 @@
-"""The README's promises: its examples run, and its names exist."""
+"""What the README promises: its examples run, and its names exist."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"
 TOML = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
 LINES = re.findall(r"```json\n(.*?)```", README, re.DOTALL)
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-EXAMPLES += [  # and of docstrings
+EXAMPLES += [  # and those of docstrings
     textwrap.dedent(re.findall(r"::\n\n((?:    .*\n|\n)+)", module.__doc__ or "")[0]).strip()
     for module in (qwen_functional, distributed)
 ]
@@ -57,7 +57,7 @@ def test_an_example_in_the_readme_runs(code: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", RECIPES, ids=["text-to-lora", "doc-to-lora", "doc-to-lora, stored"])
 def test_a_recipe_of_the_readme_trains_on_its_lines(text: str, tmp_path: Path) -> None:
-    """With fewer steps, and with adapters that differ by condition in the end."""
+    """It trains, with fewer steps, to adapters that differ between conditions."""
     for name in ("train.jsonl", "held_out.jsonl"):
         (tmp_path / name).write_text(LINES[0], encoding="utf-8")
     text = text.replace("steps = 1000", "steps = 4").replace("every = 100", "every = 2")

@@ -1,4 +1,4 @@
-"""Parity on trained weights: float32 to a number, bfloat16 and float16 no worse than transformers and PEFT."""
+"""Parity on trained weights: float32 within a tolerance, bfloat16 and float16 no worse than transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class Reference:
     """What transformers and PEFT give in float32."""
 
     sequences: list[list[int]]
-    tensors: dict[str, Tensor]  # (G, …), numbers that bfloat16 and float16 hold
-    logits: Tensor  # of the padded batch, without a LoRA, at real tokens
+    tensors: dict[str, Tensor]  # (G, …), exact in bfloat16 and float16
+    logits: Tensor  # of the padded batch at real tokens, without LoRA
     hidden_states: list[Tensor]
     cotangent: Tensor
     value: Tensor
@@ -58,7 +58,7 @@ class Reference:
 
 
 def adapters(config: Qwen2Config, n_adapters: int | None) -> dict[str, Tensor]:
-    """About as large as trained ones: each moves its projection's output by a tenth or so."""
+    """Adapters about as large as trained ones: each changes its projection's output by roughly a tenth."""
     tensors = random_lora(config, SPEC, n_adapters, size=0.1)
     return {name: tensor.bfloat16().half().float() for name, tensor in tensors.items()}
 
@@ -103,7 +103,7 @@ def error(value: Tensor, expected: Tensor) -> float:
 
 
 def errors_of_gradients(gradients: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
-    """Of every tensor."""
+    """The error of each tensor."""
     return {name: error(gradients[name], expected[name]) for name in expected}
 
 
@@ -173,8 +173,8 @@ def test_forward_in_half_precision_is_no_worse_than_transformers(
     assert_no_worse(
         f"{dtype} last hidden state", error(ours[1][-1], hidden_states[-1]), error(theirs[1][-1], hidden_states[-1])
     )
-    # In the blocks between, five entries a thousand times the typical one outweigh all others, and rounding just
-    # these to the dtype of the output decides the norm. So token by token, of which most have none.
+    # In the middle blocks, five entries a thousand times the typical one dominate the norm, and with it the rounding
+    # of just these to the output's dtype. So compare token by token: most tokens have no such entry.
     for layer, states in enumerate(zip(ours[1], theirs[1], hidden_states, strict=True)):
         mine, other = (median(map(error, half, states[2])) for half in states[:2])
         assert_no_worse(f"{dtype} hidden state {layer}, median token", mine, other)
@@ -185,7 +185,7 @@ def test_forward_in_half_precision_is_no_worse_than_transformers(
 def test_gradients_in_bfloat16_are_no_worse_than_with_peft(
     real_checkpoint: str, reference: Reference, storage: torch.dtype, adapter: torch.dtype
 ) -> None:
-    """Without bfloat16 products in the processor transformers would take minutes: on the first blocks there."""
+    """On a processor without bfloat16 products transformers would take minutes: there, only on the first blocks."""
     config, weights = load_pretrained(real_checkpoint, storage, lm_head=False)
     if not cpu_multiplies_bfloat16():
         config, weights, reference = on_first_blocks(config, weights, reference)
@@ -199,14 +199,14 @@ def test_values_in_float16_are_no_worse_than_with_peft(real_checkpoint: str, ref
     value, vjp = forward_vjp(config, weights, pack(reference.sequences), SPEC.bind(config, tensors))
     theirs = reference_values(peft_model(hf_model(config, weights), SPEC), tensors, reference.sequences)
     assert_no_worse("float16 value", error(value, reference.value), error(theirs, reference.value))
-    # transformers would take minutes for these; here they should be about those of float32.
+    # transformers would take minutes for gradients; ours should be close to those in float32.
     errors = errors_of_gradients(vjp(reference.cotangent), reference.gradients)
     print(f"float16 gradients: worst {max(errors.values()):.2g}, median {median(errors.values()):.2g}")
     assert max(errors.values()) < 0.01, errors
 
 
 def test_gradients_in_float16_are_no_worse_than_with_peft(real_checkpoint: str, reference: Reference) -> None:
-    """On the first blocks and a few tokens: a CPU multiplies float16 a hundred times slower backwards."""
+    """On the first blocks and a few tokens: on a CPU, the float16 backward is a hundred times slower."""
     config, weights = load_pretrained(real_checkpoint, torch.float16)
     config, weights, expected = on_first_blocks(config, weights, reference)
     compare_in_half("float16, first blocks", config, weights, expected, torch.float16)
@@ -215,7 +215,7 @@ def test_gradients_in_float16_are_no_worse_than_with_peft(real_checkpoint: str, 
 def on_first_blocks(
     config: Qwen2Config, weights: Qwen2Weights, reference: Reference, n: int = 3
 ) -> tuple[Qwen2Config, Qwen2Weights, Reference]:
-    """The first blocks alone, and what float32 gives for one adapter on a few tokens."""
+    """Only the first blocks, and their float32 results for one adapter on a few tokens."""
     config = dataclasses.replace(config, num_hidden_layers=n, layer_types=config.layer_types[:n])
     weights = dataclasses.replace(weights, blocks=tuple(weights.blocks[:n]))
     sequences = [sequence[:n] for sequence, n in zip(reference.sequences, (6, 3), strict=False)]
@@ -232,7 +232,7 @@ def on_first_blocks(
 def compare_in_half(
     what: str, config: Qwen2Config, weights: Qwen2Weights, expected: Reference, adapter: torch.dtype
 ) -> None:
-    """Value and gradients, ours and PEFT's in the dtype of the weights, or that of both's products, against float32."""
+    """Our value and gradients and PEFT's, both with products in the weights' compute dtype, against float32."""
     tensors = {name: tensor.to(adapter) for name, tensor in expected.tensors.items()}
     sequences, cotangent = expected.sequences, expected.cotangent
     value, vjp = forward_vjp(config, weights, pack(sequences), SPEC.bind(config, tensors))

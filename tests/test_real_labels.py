@@ -1,4 +1,4 @@
-"""Labels, reading and writing of adapters that PEFT itself has trained on a real checkpoint."""
+"""Labels, reading and writing of adapters that PEFT itself trained on a real checkpoint."""
 
 from __future__ import annotations
 

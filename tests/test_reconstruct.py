@@ -20,7 +20,7 @@ TINY = replace(SMALL, num_hidden_layers=1, order=("q_proj", "k_proj"))
 
 
 def trained(format: TokenFormat, **options: Any) -> SimpleLoRAReconstructor:
-    """A module in float64 as after some steps: no parameter is at its first value."""
+    """A module in float64 as after some training: no parameter has its initial value."""
     torch.manual_seed(0)
     module = SimpleLoRAReconstructor.from_format(format, **options).double()
     with torch.no_grad():
@@ -101,7 +101,7 @@ def test_one_of_a_batch_is_the_same_alone() -> None:
 
 
 def test_training_beats_the_fixed_detokenizer() -> None:
-    """Tokens that another generator writes: features reversed within a chunk, half as large, one layer shifted."""
+    """Tokens as another generator might write them: chunks reversed, half as large, one layer shifted."""
     torch.manual_seed(0)
     targets = random_lora(SMALL, 16, dtype=torch.float32)
     tokens = SMALL.tokenize(targets)

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder; whatever becomes of that, the same call goes on to the uninterrupted result."""
+"""What a run leaves in its folder; whatever happens to that, the same call continues to the uninterrupted result."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ ASKED = options(checkpoint_every=2)
 
 
 class Noisy(LoRAGenerator):
-    """One that draws random numbers on its device in every step."""
+    """A generator that draws random numbers on its device in every step."""
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
         return super().forward(torch.nn.functional.dropout(states, 0.2), mask)
 
 
 class Crash(RuntimeError):
-    """What ends a run that is to be resumed."""
+    """Ends a run that is to be resumed."""
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def run(
     how: Callable[[], None] | None = None,
     kind: type[LoRAGenerator] = Noisy,
 ) -> dict[str, Tensor]:
-    """The parameters after a run to which something happens in the forward of a step."""
+    """The parameters after a run; ``how`` disturbs it in the generator's forward number ``at``."""
     made, calls = case.generator(kind), list[None]()
 
     def count(*_: object) -> None:
@@ -78,7 +78,7 @@ def crashed(case: Case, out: Path, at: int, asked: TrainingOptions = ASKED) -> N
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
-    """The log, without what differs from run to run."""
+    """The lines of the log, without what differs between runs."""
     read = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
     return [{name: value for name, value in line.items() if name != "seconds"} for line in read]
 
@@ -163,11 +163,11 @@ def test_log_and_checkpoint_are_on_disk_before_the_checkpoint_takes_its_name(
     assert events[-4:] == ["sync metrics", "sync checkpoint", "rename checkpoint", "sync folder"]
 
 
-# What is on disk is not what was written
+# Files that are not as they were written
 
 
 def edited(*pieces: bytes | slice) -> Callable[[bytes], bytes]:
-    """A log of these lines and other bytes."""
+    """An edit that composes a log of slices of its lines and other bytes."""
 
     def edit(content: bytes) -> bytes:
         old = content.splitlines(keepends=True)
@@ -228,7 +228,7 @@ def flipped(content: bytes) -> bytes:
 
 
 def compressed(content: bytes) -> bytes:
-    """The same records: a few kilobytes could hold what fills a memory."""
+    """The same records, compressed: a few kilobytes could expand to fill the memory."""
     packed = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
         for record in old.infolist():
@@ -255,7 +255,7 @@ def test_a_damaged_checkpoint_is_said_and_the_run_goes_on_from_the_one_before(
     path.write_bytes(DAMAGE[damage](path.read_bytes()))
     with warns(f"{CHECKPOINT} is damaged, or not a checkpoint .*; the previous one, after 2 steps, is used"):
         crashed(case, tmp_path, 2)
-    for name, steps in ((CHECKPOINT, 4), (PREVIOUS, 2)):  # what is damaged has not replaced the one that is whole
+    for name, steps in ((CHECKPOINT, 4), (PREVIOUS, 2)):  # the damaged one has not replaced the good one
         assert checkpoints.read_checkpoint(tmp_path / name)["progress"]["steps"] == steps
     whole.is_that_of(run(case, tmp_path), tmp_path)
     assert lines(tmp_path) == whole.lines
@@ -392,7 +392,7 @@ def test_the_folder_says_what_the_run_depends_on(case: Case, tmp_path: Path) -> 
     assert len(facts["labels"]["model_sha256"]) == 64
 
 
-# Others at the same time, and what they leave
+# Other jobs at the same time, and what they leave
 
 
 def test_a_folder_that_another_job_holds_is_refused_and_nothing_is_written(case: Case, tmp_path: Path) -> None:
@@ -423,7 +423,7 @@ def sigterm_as_by_the_command_line() -> Iterator[None]:
 
     before = signal.signal(signal.SIGTERM, terminate)
     yield
-    assert signal.signal(signal.SIGTERM, before) is terminate  # as it was before the training
+    assert signal.signal(signal.SIGTERM, before) is terminate  # as before the training
 
 
 @pytest.mark.usefixtures("sigterm_as_by_the_command_line")
@@ -479,7 +479,7 @@ def test_a_signal_that_python_does_not_handle_is_left_as_it_is(case: Case, tmp_p
 
 @pytest.fixture
 def tagged_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is saved counts as made on a GPU that this machine may lack."""
+    """Saved tensors are tagged as made on a GPU that this machine may lack."""
     monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:99")
 
 
@@ -487,7 +487,7 @@ def tagged_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_checkpoint_made_on_a_gpu_resumes_anywhere(case: Case, whole: Whole, tmp_path: Path) -> None:
     crashed(case, tmp_path, 4)
     with pytest.raises(RuntimeError, match="CUDA device"):
-        torch.load(tmp_path / CHECKPOINT, weights_only=True)  # or this test would show nothing
+        torch.load(tmp_path / CHECKPOINT, weights_only=True)  # else this test would show nothing
     whole.is_that_of(run(case, tmp_path), tmp_path)
 
 

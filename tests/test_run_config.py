@@ -1,4 +1,4 @@
-"""What a run's TOML file and files of prompts may say, and how they are told what is off."""
+"""What a run's TOML file and files of prompts may say, and how their errors are reported."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def read(folder: Path, text: str | bytes) -> RunConfig:
 
 
 def with_line(line: str, table: str = "") -> str:
-    """The small file with one more line, or another one, in a table."""
+    """The small file with a line added to or replaced in a table."""
     key = line.split("=")[0].strip()
     kept = "\n".join(old for old in SMALL.splitlines() if old.split("=")[0].strip() != key or "=" not in line)
     if table in ("", "[format]"):
@@ -57,7 +57,7 @@ def test_what_a_file_says_is_taken(tmp_path: Path) -> None:
     text = SMALL.replace("[format]", 'dtype = "float32"\ndevice = "cpu"\nstream = true\nmax_length = 9\n[format]')
     text += "[generator]\nwidth = 8\n[training]\nsteps = 3\nlearning_rate = 1\nbf16 = true\n"
     text += '[losses]\nweights = 2\ndelta = {weight = 1.0, kind = "linear", warmup_steps = 5}\n'
-    config = read(tmp_path, b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())  # as Windows' editors write it
+    config = read(tmp_path, b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())  # as Windows editors write it
     losses = {"weights": Schedule(2.0), "delta": Schedule(1.0, "linear", 5)}
     assert config.training == TrainingOptions(steps=3, learning_rate=1.0, bf16=True, losses=losses)
     assert (config.dtype, config.device, config.stream, config.max_length) == ("float32", "cpu", True, 9)

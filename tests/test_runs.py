@@ -1,4 +1,4 @@
-"""label, train, generate and plot, one after the other as a user runs them, and what they say of bad input."""
+"""label, train, generate and plot, one after the other as a user runs them, and their errors on bad input."""
 
 import json
 import os
@@ -83,7 +83,7 @@ def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
 
 @pytest.fixture
 def copied(folder: Path, tmp_path: Path) -> Path:
-    """The run's folder and what it was made of, to be changed."""
+    """A copy of the run's folder and its inputs, to be changed."""
     for name in ("deltas", "prompts.jsonl", "teachers", "config.toml", "run"):
         (shutil.copytree if (folder / name).is_dir() else shutil.copy)(folder / name, tmp_path / name)
     return tmp_path
@@ -153,7 +153,7 @@ delta = {weight = 0.25, texts = "own", target = "teacher", layers = [1, -1], pos
     for index, names in enumerate(kinds):  # three small steps from the teachers' mean
         mean = torch.stack([torch.stack([one[name] for one in teachers]).mean(0) for name in names])
         assert float((found[f"start.{index}"].cpu() - mean).abs().max()) < 0.02
-    assert generate(copied / "sums", copied / "out", copied / "prompts.jsonl", device) == 2  # whose names are adapters'
+    assert generate(copied / "sums", copied / "out", copied / "prompts.jsonl", device) == 2  # its names are adapters'
     (copied / "plain.txt").write_text("task 1\n")
     assert generate(copied / "sums", copied / "out", copied / "plain.txt", device) == 0
     spec, tensors = load_peft_adapter(copied / "out" / "prompt-0000")
@@ -174,7 +174,7 @@ def test_a_run_of_two_processes_is_that_of_one(
     ))  # fmt: skip
     done = torchrun(2, "-m", "lora_delta", "train", "--quiet", "--json", str(tmp_path / "config.toml"))
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["step"] == 3  # one process prints
+    assert json.loads(done.stdout)["step"] == 3  # only one process prints
     runs = [
         [json.loads(line) for line in (place / "run" / "metrics.jsonl").read_text().splitlines()]
         for place in (folder, tmp_path)
@@ -186,7 +186,7 @@ def test_a_run_of_two_processes_is_that_of_one(
     for name, tensor in expected.items():
         ours = state[name]
         if name.endswith("in_proj_bias"):
-            # Keys need no bias: its gradient is rounding alone, of which Adam makes steps as large as any.
+            # A key bias has no effect: its gradient is only rounding error, but Adam takes full steps on it.
             (q, _, v), (ours_q, _, ours_v) = tensor.chunk(3), ours.chunk(3)
             tensor, ours = torch.cat((q, v)), torch.cat((ours_q, ours_v))
         assert torch.allclose(ours, tensor, rtol=1e-3, atol=1e-5), name
@@ -268,15 +268,15 @@ def reworded(lines: list[str]) -> list[str]:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (reordered, r"otherwise: prompts_sha256 is .*; teachers_sha256 is .* \(here 3 of .*deltas\)\."),
-        (fewer, r"otherwise: prompts_sha256 is .*; teachers_sha256 is .* \(here 2 of .*deltas\)\."),
-        (reworded, r"otherwise: prompts_sha256 is [^;]*prompts\.jsonl\)\."),
-        (("[format]", "condition_layer = 1\n[format]"), "otherwise: condition_layer is -1 there and 1 here\\."),
-        (("[format]", "max_length = 64\n[format]"), "otherwise: max_length is 128 there and 64 here\\."),
-        (("depth = 1", "depth = 1\nheads = 2"), r"otherwise: generator\.heads is 4 there and 2 here\."),
-        (("components = 2", "components = 3"), r"otherwise: generator\.components is 2 there and 3 here\."),
-        (("batch_size = 2", "batch_size = 1"), r"otherwise: training\.batch_size is 2 there and 1 here\."),
-        (("weight = 0.5", "weight = 0.25"), r"otherwise: training\.losses\.delta\.weight is 0\.5 there "),
+        (reordered, r"differently: prompts_sha256 is .*; teachers_sha256 is .* \(here 3 of .*deltas\)\."),
+        (fewer, r"differently: prompts_sha256 is .*; teachers_sha256 is .* \(here 2 of .*deltas\)\."),
+        (reworded, r"differently: prompts_sha256 is [^;]*prompts\.jsonl\)\."),
+        (("[format]", "condition_layer = 1\n[format]"), "differently: condition_layer is -1 there and 1 here\\."),
+        (("[format]", "max_length = 64\n[format]"), "differently: max_length is 128 there and 64 here\\."),
+        (("depth = 1", "depth = 1\nheads = 2"), r"differently: generator\.heads is 4 there and 2 here\."),
+        (("components = 2", "components = 3"), r"differently: generator\.components is 2 there and 3 here\."),
+        (("batch_size = 2", "batch_size = 1"), r"differently: training\.batch_size is 2 there and 1 here\."),
+        (("weight = 0.5", "weight = 0.25"), r"differently: training\.losses\.delta\.weight is 0\.5 there "),
     ],
 )
 def test_a_run_is_not_taken_up_as_another_one_and_nothing_is_written(
@@ -429,7 +429,7 @@ def test_a_run_that_is_terminated_goes_on_to_the_uninterrupted_result(copied: Pa
     command = [sys.executable, "-m", "lora_delta", "train", "--quiet", str(copied / "cut.toml")]
     log, ends = copied / "cut" / METRICS, time.monotonic() + 120
     threads = torch.get_num_threads()
-    same = {**os.environ, "OMP_NUM_THREADS": str(threads)}  # sums that threads share depend on how many there are
+    same = {**os.environ, "OMP_NUM_THREADS": str(threads)}  # parallel sums depend on the number of threads
     with subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=same
     ) as process:

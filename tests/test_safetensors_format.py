@@ -1,4 +1,4 @@
-"""The safetensors format read by hand, against the library: the same tensors, no more files, and memory that stays."""
+"""The safetensors format read by hand, against the library: the same tensors, and no growth in files or memory."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_what_is_read_is_a_copy() -> None:
 
 
 def spoilt(content: bytes, rng: random.Random) -> bytes:
-    """The file with bytes changed, cut out or put in."""
+    """The file with bytes changed, cut out or inserted."""
     header = int.from_bytes(content[:8], "little") + 8
     at = rng.randrange(header if rng.random() < 0.6 else len(content))
     kind = rng.randrange(6)
@@ -72,7 +72,7 @@ def spoilt(content: bytes, rng: random.Random) -> bytes:
         return content[:at] + content[at + rng.randrange(1, 9) :]
     if kind == 3:
         return content[:at] + rng.choice([b"0", b"9", b"-", b"{", b'"', b"1e9", b"null,"]) + content[at:]
-    if kind == 4:  # the same length: an offset or a size is another number
+    if kind == 4:  # the same length, with a wrong offset or size
         digits = [i for i in range(8, header) if content[i : i + 1].isdigit()]
         at = rng.choice(digits)
         return content[:at] + str(rng.randrange(10)).encode() + content[at + 1 :]
@@ -92,7 +92,7 @@ def test_a_spoilt_file_is_refused_in_a_line_or_means_what_it_means_to_the_librar
             refused.append((str(error), len(content)))
             continue
         if any(stored.dtype not in DISK_DTYPES for stored in header.values()):
-            continue  # a dtype that is not the format's: who asks for the tensor refuses it
+            continue  # an unknown dtype, refused only when the tensor is read
         accepted += 1
         expected = load(bytes(content))
         assert header.keys() == expected.keys()
@@ -135,7 +135,7 @@ def test_a_header_that_lies_is_refused(header: str, message: str, tmp_path: Path
 def test_a_header_of_a_gigabyte_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "file").open("wb") as file:
         file.write((1 << 30).to_bytes(8, "little"))
-        file.truncate(1 << 33)  # takes no room on the disk
+        file.truncate(1 << 33)  # sparse
     with pytest.raises(ValueError, match=r"its header has 1,073,741,824 bytes, expected at most"):
         SafetensorsFile(tmp_path / "file")
 
@@ -181,7 +181,7 @@ def test_memory_and_files_are_flat_over_thousands_of_reads(tmp_path: Path) -> No
         use(700)
         grown.append(traced() - first)
     tracemalloc.stop()
-    # 2 bytes a read. A leak is in every round; a table of the interpreter's that grows is in one.
+    # 2 bytes per read. A leak shows in every round; a growing table of the interpreter, in only one.
     assert min(grown) < 7_000
     assert resident() - before < 4 << 20  # the library's slices took 5 KB each: 40 MB
     assert len(os.listdir("/proc/self/fd")) == files  # noqa: PTH208

@@ -4,32 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import rank_jobs as jobs
+import scale_plan
 import torch
+from cost import Constants, MeshStep, meshes
 from ranks import Ranks
 from reference import random_lora, tiny_config
 from watch import Watch
+from workload import SIZES, named_config
 
 from qwen_functional import LoraSpec, init_weights, pack
 from qwen_functional.forward import forward_vjp
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-
-import scale_plan
-from cost import Constants, MeshStep, meshes
-from sizes import SIZES, named_config
-
 CONFIG, SPEC, N = tiny_config(vocab_size=67, num_hidden_layers=4), LoraSpec(rank=2), 3
 PROBES = [[5, 6, 7, 8, 9], [5, 6, 7, 20], [30, 31, 32]]
 TOKENS = pack(PROBES)
-CONSTANTS = Constants(1e12, 1e11, 1e10, 1e9, 1e-4, 1e9)
+CONSTANTS = Constants(1e12, 1e11, 1e10, 1e9, 1e-4)
 
 
-def step(**changes: int | str | bool | None) -> MeshStep:
+def step(**changes: int | str | None) -> MeshStep:
     made = MeshStep(CONFIG, SPEC, N, len(TOKENS), len(set(TOKENS.last)), itemsize=4)
     return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
 
@@ -80,20 +76,21 @@ def test_ranks_share_the_work() -> None:
     assert [(p.data_parallel, p.tensor_parallel) for p in meshes(step(), 4)] == [(4, 1), (2, 2)]
 
 
-def test_reading_takes_place_meanwhile_and_bounds_a_step_where_it_is_slow() -> None:
-    slow = dataclasses.replace(CONSTANTS, disk=1e3)
-    streamed = step(stream=True)
-    assert streamed.seconds(slow)["total"] == streamed.seconds(slow)["reading"]
-    assert streamed.bound(slow) == "reading"
-    assert streamed.seconds(CONSTANTS)["total"] >= step().seconds(CONSTANTS)["total"]
-    assert step().seconds(slow)["reading"] == 0
+def test_a_step_is_bound_by_what_takes_the_most() -> None:
+    split = step(tensor_parallel=2)
+    assert step().bound(dataclasses.replace(CONSTANTS, gemm=1.0)) == "products"
+    assert split.bound(dataclasses.replace(CONSTANTS, sum_bytes=1e-3)) == "sums"
+    seconds = split.seconds(CONSTANTS)
+    assert seconds.pop("total") == pytest.approx(sum(seconds.values()))
+    # A sum of two ranks takes the time of its bytes once, and each its latency.
+    assert seconds["sums"] == pytest.approx(sum(split.sums()) / 1e9 + 1e-4 * len(split.sums()))
 
 
 def test_every_published_size_has_its_number_of_parameters() -> None:
     billions = {"0.5b": 0.494, "1.5b": 1.54, "3b": 3.09, "7b": 7.62, "14b": 14.8, "32b": 32.8, "72b": 72.7}
     for size, parameters in billions.items():
         config = named_config(size)
-        blocks = config.num_hidden_layers * MeshStep(config, SPEC, 1, 1, 1).block_bytes() // 2
+        blocks = config.num_hidden_layers * MeshStep(config, SPEC, 1, 1, 1).cost(1).base_elements()
         embeddings = (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size
         assert (blocks + embeddings) / 1e9 == pytest.approx(parameters, rel=0.01), size
     assert billions.keys() == SIZES.keys() - {"tiny"}
@@ -120,41 +117,36 @@ def test_the_plan_is_that_of_its_options(tmp_path: Path, capsys: pytest.CaptureF
     assert "is no file, expected one that --measure has written" in capsys.readouterr().err
 
 
-def test_a_process_takes_the_cpu_where_there_is_no_gpu_for_it(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def device(*options: str) -> str:
-        return scale_plan.arguments(["--measure", "constants.json", *options]).device
+def test_measuring_takes_as_many_processes_as_there_are_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def in_ranks(ranks: int, *_: object) -> list[object]:
+        asked.append(ranks)
+        return [CONSTANTS] * ranks if len(asked) == 1 else [1.0] * ranks
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert device() == device("--processes", "1") == "cuda"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert device() == "cpu"
-    assert device("--processes", "1") == "cuda"
-    with pytest.raises(SystemExit):
-        device("--device", "cuda")
-    assert "2 processes need a GPU each, found 1: expected --device cpu, or --processes 1" in capsys.readouterr().err
-    file = __file__  # any
-    assert scale_plan.arguments(["--validate", file]).device == "cpu"
-    assert scale_plan.arguments(["--constants", file, "--device", "cuda"]).device == "cuda"
+    monkeypatch.setattr(scale_plan, "in_ranks", in_ranks)
+    options = scale_plan.arguments(["--measure", str(tmp_path / "constants.json"), "--size", "tiny"])
+    assert options.device == "cuda"
+    assert scale_plan.measure(options, scale_plan.checkpoint_of(None, "tiny", str(tmp_path))) in (0, 1)
+    assert asked == [1] * 4, "one to measure on, and the three cases of one process"
 
 
-def test_measuring_and_validating_run_and_say_whether_predictions_hold(
+def test_measuring_runs_and_says_whether_predictions_hold(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On a tiny model, where no prediction is good: that the commands run and say so."""
+    """On a tiny model, where no prediction is good: that the command runs and says so."""
     file = tmp_path / "constants.json"
-    on_cpu = ["--device", "cpu"]
-    options = ["--processes", "1", "2", "--measure-size", "tiny", *on_cpu]
-    assert scale_plan.main(["--measure", str(file), *options]) == 0
-    record = json.loads(file.read_text())
-    assert set(record["constants"]) == {"1", "2"}
-    assert all(value > 0 for one in record["constants"].values() for value in one.values())
-    monkeypatch.setattr(scale_plan, "VALIDATED", (("tiny", 2, 1, 1, "none"), ("tiny", 2, 1, 2, "block")))
-    monkeypatch.setattr(scale_plan, "WITHIN", 1e9)
-    assert scale_plan.main(["--validate", str(file), *on_cpu]) == 0
-    assert capsys.readouterr().out.count("| tiny | 2 |") == 2
-    monkeypatch.setattr(scale_plan, "WITHIN", 0.0)
-    assert scale_plan.main(["--validate", str(file), *on_cpu]) == 1
-    assert "NOT within" in capsys.readouterr().out
+    monkeypatch.setattr(scale_plan, "set_threads", lambda threads: None)
+    monkeypatch.setattr(scale_plan, "PREDICTED", ((2, 1, 1, "none"), (2, 1, 2, "block")))
+    for within, status in ((1e9, 0), (0.0, 1)):
+        monkeypatch.setattr(scale_plan, "WITHIN", within)
+        assert scale_plan.main(["--measure", str(file), "--size", "tiny", "--device", "cpu"]) == status
+        record = json.loads(file.read_text())
+        assert set(record["constants"]) == {"1", "2"}
+        assert all(value > 0 for one in record["constants"].values() for value in one.values())
+        assert [one["case"] for one in record["cases"]] == [[2, 1, 1, "none"], [2, 1, 2, "block"]]
+        printed = capsys.readouterr().out
+        assert printed.count("\n| 2 |") == 2
+        assert ("NOT within" in printed) == bool(status)

@@ -1,5 +1,5 @@
-"""The targets of deltas of texts that ``lora-delta teach --deltas`` writes, against transformers and PEFT, and the
-training that reads them."""
+"""Delta targets of texts, as ``lora-delta teach --deltas`` writes them, against transformers and PEFT, and training
+that reads them."""
 
 import json
 import re
@@ -61,7 +61,7 @@ WORDS = ("cat", "horse", "ox", "donkey", "goose", "hen", "pig")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, device: str) -> Path:
-    """Three teachers with labels and prompts, and texts of theirs, in turn."""
+    """Three teachers with labels and prompts, and texts that cycle through them."""
     folder = tmp_path_factory.mktemp("deltas")
     write_labelled_teachers(folder, SPEC, device)
     texts = [
@@ -77,7 +77,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, device: str) -> Path:
 
 
 def written(folder: Path, name: str, kind: str, device: str, stored: str = "") -> Path:
-    """A run's file."""
+    """Write the file of a run."""
     teachers = 'labels = "deltas"\nprompts = "prompts.jsonl"' if "teacher" in kind else 'prompts = "prompts.jsonl"'
     text = RUN.replace("NAME", name).replace("TEACHERS", teachers).replace("DEVICE", device)
     text = text.replace("DELTA", KINDS[kind]).replace("STORED", stored)
@@ -125,7 +125,7 @@ def test_the_file_holds_the_states_that_transformers_gives(folder: Path, device:
         context = tokenizer.encode(CONTEXT.format(condition=f"task {who}", prompt=entry.get("prompt", ""))).ids
         whole = prompt + completion
         n = {"completion": len(completion) - (not prompt), "last": 1, "all": len(whole)}[positions]
-        before = 1 if positions == "completion" else 0  # the token before predicts the first one of the completion
+        before = 1 if positions == "completion" else 0  # the last prompt token predicts the first of the completion
         base = hidden_states(model, whole, layers)[:, len(whole) - before - n : len(whole) - before]
         wanted_by, read = (teachers[who], whole) if "teacher" in kind else (model, context + completion)
         wanted = hidden_states(wanted_by, read, layers)[:, len(read) - before - n : len(read) - before]
@@ -159,7 +159,7 @@ def test_a_run_on_stored_targets_reads_no_teachers(folder: Path, device: str, tm
     assert main(["train", "--quiet", str(config)]) == 0
     metrics = [json.loads(one) for one in (tmp_path / "run" / METRICS).read_text().splitlines()]
     live = [json.loads(one) for one in (folder / "live teacher" / METRICS).read_text().splitlines()]
-    assert metrics[0]["delta"] == pytest.approx(live[0]["delta"], rel=1e-3)  # of the same draw
+    assert metrics[0]["delta"] == pytest.approx(live[0]["delta"], rel=1e-3)  # the first batch is the same
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Weights that are read when they are used: the same numbers, two blocks in memory, each read when it is wanted."""
+"""Weights that are read when they are used: the same numbers, two blocks in memory, each read when it is needed."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def assert_equal(found: jobs.Values, expected: jobs.Values) -> None:
 
 
 class Reads:
-    """Which layers are read, in order, and how many blocks are in memory at most."""
+    """The layers that are read, in order, and the most blocks in memory at once."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.layers: list[int] = []
@@ -121,9 +121,9 @@ def test_two_blocks_are_in_memory_and_none_is_read_in_vain(
     for _ in range(3):
         jobs.engine(case, streamed, checkpoint=checkpoint)
     assert isinstance(streamed.blocks, StreamedBlocks)
-    streamed.blocks.fetch(0)  # waits for the one that was read ahead
+    streamed.blocks.fetch(0)  # waits for the block that is read ahead
     there, back = list(range(N_BLOCKS)), list(range(N_BLOCKS - 2, -1, -1))
-    # Of a pass: up, and down again. The first block ends one and begins the next, and is read once for both.
+    # A pass goes up and down again. The first block ends one pass and begins the next, and is read once for both.
     assert reads.layers == there + back + 2 * (there[1:] + back)
     assert reads.most == 2
 
@@ -244,7 +244,7 @@ def test_training_on_streamed_weights_takes_less_than_a_third_of_the_model(real_
         pytest.skip("blocks are converted to float32 on a processor without bfloat16 products")
     for file in Path(real_checkpoint).glob("*.safetensors"):
         descriptor = os.open(file, os.O_RDONLY)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # the page cache's copy, if it holds one
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # drop it from the page cache
         os.close(descriptor)
     done = subprocess.run(
         [sys.executable, "-c", STEP, real_checkpoint, dtype], capture_output=True, text=True, timeout=600, check=False

@@ -1,4 +1,4 @@
-"""Deltas of each adapter's own texts, and their losses, against transformers and PEFT, differentiated by autograd."""
+"""Deltas on each adapter's own texts, and their losses, against transformers and PEFT, differentiated by autograd."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ F64 = torch.float64
 SPEC = LoraSpec(rank=3, alpha=7)
 CONFIG = tiny_config()
 WEIGHTS = init_weights(CONFIG, dtype=F64)
-# Shared prompts, one text twice, a completion of one token, no prompt at all.
+# Shared prompts, a duplicate text, a completion of one token, no prompt at all.
 EXAMPLES: list[list[tuple[list[int], list[int]]]] = [
     [([3, 1, 4], [1, 5, 9]), ([3, 1, 4], [2, 6]), ([7, 7], [8])],
     [([], [2, 3, 4, 5, 6, 7, 8])],
@@ -44,7 +44,7 @@ def leaves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def hidden(
     model: Any, adapter: dict[str, Tensor] | None, ids: Sequence[int], rows: slice, layer: int | tuple[int, ...]
 ) -> Tensor:
-    """(layers, rows, H) of one text; without the first where ``layer`` is one."""
+    """(layers, rows, H) of one text, also for a single ``layer``."""
     states = call(model, adapter, input_ids=torch.tensor([list(ids)]), output_hidden_states=True).hidden_states
     of = [layer] if isinstance(layer, int) else layer
     return torch.stack([states[one + 1 if one >= 0 else -1][0, rows] for one in of])
@@ -235,7 +235,7 @@ def test_contexts_of_other_examples_are_refused() -> None:
     odd = [[CONTEXTS[0][0], [3, 1, 5], CONTEXTS[0][2]], *CONTEXTS[1:]]
     with pytest.raises(ValueError, match="the context of adapter 0, example 1, does not end with its prompt"):
         delta.target(EXAMPLES, contexts=odd)
-    assert make().target(EXAMPLES, contexts=odd).deltas  # where completions alone are read any context will do
+    assert make().target(EXAMPLES, contexts=odd).deltas  # with only completions read, any context will do
 
 
 def test_from_pretrained_reads_no_lm_head(tmp_path: Path) -> None:

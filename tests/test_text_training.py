@@ -1,4 +1,4 @@
-"""Training on the language model's loss: the same run on PEFT's adapters one by one, and what is kept on the way."""
+"""Training on the language model's loss, against the same run in PEFT one adapter at a time; and what is saved."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_run_on_texts_is_that_of_peft_one_adapter_at_a_time(
     history = train(made, tasks, asked, texts=text_losses(asked=asked, **lm), progress=False)
     peft = ByPeft(tasks, asked, temperature, lm.get("reduction", "token"), lm.get("label_smoothing", 0.0))
     peft.run(expected)
-    tolerance = 1e-4 if asked.steps > 10 else 1e-6  # Adam makes steps of gradients that are rounding alone
+    tolerance = 1e-4 if asked.steps > 10 else 1e-6  # Adam takes full steps on gradients that are only rounding error
     for metrics, wanted in zip(history, peft.history, strict=True):
         assert metrics.keys() - {"seconds"} == wanted.keys()
         for name, value in wanted.items():
@@ -75,7 +75,7 @@ def test_a_run_on_texts_is_that_of_peft_one_adapter_at_a_time(
 
 
 def test_what_a_step_has_written_is_let_go_of(tasks: TextTasks) -> None:
-    """A hook on a tensor that knows the tensor keeps it, and its tape, for good: nothing collects that circle."""
+    """A hook that refers to its own tensor would keep it and its tape alive: nothing collects that cycle."""
     written = list[weakref.ref]()
     generator = direct_generator()
     generator.register_forward_hook(lambda module, given, made: written.extend(map(weakref.ref, made.values())))
@@ -129,7 +129,7 @@ def evaluation(**changes: Any) -> Evaluation:
 def test_an_evaluation_is_the_loss_per_token_of_held_out_texts(
     losses: Any, limits: dict[str, Any], smoothing: float
 ) -> None:
-    """Without the label smoothing of the training."""
+    """It is computed without the training's label smoothing."""
     held_out, of_texts = evaluation(**limits), text_losses(label_smoothing=smoothing)
     asked = options(steps=2, losses=losses, learning_rate=1e-12, batch_size=2)
     history = train(direct_generator(), text_tasks(), asked, texts=of_texts, evaluation=held_out, progress=False)
@@ -171,7 +171,7 @@ def test_the_best_generator_on_held_out_texts_is_kept_beside_the_last(tasks: Tex
             return found
 
     watched = Watched(text_tasks(4, seed=9), every=3)
-    asked = options(steps=20, learning_rate=0.05)  # so fast that it learns the texts by heart
+    asked = options(steps=20, learning_rate=0.05)  # so high that it overfits
     history = train(made, tasks, asked, texts=text_losses(), evaluation=watched, out=tmp_path, progress=False)
     measured = {m["step"] + 1: m["held_out_lm"] for m in history if "held_out_lm" in m}
     assert list(measured) == [3, 6, 9, 12, 15, 18, 20]
@@ -195,7 +195,7 @@ def test_a_run_that_gets_no_better_ends_early_and_stays_ended(tasks: TextTasks, 
     measured = [metrics["held_out_lm"] for metrics in history if "held_out_lm" in metrics]
     assert len(history) < 60
     assert min(measured) == measured[-3]
-    assert all(min(measured[:i]) not in measured[:i][:-2] for i in range(3, len(measured)))  # not earlier
+    assert all(min(measured[:i]) not in measured[:i][:-2] for i in range(3, len(measured)))  # it did not end too late
     found = newest_checkpoint(tmp_path)
     assert found is not None
     assert found[1]["progress"]["steps"] == len(history)
@@ -223,7 +223,7 @@ def test_an_evaluation_that_is_not_finite_is_no_best_one_and_the_run_goes_on(tas
 
 
 class CutOff(RuntimeError):
-    """What ends a run."""
+    """Ends a run."""
 
 
 @pytest.mark.parametrize("losses", [LM, KL, REGULARIZED], ids=lambda losses: " ".join(losses))
@@ -247,7 +247,7 @@ def test_a_run_on_texts_that_was_cut_off_goes_on_to_the_same_bits(
         train(cut, tasks, asked, out=tmp_path / "cut", **given)
     made = direct_generator()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the log is mended
+        warnings.simplefilter("ignore")  # warns that it mends the log
         found = train(made, tasks, asked, out=tmp_path / "cut", **given)
     for one, other in zip(found, expected, strict=True):
         assert {**one, "seconds": 0} == {**other, "seconds": 0}

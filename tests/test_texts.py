@@ -1,4 +1,4 @@
-"""Texts of JSON lines: their token ids against transformers, bad lines, and the files that they are compiled into."""
+"""Texts from JSON lines: their token ids against transformers, bad lines, and the files they are compiled into."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def reader_of(folder: Path, **options: Any) -> TextReader:
 
 
 def write(path: Path, lines: Sequence[Line | str | bytes], newline: bytes = b"\n") -> Path:
-    """A file of lines, those that are no bytes or str as JSON."""
+    """Write a file of lines; dicts are written as JSON."""
     raw = [json.dumps(one, ensure_ascii=False) if isinstance(one, dict) else one for one in lines]
     path.write_bytes(b"".join((one.encode() if isinstance(one, str) else one) + newline for one in raw))
     return path
@@ -50,14 +50,14 @@ def write(path: Path, lines: Sequence[Line | str | bytes], newline: bytes = b"\n
 
 @dataclass
 class Theirs:
-    """A line's ids by transformers alone."""
+    """A line's ids according to transformers."""
 
     pairs: list[tuple[list[int], list[int]]]
     contexts: list[list[int]]
 
 
 class Transformers:
-    """What a line is by AutoTokenizer and its apply_chat_template."""
+    """Tokenizes lines with AutoTokenizer and its apply_chat_template."""
 
     def __init__(self, folder: Path) -> None:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
@@ -104,7 +104,7 @@ def assert_same(text: text_lines.Text, expected: Theirs) -> None:
 
 @pytest.fixture(scope="module", params=["embedded", "merges", "special tokens of its own"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a tokenizer with a token per byte, one with merges, and one that puts special tokens around a text."""
+    """A tokenizer with a token per byte, one with merges, and one that adds special tokens around a text."""
     if request.param == "embedded":
         return embedded_checkpoint()
     adds = request.param == "special tokens of its own"
@@ -125,7 +125,7 @@ def embedded() -> Transformers:
 
 @pytest.fixture
 def copied(tmp_path: Path) -> Path:
-    """The embedded checkpoint's tokenizer, for changes."""
+    """A copy of the embedded checkpoint's tokenizer, to be changed."""
     path = tmp_path / "checkpoint"
     path.mkdir()
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
@@ -172,7 +172,7 @@ def test_a_prompt_and_its_completion_are_tokenized_apart_and_the_end_of_text_tok
     together = theirs(prompt + completion).input_ids
     apart = [theirs(prompt).input_ids, [*theirs(completion).input_ids, theirs.convert_tokens_to_ids(END)]]
     size = len(apart[0]) + len(apart[1])
-    assert len(together) < size - 1  # or it would not show here
+    assert len(together) < size - 1  # else the difference would not show
     line = write(tmp_path / "lines", [{"condition": "c", "prompt": prompt, "completion": completion}])
     whole = TextSet.compiled(line, tmp_path / "out", reader_of(folder, max_tokens=size))
     assert [one.tolist() for one in whole.text(0).pairs[0]] == apart
@@ -195,7 +195,7 @@ def test_variables_reach_the_template(copied: Path, variables: dict[str, Any]) -
 
 
 def drawn(seed: int, n: int = 200) -> list[Line | str]:
-    """Lines of all kinds with blank ones among them, the conditions' interleaved."""
+    """Lines of all kinds, some blank, with interleaved conditions."""
     rng = random.Random(seed)
     words = ["river", " the sea", "日本", "é", "e\u0301", "\n", "<|im_start|>", " x=3.14", "🙂", "\\", '"', "\t"]
 
@@ -220,7 +220,7 @@ def drawn(seed: int, n: int = 200) -> list[Line | str]:
 
 
 def assert_holds(whole: TextSet, lines: Sequence[Line | str], theirs: Transformers, context: str | None) -> None:
-    """All that a TextSet says, against lists and dicts."""
+    """Everything in a TextSet equals the lists and dicts computed here."""
     good = [(number, one) for number, one in enumerate(lines, 1) if isinstance(one, dict)]
     by_condition: dict[str, list[Theirs]] = {}
     every, first_pairs, n_pairs = [], {}, 0
@@ -353,7 +353,7 @@ def as_line(value: Any) -> bytes:
 
 
 def assert_refused(path: Path, reader: TextReader, message: str, line: int) -> None:
-    """At a line, with nothing left behind."""
+    """It is refused at a line, and leaves nothing behind."""
     out = path.with_name("out")
     with pytest.raises(ValueError, match=f"^line {line} of {path}: {message}"):
         TextSet.compiled(path, out, reader)
@@ -399,7 +399,7 @@ def test_an_end_of_text_token_that_the_model_lacks_is_refused(tmp_path: Path) ->
 
 @pytest.mark.parametrize("prompt", [None, "x"])
 def test_an_answer_of_a_single_token_needs_one_before_it(prompt: str | None, copied: Path, tmp_path: Path) -> None:
-    template = "{% for m in messages %}{{ m.content }}{% endfor %}"  # which writes nothing for an empty user's turn
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"  # writes nothing for an empty turn
     edit_json(copied / "tokenizer_config.json", chat_template=template)
     path = write(tmp_path / "lines", [{"condition": "c", "messages": turns(prompt or "", "b")}])
     if prompt is None:
@@ -454,7 +454,7 @@ def test_exactly_the_bad_lines_are_skipped(
     rng.shuffle(mixed)
     path = write(tmp_path / "lines", [as_line(one) for one in mixed])
     first = next(number for number, one in enumerate(mixed, 1) if one != "" and one not in good)
-    for _ in range(2):  # what is there already says so too
+    for _ in range(2):  # an existing set warns too
         message = f"^{len(lines)} bad lines of {path} are skipped; the first: line {first}: "
         with pytest.warns(UserWarning, match=message):
             whole = TextSet.compiled(path, tmp_path / "out", small_reader(), on_bad_line="skip")
@@ -525,7 +525,7 @@ def test_on_bad_line_is_one_of_two_words(tmp_path: Path) -> None:
         TextSet.compiled(write(tmp_path / "lines", [GOOD]), tmp_path, small_reader(), on_bad_line="ignore")
 
 
-# --- What is on disk ----------------------------------------------------------------------------------------
+# --- Files on disk ------------------------------------------------------------------------------------------
 
 FEW: list[Line] = [
     GOOD,
@@ -535,7 +535,7 @@ FEW: list[Line] = [
 
 
 def state_of(folder: Path) -> dict[str, tuple[int, str]]:
-    """When each file was written, and its sha256."""
+    """{file: (modification time, sha256)}"""
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {str(path): (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files}
 
@@ -629,7 +629,7 @@ def test_a_changed_byte_is_found_and_the_folder_is_made_anew(name: str, embedded
     before = {file: digest for file, (_, digest) in state_of(out).items()}
     good, rng = (folder / name).read_bytes(), random.Random(0)
     header = 8 + int.from_bytes(good[:8], "little") if name.startswith("index") else 0
-    padding = {place for place in range(header) if not good[place:header].strip()}  # blanks behind the header's JSON
+    padding = {place for place in range(header) if not good[place:header].strip()}  # blanks after the header's JSON
     places = [place for place in range(len(good)) if place not in padding]
     for place in {places[0], places[-1], *rng.sample(places, min(len(places), 150))}:
         spoilt = bytearray(good)

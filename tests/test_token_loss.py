@@ -1,4 +1,4 @@
-"""The language model's loss through a frozen head, against torch on whole logits, and through adapters against PEFT."""
+"""The language model's loss through a frozen head, against torch on full logits; through adapters, against PEFT."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def drawn_targets(n: int, n_rows: int, k: int = 1, seed: int = 0) -> Targets:
-    """Of random rows, some of them several times, with random weights, one of them 0."""
+    """Targets for random rows, some of them repeated, with random weights, one of them 0."""
     chance = torch.Generator().manual_seed(seed)
     rows = torch.randint(n_rows, (n,), generator=chance)
     indices = torch.stack([torch.randperm(V, generator=chance)[:k] for _ in range(n)])
@@ -88,7 +88,7 @@ def test_a_whole_distribution_gives_torchs_kl_and_its_largest_part_may_give_less
     assert relative_error(lm_head_loss(h, weight, whole)[0], expected) <= 1e-12
     own = (h @ weight.T).log_softmax(-1).topk(3)
     part = Targets(torch.arange(6), own.indices, 0.5 * own.values.exp(), torch.ones(6, dtype=F64))
-    assert (lm_head_loss(h, weight, part)[0] < 0).all()  # what is left out of p does not count
+    assert (lm_head_loss(h, weight, part)[0] < 0).all()  # the mass that p leaves out does not count
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 4, 256])
@@ -115,7 +115,7 @@ def test_the_divergence_from_a_teachers_states_is_that_of_whole_logits(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_of_a_narrow_dtype_the_gradient_is_no_further_off_than_torchs(dtype: torch.dtype) -> None:
-    """Also where the model is nearly sure, and softmax − p is a difference of nearly equal numbers."""
+    """Even where the model is nearly certain, and softmax − p is a difference of nearly equal numbers."""
     weight = normal(V, H, seed=1).to(dtype)
     tokens = torch.arange(40) % V
     h = (6 * weight[tokens] / weight[tokens].norm(dim=1, keepdim=True) + normal(40, H, seed=3).to(dtype)).to(dtype)
@@ -132,7 +132,7 @@ def test_of_a_narrow_dtype_the_gradient_is_no_further_off_than_torchs(dtype: tor
 
 
 class Largest(TorchDispatchMode):
-    """Numbers of the largest tensor that is made, views of what was given left out."""
+    """The size of the largest tensor that is made, not counting views."""
 
     numel = 0
 
@@ -178,7 +178,7 @@ def packed(examples: Sequence[Sequence[tuple[list[int], list[int]]]]) -> tuple[A
 def in_peft(
     model: Any, tensors: dict[str, Tensor], loss: Callable[[Tensor, list[int]], Tensor], cotangent: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Adapter by adapter, example by example; ``loss`` from the logits that predict a completion, and it."""
+    """Values and gradients per adapter and example; ``loss`` takes a completion and the logits that predict it."""
     values, gradients = list[Tensor](), []
     for own, examples in zip(one_by_one(tensors), EXAMPLES, strict=True):
         leaves = {name: tensor.clone().requires_grad_() for name, tensor in own.items()}

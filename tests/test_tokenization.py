@@ -1,4 +1,4 @@
-"""Tokens against transformers, on small tokenizers trained here and on real ones."""
+"""Tokens against transformers, with small tokenizers trained here and with real ones."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from qwen_functional.hub import resolve_checkpoint
 
 @pytest.fixture(scope="session")
 def plain_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Adds no special tokens, as Qwen2's."""
+    """Its tokenizer adds no special tokens, like Qwen2's."""
     return make_checkpoint(tmp_path_factory.mktemp("plain"))
 
 
 @pytest.fixture(scope="session")
 def framed_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Puts one special token before a text and one behind it."""
+    """Its tokenizer adds a special token before a text and one after it."""
     return make_checkpoint(tmp_path_factory.mktemp("framed"), adds_special_tokens=True)
 
 
@@ -354,7 +354,7 @@ def test_a_broken_tokenizer_file_is_refused(folder: Path, content: bytes, messag
 
 def test_a_tokenizer_file_that_is_too_large_is_refused_before_it_is_read(folder: Path) -> None:
     with (folder / "tokenizer.json").open("r+b") as file:
-        file.truncate(1 << 40)  # takes no space
+        file.truncate(1 << 40)  # sparse
     with pytest.raises(ValueError, match=r"tokenizer\.json has 1,099,511,627,776 bytes, expected a tokenizer of at"):
         load_tokenizer(folder)
 

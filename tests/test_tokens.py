@@ -16,19 +16,19 @@ from torch import Tensor
 from lora_delta.generate.tokens import FORMATS, DifferentiableDetokenizer, TokenFormat, real_places
 from qwen_functional import LoraSpec, Qwen2Config
 
-# What the published tokenizer made of random adapters. Of each format the frames' scales of whole layers, and the mean
-# and the standard deviation of each chunk; of two the first chunk of some projections: LoRA, tokens, tokens as a
-# generator writes them, and the LoRA that the published code reads from those.
+# The published tokenizer's results on random adapters. For each format: the scales in the frames of whole layers, and
+# the mean and standard deviation of each chunk. For two of them, also the first chunk of some projections: the LoRA,
+# its tokens, tokens as a generator writes them, and the LoRA that the published code reads from those.
 GOLDEN = Path(__file__).parent / "golden"
 WHOLE = ("qwen2.5-0.5b", "qwen2.5-1.5b")
-# Layers, rank, chunk width, token shape, tokens per layer (q, k, v, o, up, gate, down), tokens: the paper's code.
+# Layers, rank, chunk width, token shape, tokens per layer (q, k, v, o, up, gate, down), tokens; from the paper's code.
 PUBLISHED = {
     "qwen2.5-0.5b": (24, 8, 128, (10, 130), [14, 8, 8, 14, 45, 45, 45], 4296),
     "qwen2.5-1.5b": (28, 16, 256, (18, 258), [12, 7, 7, 12, 41, 41, 41], 4508),
     "qwen2.5-vl-3b": (36, 16, 256, (18, 258), [16, 9, 9, 16, 51, 51, 51], 7308),
     "qwen2.5-7b": (28, 16, 512, (18, 514), [14, 8, 8, 14, 44, 44, 44], 4928),
 }
-# No two features alike, so that no projection passes for another.
+# All projections differ in size, so that none passes for another.
 SMALL = TokenFormat(
     "small",
     2,
@@ -47,7 +47,7 @@ SMALL = TokenFormat(
 
 
 def golden(name: str) -> tuple[TokenFormat, dict[str, Tensor]]:
-    """A published format with the projections that its file has whole, a chunk wide each, and the file's tensors."""
+    """A published format cut to the projections in its file, each one chunk wide, and the file's tensors."""
     tensors = safetensors.torch.load_file(GOLDEN / f"{name}.safetensors")
     order = tuple(p for p in FORMATS[name].order if any(p in key for key in tensors if key.startswith("lora.")))
     shapes = dict.fromkeys(order, 2 * (FORMATS[name].chunk_width,))
@@ -103,14 +103,14 @@ def test_a_lora_tensor_is_the_published_detokenizers(name: str) -> None:
 
 
 def chunks_of(stats: Tensor, n: int) -> Tensor:
-    """(chunks, n) numbers of given means and standard deviations (chunks, 2)."""
+    """Numbers (chunks, n) with the given means and standard deviations (chunks, 2)."""
     signs = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(n // 2)
     return stats[:, :1] + stats[:, 1:] * ((n - 1) / n) ** 0.5 * signs
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_tokens_stand_where_the_published_tokenizer_puts_them(name: str) -> None:
-    """Of whole layers, by the scales that it wrote into each token's frame, from chunks of the same mean and spread."""
+    """For whole layers: chunks with the same mean and spread give the scales that it wrote into each token's frame."""
     file = safetensors.torch.load_file(GOLDEN / f"{name}.safetensors")
     stats = under("stats.", file)
     layers = 1 + max(int(key.split(".")[2]) for key in stats)

@@ -1,4 +1,4 @@
-"""Metrics in TensorBoard and Weights & Biases: as their own packages are given them."""
+"""Metrics for TensorBoard and Weights & Biases, as they are passed to their packages."""
 
 from __future__ import annotations
 

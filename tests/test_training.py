@@ -1,4 +1,4 @@
-"""The training loop: what it minimizes and how, and what it does where a gradient is not finite."""
+"""The training loop: what it minimizes and how, and what it does when a gradient is not finite."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_training_lowers_each_loss(losses: Mapping[str, Schedule], case: Case) -
 def plain_run(
     generator: nn.Module, case: Case, asked: TrainingOptions, without: Collection[int] = ()
 ) -> list[dict[str, float]]:
-    """What README and the options' docstring say, by torch alone; the delta excepted, which has tests of its own."""
+    """What the README and the options' docstring say, in plain torch; except for the delta, which has its own tests."""
     adam = torch.optim.AdamW(
         generator.parameters(), lr=1.0, betas=(0.9, 0.98), weight_decay=asked.weight_decay
     )
@@ -114,7 +114,7 @@ def test_a_run_is_that_of_a_plain_loop(changes: dict[str, Any], case: Case) -> N
         for name, value in other.items():
             assert metrics[name] == pytest.approx(value, rel=1e-4), (metrics["step"], name)
     for (name, found), parameter in zip(made.named_parameters(), expected.parameters(), strict=True):
-        # Where a gradient is rounding alone Adam still makes whole steps, which differ from processor to processor.
+        # Where a gradient is only rounding error, Adam still takes full steps, which differ between processors.
         assert (found - parameter).norm() <= 5e-4 * parameter.norm(), name
 
 
@@ -160,7 +160,7 @@ def test_training_leaves_the_global_random_numbers_as_they_were(case: Case) -> N
 
 
 def spoilt_at(generator: nn.Module, steps: set[int]) -> nn.Module:
-    """Its gradient has a NaN in these steps, whatever the loss is."""
+    """Put NaN into its gradient in these steps, whatever the loss is."""
     calls: list[None] = []
     generator.register_forward_pre_hook(lambda *_: calls.append(None))
     last = list(generator.parameters())[-1]
@@ -297,7 +297,7 @@ def test_a_generator_starts_alike_on_every_device(case: Case, device: str) -> No
     for name, parameter in made.state_dict().items():
         assert parameter.device.type == device
         assert torch.equal(parameter.cpu(), expected[name]), name
-    made.fit(torch.stack([tokens for _, tokens, _ in case.teachers]).to(device))  # wherever the tokens are
+    made.fit(torch.stack([tokens for _, tokens, _ in case.teachers]).to(device))  # on any device
     assert torch.equal(made.basis.cpu(), expected["basis"])
 
 

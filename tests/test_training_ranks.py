@@ -1,4 +1,4 @@
-"""Training on several ranks: the losses and parameters of one process, and checkpoints that any number resumes."""
+"""Training on several ranks: losses and parameters are those of one process; any number of ranks can resume it."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_two_ranks_train_as_one(
 def test_a_checkpoint_resumes_on_another_number_of_ranks(
     first_on: int, training: jobs.Training, two_ranks: Ranks, tmp_path: Path
 ) -> None:
-    expected, cut = training.run(None), dataclasses.replace(training, passes=9)  # in the fifth step of two each
+    expected, cut = training.run(None), dataclasses.replace(training, passes=9)  # in the fifth step, two passes each
     folder = tmp_path / "run"
     if first_on == 1:
         assert cut.run(folder) is None
@@ -127,8 +127,8 @@ def test_ranks_that_share_a_batch_draw_their_own_random_numbers_and_others_the_s
     training: jobs.Training, two_ranks: Ranks
 ) -> None:
     one, other = two_ranks.call(jobs.drawn, training, {"dp": 2})
-    assert len({*one, *other}) == 2 * 2 * training.options.steps  # in each step, pass and rank another
-    assert two_ranks.call(jobs.drawn, training, {"tp": 2}) == [one, one]  # of one rank that shares with nobody
+    assert len({*one, *other}) == 2 * 2 * training.options.steps  # different in each step, pass and rank
+    assert two_ranks.call(jobs.drawn, training, {"tp": 2}) == [one, one]  # the numbers of a single process
     alone: list[float] = []
     dataclasses.replace(training, drawn=alone).run(None)
     assert alone == one
@@ -141,7 +141,7 @@ def test_all_ranks_refuse_what_the_first_one_refuses(
     changed = dataclasses.replace(training, options=dataclasses.replace(training.options, seed=1))
     with pytest.raises(AssertionError, match=r"rank 0 failed:(.|\n)*training\.seed is 0 there and 1 here"):
         two_ranks.call(jobs.trained, changed, tmp_path, {"dp": 2})
-    two_ranks.call(jobs.trained, training, tmp_path, {"dp": 2})  # nobody waits for another
+    two_ranks.call(jobs.trained, training, tmp_path, {"dp": 2})  # no rank is left waiting
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A small training on texts: base model, conditions with their texts, a generator of A and B; and the same by PEFT."""
+"""A small training on texts: a base model, conditions with texts, a generator of A and B; and the same run by PEFT."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CONFIG = tiny_config(num_hidden_layers=2, hidden_size=16, intermediate_size=32, 
 
 
 class Own(list[Text]):
-    """Texts of a condition, as a training set gives them."""
+    """The texts of a condition, as a training set gives them."""
 
     def n_tokens(self, index: int) -> int:
         return sum(len(prompt) + len(completion) for prompt, completion in self[index].pairs)
@@ -47,7 +47,7 @@ def weights(device: str = "cpu") -> Any:
 
 
 def text_tasks(n: int = 5, seed: int = 0) -> TextTasks:
-    """Conditions of two prompts each, a teacher, and four texts; every third one is a conversation of two turns."""
+    """Conditions of two prompts, a teacher and four texts each; the third text is a conversation of two turns."""
     chance = torch.Generator().manual_seed(seed)
 
     def ids(least: int, most: int) -> Tensor:
@@ -65,7 +65,7 @@ def text_tasks(n: int = 5, seed: int = 0) -> TextTasks:
                 pairs.append((torch.cat((prompt, completion, ids(1, 4))), ids(2, 5)))
                 contexts.append(torch.cat((ids(1, 5), pairs[1][0])))
             for context in contexts:
-                if len(context.unique()) == 1:  # it would move nothing, and its delta be rounding alone
+                if len(context.unique()) == 1:  # else its delta would be only rounding error
                     context[0] = (context[0] + 1) % CONFIG.vocab_size
             texts.append(Text(tuple(pairs), tuple(contexts)))
         states = [torch.randn(3 + i, CONDITION_SIZE, generator=chance, dtype=torch.float64) for i in range(2)]
@@ -85,7 +85,7 @@ def direct_generator(device: str = "cpu") -> DirectGenerator:
 
 @dataclass
 class ByPeft:
-    """The training that the options' docstrings describe, by transformers, PEFT and torch, an adapter at a time."""
+    """The training that the options' docstrings describe, with transformers, PEFT and torch, one adapter at a time."""
 
     tasks: TextTasks
     options: TrainingOptions
@@ -120,7 +120,7 @@ class ByPeft:
             self.history.append({"step": step, **found, **adam_step(adam, asked, step)})
 
     def drawn(self, chance: torch.Generator) -> tuple[list[Tensor], list[Any], list[Any]]:
-        """Of a micro-batch the states of each condition, its texts, (pair, context) each, and its teacher."""
+        """For each condition of a micro-batch, its states, its texts as a list of (pair, context), and its teacher."""
         asked = self.options
         order = torch.randperm(len(self.tasks), generator=chance)[: asked.batch_size].tolist()
         seeds = torch.randint(2**62, (len(order),), generator=chance).tolist()
@@ -200,7 +200,7 @@ class ByPeft:
     def losses(
         self, name: str, adapter: dict[str, Tensor], pair: tuple[Tensor, Tensor], context: Tensor
     ) -> Tensor:
-        """Of each target of a pair."""
+        """The loss of each target token of a pair."""
         prompt, completion = pair
         targets = self.targets(prompt, completion)
         logits = call(self.model, adapter, input_ids=torch.cat((prompt, completion))[None]).logits[0]
@@ -217,7 +217,7 @@ class ByPeft:
 def text_losses(
     device: str = "cpu", temperature: float = 1.0, asked: TrainingOptions | None = None, **options: Any
 ) -> TextLosses:
-    """``asked``: of a training whose deltas are of texts."""
+    """``asked``: the options of a training with deltas of texts."""
     made = TextLosses(DifferentiableLMLoss(CONFIG, weights(device), SPEC, **options), temperature)
     if asked is None or "delta" not in asked.text_terms:
         return made

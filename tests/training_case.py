@@ -1,4 +1,4 @@
-"""A small training: base model, five teachers, a generator; for the tests of the loop and of what it leaves."""
+"""A small training: base model, five teachers, a generator; for the tests of the loop and of the files it leaves."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Case:
     device: str
 
     def generator(self, kind: type[LoRAGenerator] = LoRAGenerator) -> LoRAGenerator:
-        """The same one in each call."""
+        """The same generator in every call."""
         torch.manual_seed(3)
         made = kind(self.format, CONDITION_SIZE, width=64, depth=1, heads=2).to(self.device)
         made.fit(torch.stack([tokens for _, tokens, _ in self.teachers]))
@@ -71,13 +71,13 @@ def training_case(device: str) -> Case:
     conditions = [
         [torch.randn(3 + i, CONDITION_SIZE, generator=chance) for i in range(2)] for _ in range(N_TEACHERS)
     ]
-    # On the CPU, as those of a label folder are.
+    # On the CPU, like those of a label folder.
     teachers = Teachers((conditions[i], tokens[i], targets[i]) for i in range(N_TEACHERS))
     return Case(delta, format, teachers, device)
 
 
 def adam_step(adam: torch.optim.Optimizer, asked: TrainingOptions, step: int, skip: bool = False) -> dict[str, float]:
-    """What the options' docstring says of clipping and the learning rate, by torch alone; the norm and the rate."""
+    """A step with the clipping and learning rate of the options' docstring, in plain torch; the norm and the rate."""
     gradients = [p.grad for group in adam.param_groups for p in group["params"] if p.grad is not None]
     norm = float(torch.cat([g.flatten() for g in gradients]).norm())
     for gradient in gradients:

@@ -1,4 +1,4 @@
-"""Valid files for every door: a base model, teachers, labels, a run, lists of texts. All are small."""
+"""Small valid files for every door: a base model, teachers, labels, a run, lists of texts."""
 
 from __future__ import annotations
 
@@ -99,5 +99,5 @@ def make_valid(folder: Path) -> None:
         done = main([*label, "--out", str(folder / "deltas"), str(folder / "teachers")])
         for run in ("run.toml", "texts.toml"):
             done = done or main(["train", "--quiet", str(folder / run)])
-        if done or main(["plot", str(folder / "deltas"), "--out", str(folder / "valid.png")]):  # and matplotlib's cache
+        if done or main(["plot", str(folder / "deltas"), "--out", str(folder / "valid.png")]):  # fills its cache, too
             raise RuntimeError("the valid files are not")

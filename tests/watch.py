@@ -1,4 +1,4 @@
-"""What torch is asked to do while a test looks on."""
+"""Records what torch is asked to do."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Watch(TorchDispatchMode):
         return sum(rows * n_in * out for rows, n_in, out in self.gemms)
 
     def held(self, beside: Iterable[Tensor] = ()) -> int:
-        """Bytes of what was made and lives still; views of what is given in ``beside`` left out."""
+        """Bytes of the recorded tensors that are still alive, except views of the tensors in ``beside``."""
         alive = [tensor for tensor in (ref() for ref in self.made) if tensor is not None]
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in alive}
         others = {tensor.untyped_storage().data_ptr() for tensor in beside}

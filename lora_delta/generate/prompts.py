@@ -76,13 +76,16 @@ class FolderNames:
         """Take a name.
 
         Raises:
-            ValueError: it is empty, begins with a dot (as ``..`` does) or a space, ends with a dot or a space, holds a
-                separator or another character that some system refuses, is too long, is a Windows device, or differs
-                from an earlier name only in case or in how accents are encoded, which some systems do not distinguish.
+            ValueError: it is empty, begins with a dot (as ``..`` does) or a space, ends with a dot, a space or the
+                suffix of unfinished files, holds a separator or another character that some system refuses, is too
+                long, is a Windows device, or differs from an earlier name only in case or in how accents are encoded,
+                which some systems do not distinguish.
         """
         problem = None
-        if not name or name != name.strip() or name[0] == "." or name[-1] == "." or name.endswith(UNFINISHED):
+        if not name or name != name.strip() or name[0] == "." or name[-1] == ".":
             problem = "a name that neither begins nor ends with a dot or a space"
+        elif name.endswith(UNFINISHED):
+            problem = f"a name that does not end with {UNFINISHED!r}, which marks unfinished ones"
         elif odd := _ODD.search(name):
             problem = f"a name without {odd[0]!r}"
         elif _DEVICES.fullmatch(name):

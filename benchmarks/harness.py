@@ -1,0 +1,401 @@
+"""Contenders in processes of their own, or one after the other in this one: agreement, memory, and rounds in turn."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from agreement import Errors, compare, require
+from contenders import Contender, NotCompiledError, Pass
+from measure import Activity, activity, idle_bytes, peak_bytes, reset_peak, resident_bytes, settle, timed
+from report import report
+from safetensors.torch import save_file
+from workload import Workload
+
+from qwen_functional.memory import keep_freed_memory
+
+# Fresh interpreters: a forked one would begin with the parent's memory.
+_SPAWN = multiprocessing.get_context("spawn")
+LEFT_BEHIND = 2**28  # bytes; libraries hold less
+COMPARED = 2  # adapters, where a job that is not timed is the reference
+
+
+class WorkerError(RuntimeError):
+    """A worker failed or died; ``reason`` says how in a line, without the worker's name."""
+
+    def __init__(self, name: str, reason: str, trace: str = "") -> None:
+        super().__init__(f"{name}: {reason}\n{trace}".rstrip())
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker is for.
+
+    Attributes:
+        make: the contender, of the workload; it goes to the process by its name.
+        adapters: how many a step is timed on; its seconds are scaled up to the workload's.
+        rounds: in how many it takes part, the first ones. The first job of 0 rounds is the reference of all others, and
+            the errors of a second one widen their tolerance.
+    """
+
+    make: Callable[[Workload], Contender]
+    workload: Workload
+    adapters: int
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Resident bytes of a worker's process; those on the GPU where it uses one.
+
+    Attributes:
+        weights: with the base weights loaded and touched, before any step.
+        peak: the largest since then, through a whole step.
+        idle: between steps.
+    """
+
+    weights: int
+    peak: int
+    idle: int
+
+
+class _Server:
+    """The worker's end."""
+
+    def __init__(self, job: Job) -> None:
+        torch.set_num_threads(job.workload.threads)
+        keep_freed_memory()  # for all contenders alike
+        self.contender, self.adapters = job.make(job.workload), job.adapters
+        # A GPU's first steps load kernels, and an engine's or a compiler's make graphs.
+        self.unmeasured = getattr(self.contender, "warm_up", 1) if job.workload.on_gpu else 0
+        self.weights = settle(self.contender.weights())
+
+    def check(self, path: str, kept: int | None) -> tuple[Footprint, bool]:
+        """One step; value and gradients, of the first ``kept`` adapters or of all, go to a safetensors file."""
+        self._warm_up()
+        reset_peak()
+        passes = self._step()
+        footprint = Footprint(self.weights, peak_bytes(), 0)  # before saving, which takes memory of its own
+        written = passes is not None
+        if passes is not None:
+            joined = {name: torch.cat([g[name] for _, g in passes]) for name in passes[0][1]}
+            joined["value"] = torch.cat([value for value, _ in passes])
+            save_file({name: tensor[:kept].contiguous() for name, tensor in joined.items()}, path)
+            del joined
+        del passes
+        gc.collect()
+        return dataclasses.replace(footprint, idle=idle_bytes()), written
+
+    def step(self) -> float:
+        self._warm_up()
+        return timed(self._step)
+
+    def steady(self, steps: int) -> list[int]:
+        """The resident bytes after each of so many steps."""
+        return [(self._step(), resident_bytes())[1] for _ in range(steps)]
+
+    def facts(self) -> dict[str, Any]:
+        facts: Callable[[], dict[str, Any]] = getattr(self.contender, "facts", dict)
+        return facts()
+
+    def activity(self) -> Activity | None:
+        """What one step makes a GPU do; only when nothing is timed any more."""
+        self._warm_up()
+        return activity(self._step)
+
+    def _warm_up(self) -> None:
+        for _ in range(self.unmeasured):
+            self._step()
+        self.unmeasured = 0
+
+    def _step(self) -> list[Pass] | None:
+        return self.contender.step(self.adapters)
+
+
+_server: _Server | None = None  # of this process
+
+
+def _load(job: Job | None) -> None:
+    global _server
+    _server = None
+    gc.collect()
+    _server = _Server(job) if job else None
+
+
+def _call(method: str, *arguments: Any) -> Any:
+    return getattr(_server, method)(*arguments)
+
+
+class Worker:
+    """The parent's end. Calls block: only one worker computes at a time."""
+
+    def __init__(self, name: str, job: Job, local: bool) -> None:
+        self.name, self.failed, self._pool = name, False, None if local else ProcessPoolExecutor(1, _SPAWN)
+        held = torch.cuda.memory_reserved() if local and torch.cuda.is_initialized() else 0
+        if held > LEFT_BEHIND:
+            report(f"{held / 1e9:.2f} GB are held already, and count as memory of {name}")
+        self._run(_load, job)
+
+    def __call__(self, method: str, *arguments: Any) -> Any:
+        """What a method of :class:`_Server` returns."""
+        return self._run(_call, method, *arguments)
+
+    def _run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            if self._pool is None:
+                return function(*arguments)
+            return self._pool.submit(function, *arguments).result()
+        except Exception as error:
+            failure = self._failure(error)
+        self.failed = True
+        raise failure  # out here, where the other one's frames, and all the memory that they hold, are gone
+
+    def _failure(self, error: Exception) -> WorkerError:
+        # cuBLAS says it in its own way.
+        if isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error):
+            return WorkerError(self.name, "out of memory")
+        if isinstance(error, BrokenProcessPool):
+            return WorkerError(self.name, "its process died, as one does that the system has no memory for")
+        if isinstance(error, NotCompiledError):
+            return WorkerError(self.name, str(error))
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        return WorkerError(self.name, reason, "".join(traceback.format_exception(error)))
+
+    def stop(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            return
+        _load(None)
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()  # it holds the graphs
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+
+class Pool:
+    """Workers by name. Those that :meth:`only` does not name end, but for models that are smaller than a process.
+
+    Args:
+        local: work in this process, one contender at a time: on a GPU a process takes longer to start than a contender
+            to be timed.
+    """
+
+    def __init__(self, jobs: Mapping[str, Job], local: bool = False) -> None:
+        self.jobs, self.local = jobs, local
+        self.keep = not local and all(job.workload.is_small for job in jobs.values())
+        self._alive: dict[str, Worker] = {}
+
+    def only(self, *names: str) -> dict[str, Worker]:
+        for name, worker in list(self._alive.items()):
+            if worker.failed or (name not in names and not self.keep):
+                self._alive.pop(name).stop()
+        for name in names:
+            if name not in self._alive:
+                self._alive[name] = Worker(name, self.jobs[name], self.local)
+        return {name: self._alive[name] for name in names}
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._alive:
+            self._alive.popitem()[1].stop()
+
+
+@dataclass
+class Result:
+    """What is known of a contender.
+
+    Attributes:
+        reason: why it could not run, or "".
+        seconds: of each timed step, scaled to all adapters.
+        anchor_seconds: of the anchor's steps in the same group.
+        facts: what it tells of itself, after its last step; checked_facts: after the first.
+    """
+
+    footprint: Footprint | None = None
+    agreement: Errors | None = None
+    reason: str = ""
+    seconds: list[float] = field(default_factory=list)
+    anchor_seconds: list[float] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    checked_facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def times_anchor(self) -> float | None:
+        """How many times longer than the anchor it takes; None where they could not be timed together."""
+        return self.median / statistics.median(self.anchor_seconds) if self.anchor_seconds else None
+
+
+@dataclass
+class Run:
+    """Some jobs, and what was measured of them so far.
+
+    Attributes:
+        anchors: who is timed beside every other, so that their ratio does not see the machine drift: the first that
+            could run.
+        tolerance: how far each may be off the reference.
+        compared: who must agree; None for all that have something to compare.
+        essential: who must run.
+        local: each is checked, timed and dropped in this process before the next one comes.
+        memory: bytes that all processes together may take.
+        changed: called after whatever was measured.
+        reference: what the others are compared with.
+    """
+
+    jobs: Mapping[str, Job]
+    anchors: Sequence[str]
+    tolerance: Errors
+    compared: Sequence[str] | None = None
+    essential: Sequence[str] = ()
+    local: bool = False
+    memory: int | None = None
+    changed: Callable[[Run], None] = lambda run: None
+    reference: str = ""
+    results: dict[str, Result] = field(default_factory=dict)
+
+    @property
+    def anchor(self) -> str:
+        could = [name for name in self.anchors if name in self.results and self.results[name].footprint]
+        return could[0] if could else self.anchors[-1]
+
+    def measure(self) -> Run:
+        """Every contender does one whole step alone, for its memory and to agree; then rounds of all that can, in turn.
+
+        Raises:
+            DisagreementError: two do not compute the same. Nothing that disagrees is timed.
+            WorkerError: one that is essential, or the reference, could not run.
+        """
+        self.results |= {name: Result() for name in self.jobs}
+        with Pool(self.jobs, self.local) as pool, tempfile.TemporaryDirectory() as scratch:
+            for name, job in self.jobs.items():
+                report(f"checking {name}")
+                try:
+                    self._check(pool, name, Path(scratch))
+                    if self.local and job.rounds:
+                        self._time(pool, [name])
+                except WorkerError as error:
+                    if name in self.essential or not job.rounds:
+                        raise
+                    report(f"{name} is left out: {error}")
+                    self.results[name] = Result(reason=error.reason)
+                self.changed(self)
+            footprints = {name: own.footprint for name, own in self.results.items() if own.footprint}
+            timed = {name: own for name, own in footprints.items() if self.jobs[name].rounds and not self.local}
+            for group in groups_that_fit(timed, self.anchor, self.memory):
+                self._time(pool, group)
+        return self
+
+    def _check(self, pool: Pool, name: str, scratch: Path) -> None:
+        own, path = self.results[name], _path(scratch, name)
+        kept = COMPARED if any(job.rounds == 0 for job in self.jobs.values()) else None
+        worker = pool.only(name)[name]
+        own.footprint, written = worker("check", path, kept)
+        own.checked_facts = own.facts = worker("facts")
+        report(f"  peak {own.footprint.peak / 1e9:.2f} GB, idle {own.footprint.idle / 1e9:.2f} GB")
+        if not written or name not in (self.compared or self.jobs):
+            return
+        if not self.reference:
+            self.reference = name
+            return
+        own.agreement = compare(path, _path(scratch, self.reference))
+        report(f"  {own.agreement}")
+        if self.jobs[name].rounds == 0:
+            self.tolerance = self.tolerance.widened(own.agreement)
+        else:
+            require(name, own.agreement, self.tolerance)
+        Path(path).unlink()
+
+    def _time(self, pool: Pool, group: Sequence[str]) -> None:
+        """Interleaved rounds: each takes one step per round, in an order that turns from round to round."""
+        rounds = {name: self.jobs[name].rounds for name in group}
+        longest = max(n for name, n in rounds.items() if name != self.anchor or len(group) == 1)
+        workers = pool.only(*group)
+        for name in group:
+            report(f"warming up {name}")
+            workers[name]("step")
+            self.results[name].facts = workers[name]("facts")
+        for turn in range(longest):
+            first = turn % len(group)
+            for name in (*group[first:], *group[:first]):
+                if turn < rounds[name]:
+                    job = self.jobs[name]
+                    seconds = workers[name]("step") * job.workload.adapters / job.adapters
+                    self.results[name].seconds.append(seconds)
+                    report(f"round {turn + 1} of {longest}: {name} {seconds:.4g} s")
+                    for other in group if name == self.anchor and not self.local else ():
+                        self.results[other].anchor_seconds.append(seconds)
+            self.changed(self)
+
+    def entries(self) -> dict[str, dict[str, Any]]:
+        """Everything that was measured so far of those that are timed, ready for json."""
+        timed = {name: own for name, own in self.results.items() if own.seconds}
+        anchor = timed[self.anchor].median if self.anchor in timed else None
+        found = {}
+        for name, own in timed.items():
+            job, footprint = self.jobs[name], own.footprint
+            assert footprint is not None
+            found[name] = {
+                **own.facts,
+                "seconds": {
+                    "median": own.median, "min": min(own.seconds), "max": max(own.seconds), "samples": own.seconds,
+                },
+                "adapters_timed": job.adapters,
+                "tokens_per_second": job.workload.tokens / own.median,
+                "adapters_per_second": job.workload.adapters / own.median,
+                # Over the rounds that both took part in, where there are any.
+                "times_anchor": own.times_anchor or (own.median / anchor if anchor else None),
+                "timed_beside_anchor": own.times_anchor is not None,
+                "weights_bytes": footprint.weights,
+                "peak_bytes": footprint.peak,
+                "step_bytes": footprint.peak - footprint.weights,
+                "agreement": own.agreement and own.agreement._asdict(),
+            }  # fmt: skip
+        return found
+
+
+def _path(scratch: Path, name: str) -> str:
+    return str(scratch / f"{name.replace(' ', '-')}.safetensors")
+
+
+def groups_that_fit(footprints: Mapping[str, Footprint], anchor: str, limit: int | None) -> list[list[str]]:
+    """Split contenders into groups whose processes fit into ``limit`` bytes while one of them computes.
+
+    The anchor is in every group, so that each one is timed in turn with it; one that does not fit even so is a group of
+    its own.
+    """
+    groups: list[list[str]] = []
+    for name in footprints:
+        if name == anchor:
+            continue
+        home = next((group for group in groups if _fits([*group, name], footprints, limit)), None)
+        if home is not None:
+            home.append(name)
+        else:
+            groups.append([anchor, name] if _fits([anchor, name], footprints, limit) else [name])
+    if anchor in footprints and not any(anchor in group for group in groups):
+        groups.insert(0, [anchor])
+    return groups
+
+
+def _fits(names: Sequence[str], footprints: Mapping[str, Footprint], limit: int | None) -> bool:
+    idle = sum(footprints[name].idle for name in names)
+    return limit is None or all(idle - footprints[name].idle + footprints[name].peak <= limit for name in names)
