@@ -139,44 +139,51 @@ def _call(method: str, *arguments: Any) -> Any:
     return getattr(_server, method)(*arguments)
 
 
-class Worker:
-    """The parent's end. Calls block: only one worker computes at a time."""
+class Pool:
+    """A process for each job, as far as they are asked for. Calls block: only one of them computes at a time.
 
-    def __init__(self, name: str, job: Job, local: bool) -> None:
-        self.name, self.failed, self._pool = name, False, None if local else ProcessPoolExecutor(1, _SPAWN)
-        held = torch.cuda.memory_reserved() if local and torch.cuda.is_initialized() else 0
-        if held > LEFT_BEHIND:
-            report(f"{held / 1e9:.2f} GB are held already, and count as memory of {name}")
-        self._run(_load, job)
+    Args:
+        local: work in this process, one job at a time: on a GPU a process takes longer to start than a contender to be
+            timed.
+    """
 
-    def __call__(self, method: str, *arguments: Any) -> Any:
-        """What a method of :class:`_Server` returns."""
-        return self._run(_call, method, *arguments)
+    def __init__(self, jobs: Mapping[str, Job], local: bool = False) -> None:
+        self.jobs, self.local = jobs, local
+        self.keep = not local and all(job.workload.is_small for job in jobs.values())
+        self._alive: dict[str, ProcessPoolExecutor | None] = {}
 
-    def _run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+    def only(self, *names: str) -> None:
+        """End all others, but for models that are smaller than a process, and load these."""
+        for name in [name for name in self._alive if name not in names and not self.keep]:
+            self._stop(name)
+        for name in [name for name in names if name not in self._alive]:
+            held = torch.cuda.memory_reserved() if self.local and torch.cuda.is_initialized() else 0
+            if held > LEFT_BEHIND:
+                report(f"{held / 1e9:.2f} GB are held already, and count as memory of {name}")
+            self._alive[name] = None if self.local else ProcessPoolExecutor(1, _SPAWN)
+            self._run(name, _load, self.jobs[name])
+
+    def call(self, name: str, method: str, *arguments: Any) -> Any:
+        """What a method of :class:`_Server` returns.
+
+        Raises:
+            WorkerError: it failed; its process has ended.
+        """
+        return self._run(name, _call, method, *arguments)
+
+    def _run(self, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        pool = self._alive[name]
         try:
-            if self._pool is None:
-                return function(*arguments)
-            return self._pool.submit(function, *arguments).result()
+            return pool.submit(function, *arguments).result() if pool else function(*arguments)
         except Exception as error:
-            failure = self._failure(error)
-        self.failed = True
+            failure = _failure(name, error)
+        self._stop(name)
         raise failure  # out here, where the other one's frames, and all the memory that they hold, are gone
 
-    def _failure(self, error: Exception) -> WorkerError:
-        # cuBLAS says it in its own way.
-        if isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error):
-            return WorkerError(self.name, "out of memory")
-        if isinstance(error, BrokenProcessPool):
-            return WorkerError(self.name, "its process died, as one does that the system has no memory for")
-        if isinstance(error, NotCompiledError):
-            return WorkerError(self.name, str(error))
-        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-        return WorkerError(self.name, reason, "".join(traceback.format_exception(error)))
-
-    def stop(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+    def _stop(self, name: str) -> None:
+        pool = self._alive.pop(name)
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)
             return
         _load(None)
         if "torch._dynamo" in sys.modules:
@@ -185,35 +192,24 @@ class Worker:
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 
-
-class Pool:
-    """Workers by name. Those that :meth:`only` does not name end, but for models that are smaller than a process.
-
-    Args:
-        local: work in this process, one contender at a time: on a GPU a process takes longer to start than a contender
-            to be timed.
-    """
-
-    def __init__(self, jobs: Mapping[str, Job], local: bool = False) -> None:
-        self.jobs, self.local = jobs, local
-        self.keep = not local and all(job.workload.is_small for job in jobs.values())
-        self._alive: dict[str, Worker] = {}
-
-    def only(self, *names: str) -> dict[str, Worker]:
-        for name, worker in list(self._alive.items()):
-            if worker.failed or (name not in names and not self.keep):
-                self._alive.pop(name).stop()
-        for name in names:
-            if name not in self._alive:
-                self._alive[name] = Worker(name, self.jobs[name], self.local)
-        return {name: self._alive[name] for name in names}
-
     def __enter__(self) -> Pool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        while self._alive:
-            self._alive.popitem()[1].stop()
+        for name in list(self._alive):
+            self._stop(name)
+
+
+def _failure(name: str, error: Exception) -> WorkerError:
+    # cuBLAS says it in its own way.
+    if isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error):
+        return WorkerError(name, "out of memory")
+    if isinstance(error, BrokenProcessPool):
+        return WorkerError(name, "its process died, as one does that the system has no memory for")
+    if isinstance(error, NotCompiledError):
+        return WorkerError(name, str(error))
+    reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    return WorkerError(name, reason, "".join(traceback.format_exception(error)))
 
 
 @dataclass
@@ -307,9 +303,9 @@ class Run:
     def _check(self, pool: Pool, name: str, scratch: Path) -> None:
         own, path = self.results[name], _path(scratch, name)
         kept = COMPARED if any(job.rounds == 0 for job in self.jobs.values()) else None
-        worker = pool.only(name)[name]
-        own.footprint, written = worker("check", path, kept)
-        own.checked_facts = own.facts = worker("facts")
+        pool.only(name)
+        own.footprint, written = pool.call(name, "check", path, kept)
+        own.checked_facts = own.facts = pool.call(name, "facts")
         report(f"  peak {own.footprint.peak / 1e9:.2f} GB, idle {own.footprint.idle / 1e9:.2f} GB")
         if not written or name not in (self.compared or self.jobs):
             return
@@ -328,17 +324,17 @@ class Run:
         """Interleaved rounds: each takes one step per round, in an order that turns from round to round."""
         rounds = {name: self.jobs[name].rounds for name in group}
         longest = max(n for name, n in rounds.items() if name != self.anchor or len(group) == 1)
-        workers = pool.only(*group)
+        pool.only(*group)
         for name in group:
             report(f"warming up {name}")
-            workers[name]("step")
-            self.results[name].facts = workers[name]("facts")
+            pool.call(name, "step")
+            self.results[name].facts = pool.call(name, "facts")
         for turn in range(longest):
             first = turn % len(group)
             for name in (*group[first:], *group[:first]):
                 if turn < rounds[name]:
                     job = self.jobs[name]
-                    seconds = workers[name]("step") * job.workload.adapters / job.adapters
+                    seconds = pool.call(name, "step") * job.workload.adapters / job.adapters
                     self.results[name].seconds.append(seconds)
                     report(f"round {turn + 1} of {longest}: {name} {seconds:.4g} s")
                     for other in group if name == self.anchor and not self.local else ():

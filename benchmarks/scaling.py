@@ -99,7 +99,8 @@ def steady_of(job: Job, steps: int) -> Record:
     """Resident memory through many steps, in a process of its own: what it is once warm, and how far it strays."""
     report(f"taking {steps} steps of one process")
     with Pool({"steady": job}) as pool:
-        resident = pool.only("steady")["steady"]("steady", steps)
+        pool.only("steady")
+        resident = pool.call("steady", "steady", steps)
     warm, ends = resident[WARM_STEPS - 1], (min(resident[WARM_STEPS:]), max(resident[WARM_STEPS:]))
     work, percent = job.workload, [100 * (end - warm) / warm for end in ends]
     return {

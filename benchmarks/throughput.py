@@ -195,7 +195,8 @@ def add_activity(run: Run, entry: Record) -> None:
             report(f"profiling {name}")
             times, own["activity"] = run.jobs[name].workload.adapters / run.jobs[name].adapters, None
             try:
-                found = pool.only(name)[name]("activity")
+                pool.only(name)
+                found = pool.call(name, "activity")
             except WorkerError as error:
                 report(f"{name} was not profiled: {error}")
                 continue

@@ -429,12 +429,14 @@ def test_a_process_tells_how_it_failed_and_the_next_one_starts_afresh(error: str
     work = tiny(tmp_path)
     jobs = {"broken": Job(partial(Broken, error=error), work, 1, 1)}
     with Pool(jobs) as pool:
+        pool.only("broken")
         with pytest.raises(WorkerError) as failed:
-            pool.only("broken")["broken"]("step")
+            pool.call("broken", "step")
         assert failed.value.reason == reason
         assert str(failed.value).startswith(f"broken: {reason}")
         assert ("Traceback" in str(failed.value)) == (error == "other")
-        assert pool.only("broken")["broken"]("facts") == {}
+        pool.only("broken")
+        assert pool.call("broken", "facts") == {}
 
 
 def event(name: str, start: int, length: int, device: str = "CUDA", annotation: bool = False) -> SimpleNamespace:

@@ -163,7 +163,7 @@ def figures(
 
     Each has ``loss``, nats per token; ``accuracy``, the share of completions that are right; ``cosine`` and
     ``distance`` as in :class:`Verdict`, means over cases; ``accuracy_interval``, which holds the accuracy of 95 % of
-    2,000 resamples of tasks and runs; and the numbers of conditions, tasks, runs and texts. A way that lacks a verdict
+    2,000 resamples of tasks and runs; ``task_accuracies``, {task: that of each run}; and the numbers of conditions, tasks, runs and texts. A way that lacks a verdict
     on a case of a group has no figures for that group.
     """
     found: dict[str, dict[str, dict[str, Any]]] = {}
@@ -189,6 +189,7 @@ def figures(
                 "loss": sum(one.nats for one in every) / sum(one.n_tokens for one in every),
                 "accuracy": float(n_right.sum() / n_texts.sum()),
                 "accuracy_interval": _interval(n_right, n_texts, seed),
+                "task_accuracies": dict(zip(names, (n_right / n_texts).T.tolist(), strict=True)),
                 "cosine": sum(cosines) / len(cosines) if cosines else None,
                 "distance": sum(one.distance for one in every) / len(every),
                 "conditions": len(numbers),
