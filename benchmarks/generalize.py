@@ -304,7 +304,8 @@ def comparisons(folder: Path, ways: Sequence[str], split: str) -> list[str]:
     lines, chance = [], torch.Generator().manual_seed(0)
     for name in (way for way in ways if len(WAYS[way].losses.splitlines()) > 1):
         for other in (way for way in ways if WAYS[way].losses in (LM, CONTEXT_DELTA) and WAYS[way].data == "train"):
-            seeds = [file.parent.name.rpartition(" ")[2] for file in sorted(folder.glob(f"{name}, seed */{split}.json"))]
+            own_files = sorted(folder.glob(f"{name}, seed */{split}.json"))
+            seeds = [file.parent.name.rpartition(" ")[2] for file in own_files]
             files = [[folder / f"{way}, seed {seed}" / f"{split}.json" for way in (name, other)] for seed in seeds]
             pairs = [
                 [json.loads(file.read_text())["seen"][HELD_OUT]["generated"]["task_accuracies"] for file in both]

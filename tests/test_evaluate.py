@@ -151,6 +151,9 @@ def test_figures_are_means_with_an_interval_over_tasks_and_runs() -> None:
     low, high = one["accuracy_interval"]
     by_task = torch.tensor([[v.n_right / 10 for v in run["generated"]] for run in runs]).view(2, 12, 4).mean((0, 2))
     spread = float(by_task.std() / 12**0.5)
+    each = torch.tensor([one["task_accuracies"][f"task {number}"] for number in range(12)])  # (tasks, runs)
+    torch.testing.assert_close(each.mean(1), by_task)
+    assert float(each.mean()) == pytest.approx(one["accuracy"])
     assert low < one["accuracy"] < high
     assert high - low == pytest.approx(2 * 1.96 * spread, rel=0.35)
     assert figures(given, runs) == figures(given, runs)

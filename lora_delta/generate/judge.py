@@ -163,8 +163,8 @@ def figures(
 
     Each has ``loss``, nats per token; ``accuracy``, the share of completions that are right; ``cosine`` and
     ``distance`` as in :class:`Verdict`, means over cases; ``accuracy_interval``, which holds the accuracy of 95 % of
-    2,000 resamples of tasks and runs; ``task_accuracies``, {task: that of each run}; and the numbers of conditions, tasks, runs and texts. A way that lacks a verdict
-    on a case of a group has no figures for that group.
+    2,000 resamples of tasks and runs; ``task_accuracies``, {task: that of each run}; and the numbers of conditions,
+    tasks, runs and texts. A way that lacks a verdict on a case of a group has no figures for that group.
     """
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for group in dict.fromkeys(case.group for case in cases):
