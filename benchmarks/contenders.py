@@ -9,7 +9,6 @@ from __future__ import annotations
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -38,15 +37,6 @@ class Contender(Protocol):
 
     def step(self, adapters: int) -> list[Pass] | None:
         """The first ``adapters`` adapters, in one pass or in several; None where there is nothing to compare."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A contender by name: how it is made, what it does, and whether it takes part without being named."""
-
-    make: Callable[[Workload], Contender]
-    about: str
-    default: bool = True
 
 
 class Engine:
@@ -365,22 +355,18 @@ class PeftLabels:
             return last_hidden(outputs.last_hidden_state, self.mask).mean(0)
 
 
-DELTA = {
-    "engine": Entry(partial(Engine, prepack=True), "this engine, base weights packed for the processor"),
-    "engine-plain": Entry(Engine, "this engine, base weights as torch stores them", False),
-    "engine-block": Entry(
-        partial(Engine, checkpoint="block"), "this engine, nothing packed, every block checkpointed: the least memory"
-    ),
-    "engine-stream": Entry(
-        partial(Engine, stream=True), "this engine, base weights on disk, read block by block", False
-    ),
-    "seed": Entry(Seed, "PEFT + functional_call, padded to 256, logits, one adapter at a time"),
-    "hooks-one": Entry(HooksOne, "hooks on the backbone, one adapter at a time"),
-    "hooks-batch": Entry(HooksBatch, "hooks on the backbone, all adapters in one batch"),
-    "hooks-batch-compiled": Entry(HooksBatchCompiled, "the same under torch.compile, with CUDA graphs", False),
+# {way: how it is made}; benchmarks/README.md says what each is. Those of NAMED take part only where --ways names them.
+DELTA: dict[str, Callable[[Workload], Contender]] = {
+    "engine": partial(Engine, prepack=True),
+    "engine-plain": Engine,
+    "engine-block": partial(Engine, checkpoint="block"),
+    "engine-stream": partial(Engine, stream=True),
+    "seed": Seed,
+    "hooks-one": HooksOne,
+    "hooks-batch": HooksBatch,
+    "hooks-batch-compiled": HooksBatchCompiled,
 }
-LABELS = {
-    "compute_labels": Entry(Labels, "this library: adapter folders to a table on disk"),
-    "one-pass": Entry(OnePass, "the deltas of one pass alone: its memory"),
-    "peft": Entry(PeftLabels, "PEFT: load_adapter, set_adapter, the probes in one padded batch"),
-}
+LABELS: dict[str, Callable[[Workload], Contender]] = {
+    "compute_labels": Labels, "one-pass": OnePass, "peft": PeftLabels
+}  # fmt: skip
+NAMED = ("engine-plain", "engine-stream", "hooks-batch-compiled")

@@ -20,7 +20,6 @@ from measure import synchronize
 from torch import Tensor
 from workload import Workload
 
-from qwen_functional import Qwen2Config
 from qwen_functional.architecture import STACKS, projection_shape, stack_shape
 
 ROWS_PER_CHUNK = 256
@@ -54,19 +53,27 @@ LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor, T
 }  # fmt: skip
 
 
-class _Products:
-    """Products of one step as something to time; the first step finds the fastest layout of each."""
+class Floor:
+    """The base model's products, in the order of its blocks and then back; without ``backwards`` of a forward alone.
 
-    flop = 0
+    The first step finds the fastest layout of each.
+    """
 
-    def __init__(self, workload: Workload) -> None:
+    def __init__(self, workload: Workload, backwards: bool = True) -> None:
         self.config, self.rows = workload.config(), workload.tree_tokens
         self.dtype, self.device = workload.compute_dtype, workload.device
         self.layouts: dict[str, str] = {}
         self._run: Call | None = None
+        forward = {stack: stack_shape(self.config, stack) for stack in STACKS}  # {product: (outputs, inputs)}
+        back = {f"{name}_dx": (columns, rows) for name, (rows, columns) in reversed(forward.items())}
+        self.shapes = forward | (back if backwards else {})
+        self.flop = 2 * self.rows * self.config.num_hidden_layers * sum(a * b for a, b in self.shapes.values())
 
     def weights(self) -> list[Tensor]:
         return []
+
+    def facts(self) -> dict[str, Any]:
+        return {"dtype": str(self.dtype).removeprefix("torch."), "flop": self.flop, "layouts": self.layouts}
 
     def step(self, adapters: int) -> None:
         with torch.inference_mode():
@@ -76,36 +83,14 @@ class _Products:
             self._run()
 
     def _found(self) -> Iterator[Call]:
-        raise NotImplementedError
-
-    def _random(self, *shape: int) -> Tensor:
-        return (0.01 * torch.randn(shape, device=self.device)).to(self.dtype)
-
-    def facts(self) -> dict[str, Any]:
-        return {"dtype": str(self.dtype).removeprefix("torch."), "flop": self.flop, "layouts": self.layouts}
-
-
-def block_shapes(config: Qwen2Config) -> dict[str, tuple[int, int]]:
-    """{product: (outputs, inputs)} of one block, forwards and then backwards."""
-    forward = {stack: stack_shape(config, stack) for stack in STACKS}
-    return forward | {f"{name}_dx": (columns, rows) for name, (rows, columns) in reversed(forward.items())}
-
-
-class Floor(_Products):
-    """The base model's products, in the order of its blocks and then back; without ``backwards`` of a forward alone."""
-
-    def __init__(self, workload: Workload, backwards: bool = True) -> None:
-        super().__init__(workload)
-        shapes = block_shapes(self.config)
-        self.shapes = {name: shape for name, shape in shapes.items() if backwards or not name.endswith("_dx")}
-        self.flop = 2 * self.rows * self.config.num_hidden_layers * sum(a * b for a, b in self.shapes.values())
-
-    def _found(self) -> Iterator[Call]:
         layers = range(self.config.num_hidden_layers)
         found = {name: self._fastest(name, *shape) for name, shape in self.shapes.items()}
         for back, order in ((False, layers), (True, reversed(layers))):
             for layer in order:
                 yield from (calls[layer % len(calls)] for name, calls in found.items() if name.endswith("_dx") == back)
+
+    def _random(self, *shape: int) -> Tensor:
+        return (0.01 * torch.randn(shape, device=self.device)).to(self.dtype)
 
     def _fastest(self, name: str, outputs: int, inputs: int) -> list[Call]:
         """The product with each of several weights, which together fill no cache."""

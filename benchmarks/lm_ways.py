@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import Entry, Pass, hook_projections, projections
+from contenders import Contender, Pass, hook_projections, projections
 from torch import Tensor, nn
 from torch.nn import functional as F
 from workload import Workload, has_tokenizer
@@ -205,16 +205,13 @@ class LMPeft:
         return losses.detach(), {name: g[None] for name, g in zip(self.parameters, gradients, strict=True)}
 
 
-CHECKPOINTED = "the same with gradient checkpointing"
-LM = {
-    "engine": Entry(LMEngine, "DifferentiableLMLoss"),
-    "engine-block": Entry(
-        partial(LMEngine, checkpoint="block"), "the same, nothing packed, every block checkpointed: the least memory"
-    ),
-    "hooks": Entry(LMHooks, "hooks, one bmm per row of a padded batch"),
-    "hooks-checkpointed": Entry(partial(LMHooks, checkpoint=True), CHECKPOINTED),
-    "repeated": Entry(LMRepeated, "hooks, A and B repeated for every token"),
-    "repeated-checkpointed": Entry(partial(LMRepeated, checkpoint=True), CHECKPOINTED),
-    "peft": Entry(LMPeft, "PEFT, one adapter at a time"),
-    "peft-checkpointed": Entry(partial(LMPeft, checkpoint=True), CHECKPOINTED),
+LM: dict[str, Callable[[Workload], Contender]] = {
+    "engine": LMEngine,
+    "engine-block": partial(LMEngine, checkpoint="block"),
+    "hooks": LMHooks,
+    "hooks-checkpointed": partial(LMHooks, checkpoint=True),
+    "repeated": LMRepeated,
+    "repeated-checkpointed": partial(LMRepeated, checkpoint=True),
+    "peft": LMPeft,
+    "peft-checkpointed": partial(LMPeft, checkpoint=True),
 }

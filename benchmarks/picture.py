@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from measure import machine_line
 
-from lora_delta.plots.figures import COLOURS, check_png, decimals, new_figure, plain_text, save_figure, style
+from lora_delta.plots.figures import COLOURS, decimals, new_figure, plain_text, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,14 +20,8 @@ _ENGINE, _RIVAL, _INK, _FAINT = COLOURS[0], "#C4C4C4", "#333333", "#777777"
 Record = Mapping[str, Any]
 
 
-def throughput_picture(record: Record, path: Path) -> None:
-    """Tokens per second of every way beside the floor, for each table, as a PNG."""
-    check_png(path)
-    save_figure(throughput_figure(record), path)
-
-
 def throughput_figure(record: Record) -> Figure:
-    """A panel per table, as their scales differ: a bar for each way, and a line for the floor."""
+    """Tokens per second: a panel per table, as their scales differ; a bar for each way, and a line for the floor."""
     runs = record["runs"]
     slots = max(1, *(len(run["ways"]) for run in runs))
     scaled = {own["adapters_timed"] for run in runs for own in run["ways"].values() if _is_scaled(own, run)}
@@ -72,12 +65,6 @@ def _bars(axes: Axes, run: Record, slots: int) -> None:
 def _is_scaled(own: Record, run: Record) -> bool:
     """Whether a way was timed on fewer adapters: the star in the table."""
     return own["adapters_timed"] < run["adapters"]
-
-
-def scaling_picture(record: Record, path: Path) -> None:
-    """Time and memory over the number of adapters and over the number of tokens, as a PNG."""
-    check_png(path)
-    save_figure(scaling_figure(record), path)
 
 
 def scaling_figure(record: Record) -> Figure:

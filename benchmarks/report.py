@@ -13,7 +13,7 @@ import torch
 from workload import SIZES
 
 from lora_delta.files import write_json
-from lora_delta.plots.figures import check_png, require_matplotlib
+from lora_delta.plots.figures import check_png, require_matplotlib, save_figure
 
 Record = dict[str, Any]
 
@@ -76,7 +76,7 @@ def markdown(rows: Sequence[Mapping[str, str]]) -> str:
 def exit_status(
     options: argparse.Namespace,
     record_of: Callable[[argparse.Namespace, Callable[[Record], None]], Record],
-    draw: Callable[[Record, Path], None],
+    figure_of: Callable[[Record], Any],
 ) -> int:
     """0, with the record in ``--json``'s file and drawn to ``--plot``'s; or 1, with what was wrong on stderr."""
     try:
@@ -85,5 +85,5 @@ def exit_status(
         report(f"error: {error}")
         return 1
     if options.plot:
-        draw(record, options.plot)
+        save_figure(figure_of(record), options.plot)
     return 0

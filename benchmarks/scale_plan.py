@@ -234,16 +234,14 @@ def show_plan(options: argparse.Namespace) -> int:
         f"{shown(constants, alone=options.devices == 1)}\n\n{markdown([_row(plan, constants) for plan in plans])}"
     )
     if options.json:
-        told = [
-            {
-                "data_parallel": plan.data_parallel, "tensor_parallel": plan.tensor_parallel,
-                "seconds": plan.seconds(constants), "memory_bytes": plan.memory(), "traffic_bytes": plan.traffic(),
-                "bound": plan.bound(constants),
-            }
-            for plan in plans
-        ]  # fmt: skip
+        told = [{**_told(plan, constants), "memory_bytes": plan.memory()} for plan in plans]
         write_json(options.json, {"constants": dataclasses.asdict(constants), "plans": told})
     return 0
+
+
+def _told(plan: MeshStep, constants: Constants) -> Record:
+    mesh = {"data_parallel": plan.data_parallel, "tensor_parallel": plan.tensor_parallel}
+    return {**mesh, "seconds": plan.seconds(constants), "traffic_bytes": plan.traffic(), "bound": plan.bound(constants)}
 
 
 def _row(plan: MeshStep, constants: Constants) -> dict[str, str]:

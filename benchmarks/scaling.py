@@ -17,7 +17,7 @@ from agreement import TOLERANCE
 from contenders import DELTA
 from harness import Job, Pool, Run
 from measure import machine_facts, machine_line, memory_limit, set_threads, use_device
-from picture import scaling_picture
+from picture import scaling_figure
 from report import Record, add_common, checked, exit_status, markdown, model_name, report
 from workload import DTYPES, Workload, checkpoint_of, probe_ids, tree_tokens
 
@@ -101,20 +101,14 @@ def steady_of(job: Job, steps: int) -> Record:
     with Pool({"steady": job}) as pool:
         pool.only("steady")
         resident = pool.call("steady", "steady", steps)
-    warm, ends = resident[WARM_STEPS - 1], (min(resident[WARM_STEPS:]), max(resident[WARM_STEPS:]))
-    work, percent = job.workload, [100 * (end - warm) / warm for end in ends]
-    return {
-        "steps": steps, "adapters": work.adapters, "probes": len(work.probes), "warm_steps": WARM_STEPS,
-        "warm_bytes": warm, "min_bytes": ends[0], "max_bytes": ends[1], "min_percent": percent[0],
-        "max_percent": percent[1], "resident_bytes": resident,
-    }  # fmt: skip
+    return {"adapters": 1, "probes": len(job.workload.probes), "warm_steps": WARM_STEPS, "resident_bytes": resident}
 
 
 def record_of(options: argparse.Namespace, keep: Callable[[Record], None]) -> Record:
     """Measure and print; ``keep`` is given everything so far, ready for json."""
     with tempfile.TemporaryDirectory() as scratch:
         series = series_of(options, checkpoint_of(options.model, options.size, scratch))
-        make = DELTA[options.way].make
+        make = DELTA[options.way]
         points = {name: work for own in series.values() for name, work in own.items()}
         jobs = {name: Job(make, work, work.adapters, options.rounds) for name, work in points.items()}
         adapters = sorted(options.adapters)
@@ -156,7 +150,7 @@ def tables(record: Record) -> str:
     """What was run, on what, and a Markdown table for each series, with what a reader must know below it."""
     anchor, steady = record["anchor"], record["steady"]
     lines = [
-        f"{record['model']}, rank {record['rank']}, {record['dtype']}, {record['way']}: {DELTA[record['way']].about}",
+        f"{record['model']}, rank {record['rank']}, {record['dtype']}, {record['way']}",
         machine_line(record["machine"]),
     ]
     for series in record["series"]:
@@ -172,11 +166,12 @@ def tables(record: Record) -> str:
         ]  # fmt: skip
         lines += [f"{name} was left out: {why}." for name, why in series["left_out"].items()]
     if steady:
+        n, resident = steady["warm_steps"], steady["resident_bytes"]
+        warm, ends = resident[n - 1], (min(resident[n:]), max(resident[n:]))
+        low, high = (f"{end / 1e9:.3f} ({end / warm - 1:+.2%})" for end in ends)
         lines.append(
-            f"\n{steady['steps']} steps of G = {steady['adapters']}, {steady['probes']} probes: "
-            f"{steady['warm_bytes'] / 1e9:.3f} GB resident after step {steady['warm_steps']}, later from "
-            f"{steady['min_bytes'] / 1e9:.3f} ({steady['min_percent']:+.2f} %) to "
-            f"{steady['max_bytes'] / 1e9:.3f} ({steady['max_percent']:+.2f} %)."
+            f"\n{len(resident)} steps of G = {steady['adapters']}, {steady['probes']} probes: {warm / 1e9:.3f} GB "
+            f"resident after step {n}, later from {low} to {high}."
         )
     return "\n".join(lines)
 
@@ -200,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = arguments(argv)
     set_threads(options.threads)
     use_device(options.device)
-    return exit_status(options, record_of, scaling_picture)
+    return exit_status(options, record_of, scaling_figure)
 
 
 if __name__ == "__main__":

@@ -17,18 +17,18 @@ from pathlib import Path
 
 import torch
 from agreement import TOLERANCE
-from contenders import DELTA, LABELS, Entry
+from contenders import DELTA, LABELS, NAMED, Contender
 from floor import AdapterProducts, Floor
 from harness import Job, Pool, Run, WorkerError
 from lm_ways import LM, draw_examples, text_ids
 from measure import machine_facts, machine_line, memory_limit, set_threads, use_device
-from picture import throughput_picture
+from picture import throughput_figure
 from report import Record, add_common, checked, exit_status, markdown, model_name, report
 from workload import DTYPES, PROBE_KINDS, Workload, checkpoint_of, probe_ids, tree_tokens
 
 from lora_delta.peft.adapters import save_peft_adapter
 
-LOSSES: dict[str, dict[str, Entry]] = {"delta": DELTA, "lm": LM, "kl": LM, "labels": LABELS}
+LOSSES: dict[str, dict[str, Callable[[Workload], Contender]]] = {"delta": DELTA, "lm": LM, "kl": LM, "labels": LABELS}
 HOOKS = {"delta": "hooks-one", "lm": "hooks", "kl": "hooks", "labels": "peft"}  # the reference in narrow dtypes
 ADAPTERS_OF, RANK_OF = {"delta": 8, "lm": 4, "kl": 4, "labels": 16}, {"delta": 16, "lm": 8, "kl": 8, "labels": 16}
 FLOOR, PRODUCTS = FLOORS = "floor", "adapters' products"
@@ -65,7 +65,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     on_gpu, known = torch.device(options.device).type == "cuda", LOSSES[options.loss]
     defaults = {
         "adapters": [ADAPTERS_OF[options.loss]], "rank": RANK_OF[options.loss], "rounds": 10 if on_gpu else 5,
-        "seed_rounds": 5 if on_gpu else 2, "one_process": on_gpu, "ways": [way for way in known if known[way].default],
+        "seed_rounds": 5 if on_gpu else 2, "one_process": on_gpu, "ways": [way for way in known if way not in NAMED],
     }  # fmt: skip
     for name, default in defaults.items():
         if getattr(options, name) is None:
@@ -125,7 +125,7 @@ def run_of(workload: Workload, options: argparse.Namespace) -> Run:
     jobs, products = {}, workload.compute or workload.dtype
     if products != torch.float32 or workload.dtype != torch.float32 or len(ways) < 2:
         exact = dataclasses.replace(workload, rounded_to=workload.dtype, dtype=torch.float32, compute=None)
-        jobs[f"{hooks} in float32"] = job = Job(known[hooks].make, exact, min(2, workload.adapters), 0)
+        jobs[f"{hooks} in float32"] = job = Job(known[hooks], exact, min(2, workload.adapters), 0)
         if products == torch.bfloat16:
             jobs[f"{hooks} in bfloat16"] = dataclasses.replace(job, workload=dataclasses.replace(exact, dtype=products))
     jobs[FLOOR] = Job(partial(Floor, backwards=backwards), workload, workload.adapters, options.rounds)
@@ -134,7 +134,7 @@ def run_of(workload: Workload, options: argparse.Namespace) -> Run:
     # A GPU's steps are so even that a few adapters tell as much as all of them, one after the other.
     few = ("seed", "hooks-one") if workload.on_gpu else ("seed",)
     for way in ways:
-        jobs[way] = Job(known[way].make, workload, workload.adapters, options.rounds)
+        jobs[way] = Job(known[way], workload, workload.adapters, options.rounds)
         if way in few:
             adapters, rounds = min(options.seed_adapters, workload.adapters), min(options.rounds, options.seed_rounds)
             jobs[way] = dataclasses.replace(jobs[way], adapters=adapters, rounds=rounds)
@@ -283,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = arguments(argv)
     set_threads(options.threads)
     use_device(options.device)
-    return exit_status(options, record_of, throughput_picture)
+    return exit_status(options, record_of, throughput_figure)
 
 
 if __name__ == "__main__":

@@ -285,7 +285,7 @@ def assert_same_step(step: Any, expected: Any) -> None:
 
 
 def made(way: str, work: workload.Workload) -> Any:
-    return contenders.DELTA[way].make(work)
+    return contenders.DELTA[way](work)
 
 
 def test_the_engine_is_called_as_training_calls_it_and_gives_what_hooks_do(device: str, tmp_path: Path) -> None:
@@ -363,7 +363,7 @@ def test_a_way_that_runs_out_of_memory_is_a_row_that_says_so(
             held.append(weakref.ref(tensor))
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 TiB")
 
-    monkeypatch.setitem(contenders.DELTA, full, contenders.Entry(lambda work: Full(), "full"))
+    monkeypatch.setitem(contenders.DELTA, full, lambda work: Full())
     ways = ["engine", "hooks-one", "hooks-batch"]
     record = in_this_process(tmp_path, monkeypatch, ways, "--adapters", "1", "2", "--probes", "generic")
     assert [run["adapters"] for run in record["runs"]] == [1, 2]

@@ -98,7 +98,7 @@ def test_deltas_equal_those_of_each_probe_alone_in_float64(way: str, work: Workl
     lora = {name: tensor.double() for name, tensor in work.lora(config).items()}
     base = pooled({name: torch.zeros_like(tensor[0]) for name, tensor in lora.items()})
     expected = torch.stack([pooled(tensors) - base for tensors in one_by_one(lora)])
-    contender = LABELS[way].make(work)
+    contender = LABELS[way](work)
     for n in (3, 3, 2):  # another round is like the first
         for got, delta in zip(deltas(contender, n), expected[:n], strict=True):
             assert relative_error(got, delta) < 1e-5
@@ -111,7 +111,7 @@ def test_pefts_model_keeps_one_adapter_alone(work: Workload) -> None:
 
 
 def test_one_pass_has_as_many_adapters_as_a_pass_of_the_job(work: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
-    contender: Any = LABELS["one-pass"].make(work)
+    contender: Any = LABELS["one-pass"](work)
     seen = []
     monkeypatch.setattr(contender.delta, "deltas", lambda lora: seen.append(lora.n_adapters))
     assert contender.step(3) is None
@@ -146,7 +146,7 @@ def test_deltas_that_are_off_make_the_run_fail_and_leave_no_table(
         def step(self, adapters: int) -> Any:
             return [(spoil(deltas(super(), adapters)), {})]
 
-    monkeypatch.setitem(contenders.LABELS, "compute_labels", contenders.Entry(Spoiled, "spoiled"))
+    monkeypatch.setitem(contenders.LABELS, "compute_labels", Spoiled)
     monkeypatch.setattr(throughput, "set_threads", lambda threads: None)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert throughput.main([*TINY, "--ways", "peft", "compute_labels", "--one-process", "--device", "cpu"]) == 1

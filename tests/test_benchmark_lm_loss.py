@@ -46,9 +46,9 @@ def test_a_teacher_tells_distinct_tokens_with_a_part_of_its_mass(work: Workload)
 @pytest.mark.parametrize("name", [name for name in LM if name != "engine"])
 def test_every_way_has_the_engines_losses_and_gradients(name: str, top_k: int | None, work: Workload) -> None:
     work = Workload(**{**vars(work), "top_k": top_k})
-    engine: Any = LM["engine"].make(work)
+    engine: Any = LM["engine"](work)
     ((expected, gradients),) = engine.step(3)
-    passes = LM[name].make(work).step(3) or []
+    passes = LM[name](work).step(3) or []
     assert relative_error(torch.cat([value for value, _ in passes]), expected) <= 1e-5
     for tensor, gradient in gradients.items():
         assert relative_error(torch.cat([own[tensor] for _, own in passes]), gradient) <= 1e-4, tensor

@@ -13,8 +13,11 @@ from typing import Any
 
 import picture
 import pytest
+import report
 import throughput
 from test_plots import size
+
+from lora_delta.plots.figures import save_figure
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -225,16 +228,16 @@ def test_no_points_at_all_are_an_error() -> None:
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
-    ("draw", "record", "pixels"),
+    ("figure_of", "record", "pixels"),
     [
-        (picture.throughput_picture, measured(BFLOAT16), (1200, 510)),
-        (picture.throughput_picture, measured(BFLOAT16, FLOAT32), (1440, 510)),
-        (picture.scaling_picture, scaled(*SERIES["all"]), (1500, 1020)),
-        (picture.scaling_picture, scaled(*SERIES["probes"]), (1500, 585)),
+        (picture.throughput_figure, measured(BFLOAT16), (1200, 510)),
+        (picture.throughput_figure, measured(BFLOAT16, FLOAT32), (1440, 510)),
+        (picture.scaling_figure, scaled(*SERIES["all"]), (1500, 1020)),
+        (picture.scaling_figure, scaled(*SERIES["probes"]), (1500, 585)),
     ],
 )
 def test_a_picture_is_written_whole_or_not_at_all(
-    draw: Callable[[Any, Path], None],
+    figure_of: Callable[[Any], Figure],
     record: dict[str, Any],
     pixels: tuple[int, int],
     tmp_path: Path,
@@ -244,7 +247,7 @@ def test_a_picture_is_written_whole_or_not_at_all(
 
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # an import of it fails
     path = tmp_path / "plot.png"
-    draw(json.loads(json.dumps(record)), path)
+    save_figure(figure_of(json.loads(json.dumps(record))), path)
     assert size(path) == pixels
     before = path.read_bytes()
     assert len(before) > 10_000
@@ -253,11 +256,9 @@ def test_a_picture_is_written_whole_or_not_at_all(
         file.write_bytes(b"half a picture")
         raise OSError("the disk is full")
 
-    with pytest.raises(ValueError, match=r"plot\.pdf', expected the name of a \.png file"):
-        draw(record, tmp_path / "plot.pdf")
     monkeypatch.setattr(Figure, "savefig", savefig)
     with pytest.raises(OSError, match="the disk is full"):
-        draw(record, path)
+        save_figure(figure_of(record), path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
@@ -309,12 +310,13 @@ def test_a_run_is_drawn_after_its_json_is_written(tmp_path: Path, monkeypatch: p
     json_path, plot = tmp_path / "result.json", tmp_path / "plot.png"
     drawn = []
 
-    def draw(record: Any, path: Path) -> None:
+    def save(record: Any, path: Path) -> None:
         assert json.loads(json_path.read_text()) == record
         drawn.append((record, path))
 
     monkeypatch.setattr(throughput, "record_of", record_of)
-    monkeypatch.setattr(throughput, "throughput_picture", draw)
+    monkeypatch.setattr(throughput, "throughput_figure", lambda record: record)
+    monkeypatch.setattr(report, "save_figure", save)
     monkeypatch.setattr(throughput, "set_threads", lambda threads: None)
     assert throughput.main(["--json", str(json_path), "--plot", str(plot)]) == 0
     assert drawn == [(record, plot)]

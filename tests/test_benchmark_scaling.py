@@ -9,6 +9,7 @@ from typing import Any
 
 import harness
 import pytest
+import report
 import scaling
 import torch
 from agreement import TOLERANCE
@@ -81,15 +82,13 @@ def test_numbers_of_a_point_belong_together(record: dict[str, Any]) -> None:
         assert isinstance(point["prepacked"], bool)
 
 
-def test_steady_memory_is_that_after_the_tenth_step_and_later(record: dict[str, Any]) -> None:
+def test_steady_memory_is_that_after_the_tenth_step_and_later(finished: Finished, record: dict[str, Any]) -> None:
     steady = record["steady"]
     resident = steady["resident_bytes"]
-    assert (steady["steps"], steady["adapters"], steady["probes"], steady["warm_steps"]) == (12, 1, 5, 10)
-    assert len(resident) == 12
-    assert steady["warm_bytes"] == resident[9] > 0
-    assert (steady["min_bytes"], steady["max_bytes"]) == (min(resident[10:]), max(resident[10:]))
-    for end in ("min", "max"):
-        assert steady[f"{end}_percent"] == pytest.approx(100 * (steady[f"{end}_bytes"] / resident[9] - 1))
+    assert (steady["adapters"], steady["probes"], steady["warm_steps"], len(resident)) == (1, 5, 10, 12)
+    warm, low, high = resident[9], min(resident[10:]), max(resident[10:])
+    told = f"{warm / 1e9:.3f} GB resident after step 10, later from {low / 1e9:.3f} ({low / warm - 1:+.2%})"
+    assert f"12 steps of G = 1, 5 probes: {told} to {high / 1e9:.3f} " in finished[0].stdout
 
 
 def test_printed_tables_are_made_of_the_json_alone(finished: Finished, record: dict[str, Any]) -> None:
@@ -247,7 +246,8 @@ def test_an_interrupted_run_keeps_what_it_has_measured(monkeypatch: pytest.Monke
 
 def test_a_plot_is_drawn_of_the_record(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     drawn: list[Any] = []
-    monkeypatch.setattr(scaling, "scaling_picture", lambda record, path: drawn.append((record, path)))
+    monkeypatch.setattr(scaling, "scaling_figure", lambda record: record)
+    monkeypatch.setattr(report, "save_figure", lambda figure, path: drawn.append((figure, path)))
     pretend(monkeypatch)
     path, plot = tmp_path / "result.json", tmp_path / "plot.png"
     assert scaling.main([*TINY, *FAST, "--json", str(path), "--plot", str(plot)]) == 0
