@@ -213,7 +213,8 @@ def _interval(n_right: Tensor, n_texts: Tensor, seed: int) -> list[float]:
 
 def table(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     """The figures as lines of text, group by group."""
-    lines = [f"{'':<34}{'accuracy':>9}{'95 %':>14}{'nats/token':>12}{'cosine':>8}{'distance':>10}"]
+    width = max([34, *(len(way) + 3 for ways in found.values() for way in ways)])
+    lines = [f"{'':<{width}}{'accuracy':>9}{'95 %':>14}{'nats/token':>12}{'cosine':>8}{'distance':>10}"]
     for group, ways in found.items():
         first = next(iter(ways.values()))
         runs = max(one["runs"] for one in ways.values())
@@ -224,5 +225,5 @@ def table(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
             cosine = "–" if one["cosine"] is None else f"{one['cosine']:.2f}"
             low, high = (f"{value:.1%}" for value in one["accuracy_interval"])
             figures = f"{one['accuracy']:>9.1%}{f'{low}–{high}':>14}{one['loss']:>12.3f}{cosine:>8}"
-            lines.append(f"  {way:<32}{figures}{one['distance']:>10.2f}")
+            lines.append(f"  {way:<{width - 2}}{figures}{one['distance']:>10.2f}")
     return "\n".join(lines)
