@@ -455,7 +455,7 @@ def test_a_lost_log_of_a_finished_run_is_said(copied: Path, capsys: pytest.Captu
     (copied / "run" / METRICS).unlink()
     with pytest.warns(UserWarning, match="none for 4 steps before the checkpoint"):
         assert main(["train", "--quiet", str(copied / "config.toml")]) == 0
-    assert "4 steps, at the last one no loss; " in capsys.readouterr().out
+    assert "4 steps; last step: no loss; " in capsys.readouterr().out
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:

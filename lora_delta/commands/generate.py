@@ -63,5 +63,6 @@ def _generate(options: argparse.Namespace) -> int:
                     raise ValueError(f"adapter {name!r}: {error}") from error
                 written.append(str(options.out / name))
                 bar.update()
-    print(json.dumps(written, indent=1) if options.json else f"wrote {len(written)} adapters to {options.out}")
+    what = "adapter" if len(written) == 1 else "adapters"
+    print(json.dumps(written, indent=1) if options.json else f"wrote {len(written)} {what} to {options.out}")
     return 0

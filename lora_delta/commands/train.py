@@ -51,10 +51,10 @@ def _train(options: argparse.Namespace) -> int:
         skipped = sum("skipped" in metrics for metrics in history)
         also = f", {skipped} of them skipped" if skipped else ""
         done = int(last["step"]) + 1 if last else config.training.steps
-        ended = f" of {config.training.steps}, no better on held-out conditions" if done < config.training.steps else ""
-        print(f"{done} steps{ended}{also}, at the last one {terms or 'no loss'}; {config.out} holds the run")
+        ended = f" of {config.training.steps}, held-out loss no longer falling" if done < config.training.steps else ""
+        print(f"{done} steps{ended}{also}; last step: {terms or 'no loss'}; the run is in {config.out}")
         found = [(metrics["held_out_lm"], int(metrics["step"])) for metrics in history if "held_out_lm" in metrics]
         if found:
             loss, step = min(found)
-            print(f"held-out conditions: {loss:.4f} nats per token after {step + 1} steps, {found[-1][0]:.4f} at last")
+            print(f"held-out conditions: best {loss:.4f} nats per token, at step {step + 1}; last {found[-1][0]:.4f}")
     return 0
