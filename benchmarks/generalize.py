@@ -34,7 +34,7 @@ from lora_delta.embedded.tasks import CONTEXT, SEEN, SEEN_WORDINGS, TEST, VALIDA
 from lora_delta.files import write_json
 from lora_delta.generate.conditions import Condition
 from lora_delta.generate.controls import Limits, base_judge, judge_base, judge_run, read_cases
-from lora_delta.generate.judge import HELD_OUT, LEVEL, RESAMPLES, figures
+from lora_delta.generate.judge import HELD_OUT, LEVEL, figures, interval, resampled
 from lora_delta.generate.judge import SEEN as SEEN_GROUP
 from lora_delta.generate.run_config import RunConfig
 from lora_delta.generate.runs import Run, load_run, train_run
@@ -301,7 +301,7 @@ def comparisons(folder: Path, ways: Sequence[str], split: str) -> list[str]:
 
     The interval is that of the ratio when seeds and tasks are drawn anew, the same ones for both.
     """
-    lines, chance = [], torch.Generator().manual_seed(0)
+    lines = []
     for name in (way for way in ways if len(WAYS[way].losses.splitlines()) > 1):
         for other in (way for way in ways if WAYS[way].losses in (LM, CONTEXT_DELTA) and WAYS[way].data == "train"):
             own_files = sorted(folder.glob(f"{name}, seed */{split}.json"))
@@ -314,13 +314,11 @@ def comparisons(folder: Path, ways: Sequence[str], split: str) -> list[str]:
             if not pairs:
                 continue
             tasks = list(pairs[0][0])
-            # (seeds, 2, tasks)
-            found = torch.tensor([[[one[task][0] for task in tasks] for one in pair] for pair in pairs])
-            rows = torch.randint(len(pairs), (RESAMPLES, len(pairs)), generator=chance)
-            columns = torch.randint(len(tasks), (RESAMPLES, len(tasks)), generator=chance)
-            own, base = (found[:, at][rows[:, :, None], columns[:, None]].mean((1, 2)) for at in (0, 1))
-            low, high = (own / base).quantile(torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2])).tolist()
-            ratio = float(found[:, 0].mean() / found[:, 1].mean())
+            # Two of (seeds, tasks).
+            own, base = torch.tensor([[[one[task][0] for task in tasks] for one in pair] for pair in pairs]).unbind(1)
+            sums = resampled(len(pairs), len(tasks), seed=0)
+            low, high = interval(sums(own) / sums(base))
+            ratio = float(own.sum() / base.sum())
             told = f"{low:.3f} to {high:.3f} in {LEVEL:.0%} of resamples, {len(pairs)} seeds"
             lines.append(f"{name}: {ratio:.3f} times as often right as {other} ({told}).")
     return lines

@@ -185,10 +185,11 @@ def figures(
                     assert verdict is not None
                     n_right[row, names.index(task)] += verdict.n_right
                     n_texts[row, names.index(task)] += verdict.n_texts
+            sums = resampled(len(own), len(names), seed)
             found[group][way] = {
                 "loss": sum(one.nats for one in every) / sum(one.n_tokens for one in every),
                 "accuracy": float(n_right.sum() / n_texts.sum()),
-                "accuracy_interval": _interval(n_right, n_texts, seed),
+                "accuracy_interval": interval(sums(n_right) / sums(n_texts)),
                 "task_accuracies": dict(zip(names, (n_right / n_texts).T.tolist(), strict=True)),
                 "cosine": sum(cosines) / len(cosines) if cosines else None,
                 "distance": sum(one.distance for one in every) / len(every),
@@ -200,15 +201,18 @@ def figures(
     return found
 
 
-def _interval(n_right: Tensor, n_texts: Tensor, seed: int) -> list[float]:
-    """The interval of the accuracy over resampled runs and tasks; counts are (runs, tasks)."""
+def resampled(runs: int, tasks: int, seed: int) -> Callable[[Tensor], Tensor]:
+    """The sums (2,000,) of something (runs, tasks) over runs and tasks drawn anew, the same ones in every call."""
     chance = torch.Generator().manual_seed(seed)
-    runs, tasks = n_right.shape
     rows = torch.randint(runs, (RESAMPLES, runs), generator=chance)
     columns = torch.randint(tasks, (RESAMPLES, tasks), generator=chance)
-    right, total = (one[rows[:, :, None], columns[:, None]].sum((1, 2)) for one in (n_right, n_texts))
-    edges = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
-    return (right / total).quantile(edges).tolist()
+    return lambda values: values[rows[:, :, None], columns[:, None]].sum((1, 2))
+
+
+def interval(values: Tensor) -> list[float]:
+    """The ends of the middle 95 % of some resampled values."""
+    edges = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=values.dtype)
+    return values.quantile(edges).tolist()
 
 
 def table(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
