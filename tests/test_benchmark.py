@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 import weakref
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import agreement
 import contenders
-import floor
 import harness
 import pytest
 import throughput
 import torch
 import workload
-from agreement import TOLERANCE, DisagreementError, Errors, compare, require
+from agreement import TOLERANCE
 from bench import K_PROJ_A, Finished, Pretended, finished_run, results, tiny
 from harness import Footprint, Job, Pool, Run, WorkerError, groups_that_fit
 from measure import Activity, activity
-from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from qwen_functional import pack
 
@@ -91,78 +85,6 @@ def test_one_perturbed_tensor_makes_the_run_fail(
     error = capsys.readouterr().err
     assert f"error: hooks-one: {'the gradient of ' * (name != 'value')}{named} is off by" in error
     assert not pool.asked["step"], "ways that disagree were timed"
-
-
-def test_agreement_is_the_relative_frobenius_error(tmp_path: Path) -> None:
-    reference, other = results(), results()
-    other["value"] *= 1.01
-    other[K_PROJ_A] *= -1
-    save_file(reference, tmp_path / "reference")
-    save_file(other, tmp_path / "other")
-    errors = compare(str(tmp_path / "other"), str(tmp_path / "reference"))
-    assert errors.value == pytest.approx(0.01, rel=1e-4)
-    assert (errors.worst, errors.worst_name) == (pytest.approx(2.0), K_PROJ_A)
-    assert errors.gradient < 0.01
-    assert errors.adapters == 2
-
-
-def test_only_the_adapters_that_both_have_are_compared(tmp_path: Path) -> None:
-    save_file(results(), tmp_path / "reference")
-    save_file({name: t[:1].contiguous() for name, t in results().items()}, tmp_path / "other")
-    errors = compare(str(tmp_path / "other"), str(tmp_path / "reference"))
-    assert errors == Errors(0.0, 0.0, 0.0, errors.worst_name, 1)
-
-
-def test_nan_and_missing_gradients_disagree(tmp_path: Path) -> None:
-    other = results()
-    save_file(other, tmp_path / "reference")
-    other[K_PROJ_A][0, 0, 0] = float("nan")
-    save_file(other, tmp_path / "other")
-    errors = compare(str(tmp_path / "other"), str(tmp_path / "reference"))
-    with pytest.raises(DisagreementError, match=r"k_proj\.lora_A"):
-        require("other", errors, TOLERANCE[torch.float32])
-    del other[K_PROJ_A]
-    save_file(other, tmp_path / "other")
-    with pytest.raises(DisagreementError, match=r"only one of the two has .*k_proj\.lora_A"):
-        compare(str(tmp_path / "other"), str(tmp_path / "reference"))
-
-
-def test_tensors_of_another_shape_disagree(tmp_path: Path) -> None:
-    save_file(results(), tmp_path / "reference")
-    save_file({name: t[..., :3].contiguous() for name, t in results().items()}, tmp_path / "other")
-    with pytest.raises(DisagreementError, match=r"has shape \(2, 4, 3\), expected \(2, 4, 64\)"):
-        compare(str(tmp_path / "other"), str(tmp_path / "reference"))
-
-
-@pytest.mark.parametrize(
-    ("error", "reference", "relative"), [(0, 0, 0), (0, 2, 0), (1, 2, 0.5), (1, 0, math.inf), (math.nan, 1, math.inf)]
-)
-def test_an_error_without_reference_is_infinite_and_none_is_zero(
-    error: float, reference: float, relative: float
-) -> None:
-    assert agreement.relative_error(error, reference) == relative
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_narrow_dtypes_tolerate_rounding_but_no_lost_scale(dtype: torch.dtype, tmp_path: Path) -> None:
-    reference, tolerance = results(), TOLERANCE[dtype]
-    save_file(reference, tmp_path / "reference")
-    save_file({name: t.to(dtype).float() for name, t in reference.items()}, tmp_path / "rounded")
-    require("rounded", compare(str(tmp_path / "rounded"), str(tmp_path / "reference")), tolerance)
-    reference[K_PROJ_A] *= 2
-    save_file(reference, tmp_path / "scaled twice")
-    errors = compare(str(tmp_path / "scaled twice"), str(tmp_path / "reference"))
-    with pytest.raises(DisagreementError, match=r"k_proj\.lora_A"):
-        require("scaled twice", errors, tolerance)
-
-
-def test_what_is_tolerated_follows_the_noise_of_hooks_and_no_more() -> None:
-    tolerance = TOLERANCE[torch.bfloat16].widened(Errors(0.05, 0.01, 0.8, K_PROJ_A, 2))
-    assert tolerance == Errors(0.1, 0.1, 1.6)
-    require("a way", Errors(0.09, 0.09, 1.5, K_PROJ_A, 2), tolerance)
-    for errors in ((0.11, 0.09, 1.5), (0.09, 0.11, 1.5), (0.09, 0.09, 1.7)):
-        with pytest.raises(DisagreementError):
-            require("a way", Errors(*errors, K_PROJ_A, 2), tolerance)
 
 
 @pytest.mark.parametrize(("error", "holds"), [(1.9, True), (2.1, False)])
@@ -241,102 +163,6 @@ def test_synthetic_probes_are_as_long_as_the_real_ones(
         assert (len(probes), max(lengths), sum(lengths)) == (count, longest, tokens)
         assert len(pack(probes)) == workload.tree_tokens(probes) == tree
         assert all(0 <= token < vocab_size for probe in probes for token in probe)
-
-
-def test_rounded_workload_holds_the_narrow_numbers(tmp_path: Path) -> None:
-    narrow = tiny(tmp_path, dtype=torch.bfloat16)
-    wide = dataclasses.replace(narrow, dtype=torch.float32, rounded_to=torch.bfloat16)
-    config = narrow.config()
-    for name, tensor in wide.lora(config).items():
-        assert torch.equal(tensor, narrow.lora(config)[name].float())
-    expected = dict(narrow.hf_model(with_lm_head=False).named_parameters())
-    for name, parameter in wide.hf_model(with_lm_head=False).named_parameters():
-        assert torch.equal(parameter, expected[name].float())
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_weights_are_the_same_in_every_way(
-    tied: bool, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(workload.SIZES, "tiny", (*workload.SIZES["tiny"][:-1], tied))
-    work = tiny(tmp_path, device=device)
-    config, weights = work.engine_weights()
-    views = weights.named_views(config)
-    for prefix, with_lm_head in (("", True), ("model.", False)):
-        model = work.hf_model(with_lm_head)
-        parameters = dict(model.named_parameters())
-        shared = {name.removeprefix(prefix) for name in views if name.startswith(prefix)}
-        assert parameters.keys() == shared
-        for name in shared:
-            assert torch.equal(parameters[name], views[prefix + name]), name
-        assert {tensor.device for tensor in (*parameters.values(), *model.buffers())} == {weights.device}
-    for one, other in zip(work.lora(config).values(), work.lora(config).values(), strict=True):
-        assert torch.equal(one, other)
-        assert one.device == work.cotangent(config).device == weights.device
-
-
-def assert_same_step(step: Any, expected: Any) -> None:
-    ((value, gradients),), ((expected_value, expected_gradients),) = step, expected
-    torch.testing.assert_close(value, expected_value, rtol=1e-5, atol=1e-5)
-    assert gradients.keys() == expected_gradients.keys()
-    for name, gradient in gradients.items():
-        assert not gradient.requires_grad
-        assert float((gradient - expected_gradients[name]).norm()) <= 1e-4 * float(gradient.norm()), name
-
-
-def made(way: str, work: workload.Workload) -> Any:
-    return contenders.DELTA[way](work)
-
-
-def test_the_engine_is_called_as_training_calls_it_and_gives_what_hooks_do(device: str, tmp_path: Path) -> None:
-    work = tiny(tmp_path, device=device)
-    engine, hooks = made("engine", work), made("hooks-batch", work)
-    for _ in range(3):  # on a GPU the second makes a CUDA graph, the third takes it
-        assert_same_step(engine.step(2), hooks.step(2))
-    torch.testing.assert_close(engine.step(1)[0][0], hooks.step(1)[0][0], rtol=1e-5, atol=1e-5)
-
-
-def test_what_is_compiled_computes_what_the_hooks_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[dict[str, Any]] = []
-
-    def compiled(function: Any, **options: Any) -> Any:
-        asked.append(options)
-        return function
-
-    monkeypatch.setattr(torch, "compile", compiled)
-    work = tiny(tmp_path)
-    way = made("hooks-batch-compiled", work)
-    assert_same_step(way.step(2), made("hooks-batch", work).step(2))
-    assert asked == [{"mode": "reduce-overhead", "dynamic": False}]
-    with pytest.raises(ValueError, match="adapters is 1, expected the 2"):
-        way.step(1)
-
-
-@pytest.mark.parametrize("backwards", [True, False])
-def test_the_floor_multiplies_as_much_as_it_counts(
-    backwards: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plain = "mm into a buffer"  # the counter does not know oneDNN's products
-    monkeypatch.setattr(floor, "LAYOUTS", {plain: floor.LAYOUTS[plain]})
-    products = floor.Floor(tiny(tmp_path), backwards)
-    products.step(2)  # picks a layout per shape
-    with FlopCounterMode(display=False) as counter:
-        products.step(2)
-    forward = 2 * (2 * 155) * 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 192)
-    assert counter.get_total_flops() == products.flop == (2 if backwards else 1) * forward
-
-
-def test_the_adapters_products_multiply_as_much_as_they_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(x: Tensor, weight: Tensor) -> Tensor:
-        raise RuntimeError("the counter does not know oneDNN's products")
-
-    monkeypatch.setattr(floor, "_packed", refused)
-    products = floor.AdapterProducts(tiny(tmp_path))
-    products.step(2)
-    with FlopCounterMode(display=False) as counter:
-        products.step(2)
-    # It does not know products that are added in place either: two of six, one with A and one with B.
-    assert counter.get_total_flops() == products.flop * 2 / 3 > 0
 
 
 def in_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ways: list[str], *options: str) -> Any:
