@@ -157,8 +157,8 @@ class AdapterProducts(Floor):
 def _layouts(left: Tensor, right: Tensor, onto: Tensor | None = None) -> dict[str, Call]:
     """{layout: ``left right``, for each adapter}: as the smaller operand lies, or transposed; its transpose; and by
     oneDNN, one adapter after the other."""
-    transposed = [t.mT.contiguous().mT for t in (left, right)]
-    turned = (transposed[0], right) if left.numel() < right.numel() else (left, transposed[1])
+    small_left = left.numel() < right.numel()
+    turned = (left.mT.contiguous().mT, right) if small_left else (left, right.mT.contiguous().mT)
     if onto is not None:
         return {
             "as stored": lambda: onto.baddbmm_(left, right),

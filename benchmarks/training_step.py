@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from measure import machine_facts, machine_line, set_threads
+from measure import machine_facts, machine_line, set_threads, synchronize
 from workload import DTYPES, SIZES, checkpoint_of
 
 from lora_delta import DifferentiableDeltaCompute, DifferentiableLMLoss
@@ -87,7 +87,7 @@ def main() -> int:
         spent: list[float] = []
         given: dict[str, Any] = {"texts": TextLosses(lm)} if of_texts else {"delta": delta}
         for part in given.values():
-            _time(part, "mean" if of_texts else "mean_loss", spent, device)
+            _time(part, "mean" if of_texts else "mean_loss", spent)
         history = train(generator, tasks, asked, format=format, progress=False, **given)
         seconds = statistics.median(metrics["seconds"] for metrics in history[1:])
         within = statistics.median(spent[1:]) if spent else 0.0
@@ -103,24 +103,19 @@ def ids(vocab_size: int, n: int, chance: torch.Generator) -> torch.Tensor:
     return torch.randint(vocab_size, (n,), generator=chance)
 
 
-def _time(engine: Any, name: str, spent: list[float], device: torch.device) -> None:
+def _time(engine: Any, name: str, spent: list[float]) -> None:
     """Let the method of this name, in which the engine's work is done, write down its seconds."""
     real: Callable[..., Any] = getattr(engine, name)
 
     def timed(*arguments: Any, **named: Any) -> Any:
-        wait(device)
+        synchronize()
         start = time.perf_counter()
         value = real(*arguments, **named)
-        wait(device)
+        synchronize()
         spent.append(time.perf_counter() - start)
         return value
 
     object.__setattr__(engine, name, timed)
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":
