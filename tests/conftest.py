@@ -13,6 +13,13 @@ from ranks import Ranks
 torch.set_num_threads(1)  # the models here are tiny: a second thread costs more than it saves
 
 
+@pytest.fixture(autouse=True)
+def one_thread_when_a_test_ends() -> Iterator[None]:
+    """Sums depend on the number of threads: one that a test leaves behind would fail others, to the bit."""
+    yield
+    assert torch.get_num_threads() == 1, "the test has changed the number of threads of this process"
+
+
 @pytest.fixture(scope="session", params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
     """Each available device."""

@@ -169,7 +169,7 @@ def in_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ways: list[
     """The record of a run of every way in this process, on the tiny size."""
     path = tmp_path / "result.json"
     monkeypatch.setattr(throughput, "set_threads", lambda threads: None)
-    common = ["--size", "tiny", "--rank", "4", "--rounds", "1", "--device", "cpu", "--one-process"]
+    common = ["--size", "tiny", "--rank", "4", "--rounds", "1", "--device", "cpu", "--one-process", "--threads", "1"]
     assert throughput.main([*common, "--ways", *ways, "--json", str(path), *options]) == 0
     return json.loads(path.read_text())
 
