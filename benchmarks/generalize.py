@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from lora_delta.generate.runs import Run, load_run, train_run
 from qwen_functional.memory import keep_freed_memory
 
 EMBEDDED = "embedded"
-TIMED_STEPS, TIMED_ROUNDS = 20, 3
+TIMED_STEPS, TIMED_ROUNDS, TIMED_CONDITIONS = 20, 3, 160
 RUN = """\
 base = "{base}"
 dtype = "float32"
@@ -192,13 +193,14 @@ def prepare(name: str, seed: int, path: Path, options: argparse.Namespace) -> fl
 
 
 def step_seconds(path: Path) -> float:
-    """The median of some steps, on few texts, which are soon tokenized; the best round counts, as noise only adds."""
+    """The median of some steps, on few conditions with all their texts; the best round counts, as noise only adds."""
     config, folder = RunConfig.from_toml(path / "run.toml"), path / "timed"
     shutil.rmtree(folder, ignore_errors=True)
     if config.data is not None:
-        every = Path(config.data).read_text().splitlines(keepends=True)
+        with Path(config.data).open() as file:
+            groups = ["".join(own) for _, own in groupby(file, lambda line: json.loads(line)["condition"])]
         folder.mkdir()
-        (folder / "few.jsonl").write_text("".join(every[:: max(1, len(every) // 4000)]))
+        (folder / "few.jsonl").write_text("".join(groups[:: max(1, len(groups) // TIMED_CONDITIONS)]))
         config = replace(config, data=folder / "few.jsonl")
     training = replace(config.training, steps=TIMED_STEPS)
     timed = replace(config, out=folder / "run", training=training)
