@@ -58,7 +58,7 @@ CONVERSATIONS: list[list[dict[str, Any]]] = [
     [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "2 + 2?"},
-        {"role": "assistant", "content": "4", "tool_calls": None},
+        {"role": "assistant", "content": "4"},
     ],
     [{"role": "user", "content": "  \n hello \n"}],
 ]
@@ -80,6 +80,15 @@ def assert_equal_to_transformers(folder: Path, prompts: tuple[bool, ...] = (True
 def test_chat_texts_equal_transformers(folder: Path, name: str) -> None:
     (folder / "chat_template.jinja").write_text(TEMPLATES[name])
     assert_equal_to_transformers(folder)
+
+
+def test_a_message_s_keys_that_are_none_count_as_absent(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text(TEMPLATES["tojson"])
+    theirs, ours = AutoTokenizer.from_pretrained(folder), load_chat_template(folder)
+    with_none = [[{**message, "tool_calls": None} for message in messages] for messages in CONVERSATIONS]
+    assert ours.render(with_none) == theirs.apply_chat_template(
+        CONVERSATIONS, tokenize=False, add_generation_prompt=True
+    )
 
 
 @pytest.mark.parametrize("where", ["config", "list in config", "file and config"])
