@@ -96,7 +96,7 @@ OWN = "deltas to the prompted base"
 WAYS = {
     "cross-entropy": Way(LM),
     OWN: Way(CONTEXT_DELTA),
-    "the same on its own answers": Way(CONTEXT_DELTA, "answered", like=OWN),
+    "the same on its own answers": Way(CONTEXT_DELTA, "answered"),
     "cross-entropy + 0.5 deltas": Way(LM + "\n" + CONTEXT_DELTA.replace("1.0", "0.5")),
     "cross-entropy + 2 deltas": Way(LM + "\n" + CONTEXT_DELTA.replace("1.0", "2.0")),
     "KL to the prompted base": Way("kl = 1.0"),
