@@ -119,7 +119,7 @@ def run_check(
         from .peft.against_peft import compare_with_peft
 
         # Rounding errors are random: in half precision one adapter alone says little about who errs more.
-        seeds = range(1 if dtype in (torch.float32, torch.float64) else 4)
+        seeds = range(1 if dtype in (torch.float32, torch.float64) else 8)
         adapters = [random_lora(delta.lora_shapes, seed, delta.weights.device) for seed in seeds]
         checks["against PEFT + functional_call"] = partial(
             compare_with_peft, delta, model, adapters, _cotangent(delta)

@@ -5,6 +5,7 @@ The only file that imports transformers and peft, and only when the comparison i
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from qwen_functional.architecture import PROJECTIONS
 from ..delta import DifferentiableDeltaCompute
 
 VALUE_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4  # relative, float32
-HALF_FACTOR = 1.1  # in half precision: times PEFT's own error against float32
+HALF_FACTOR = 1.1  # in half precision: times PEFT's own error against float32, in the mean over adapters
 
 
 def compare_with_peft(
@@ -30,8 +31,9 @@ def compare_with_peft(
     """Whether the delta and every gradient of each adapter agree with PEFT's, and the measured errors.
 
     In float32 the relative error must be within 1e-5 for the hidden states and 1e-4 for each gradient. In half
-    precision our error over all adapters against PEFT in float32, on the same rounded weights and LoRA tensors, may
-    be at most 1.1 times that of PEFT in the same dtype.
+    precision each adapter's error against PEFT in float32, on the same rounded weights and LoRA tensors, is compared
+    with that of PEFT in the same dtype: the geometric mean of their ratios may be at most 1.1. One adapter's gradients
+    can be ten times as sensitive to rounding as another's, and would decide a sum over all.
 
     Raises:
         ValueError: transformers or PEFT is not installed.
@@ -52,17 +54,18 @@ def compare_with_peft(
         passed = value_error <= VALUE_TOLERANCE and errors[worst] <= GRADIENT_TOLERANCE
         return passed, f"value {value_error:.1e}; {count}, worst {errors[worst]:.1e} ({worst.split('.layers.')[1]})"
     theirs = [_peft_value_and_gradients(delta, model, one, cotangent, dtype) for one in adapters]
-    our_value, their_value = (
-        _error(*(torch.cat([value for value, _ in pairs]) for pairs in (side, exact))) for side in (ours, theirs)
+    each = list(zip(ours, theirs, exact, strict=True))
+    values = [(_error(our, true), _error(their, true)) for (our, _), (their, _), (true, _) in each]
+    gradients = [
+        (_error(_flat(our), _flat(true)), _error(_flat(their), _flat(true))) for (_, our), (_, their), (_, true) in each
+    ]
+    value, gradient = (
+        statistics.geometric_mean(our / their for our, their in errors) for errors in (values, gradients)
     )
-    our_gradient, their_gradient = (
-        _error(*(torch.cat([_flat(gradients) for _, gradients in pairs]) for pairs in (side, exact)))
-        for side in (ours, theirs)
-    )
-    passed = our_value <= HALF_FACTOR * their_value and our_gradient <= HALF_FACTOR * their_gradient
+    passed = value <= HALF_FACTOR and gradient <= HALF_FACTOR
     return passed, (
-        f"error against float32 over {len(adapters)} adapters: value {our_value:.1e} (PEFT {their_value:.1e}); "
-        f"{count}, all together {our_gradient:.1e} (PEFT {their_gradient:.1e})"
+        f"error against float32 in times PEFT's, mean of {len(adapters)} adapters: value {value:.2f}; {count}, "
+        f"all together {gradient:.2f}"
     )
 
 
