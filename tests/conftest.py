@@ -17,7 +17,9 @@ torch.set_num_threads(1)  # the models here are tiny: a second thread costs more
 def one_thread_when_a_test_ends() -> Iterator[None]:
     """Sums depend on the number of threads: one that a test leaves behind would fail others, to the bit."""
     yield
-    assert torch.get_num_threads() == 1, "the test has changed the number of threads of this process"
+    left = torch.get_num_threads()
+    torch.set_num_threads(1)  # or every later test would fail as well
+    assert left == 1, "the test has changed the number of threads of this process"
 
 
 @pytest.fixture(scope="session", params=DEVICES)

@@ -82,7 +82,7 @@ def test_chat_texts_equal_transformers(folder: Path, name: str) -> None:
     assert_equal_to_transformers(folder)
 
 
-def test_a_message_s_keys_that_are_none_count_as_absent(folder: Path) -> None:
+def test_keys_of_a_message_that_are_none_count_as_absent(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(TEMPLATES["tojson"])
     theirs, ours = AutoTokenizer.from_pretrained(folder), load_chat_template(folder)
     with_none = [[{**message, "tool_calls": None} for message in messages] for messages in CONVERSATIONS]

@@ -47,10 +47,10 @@ def _constant(values: Any) -> Any:
     return lambda self, tensors: 0 * values(self, tensors)
 
 
-def _wrong_gradient(values: Any) -> Any:
+def _wrong_gradient(values: Any, by: float = 0.001) -> Any:
     def forward(self: DifferentiableDeltaCompute, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         delta = values(self, tensors)
-        return 1.001 * delta - 0.001 * delta.detach()
+        return (1 + by) * delta - by * delta.detach()
 
     return forward
 
@@ -76,6 +76,16 @@ def test_check_fails_a_broken_delta(
     assert cli.main(["check", *options]) == 1
     failed = {entry["name"] for entry in json.loads(capsys.readouterr().out)["checks"] if not entry["passed"]}
     assert set(caught) <= failed
+
+
+def test_check_in_bfloat16_fails_a_gradient_that_is_off_by_a_quarter(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = _wrong_gradient(DifferentiableDeltaCompute.forward, by=0.25)
+    monkeypatch.setattr(DifferentiableDeltaCompute, "forward", broken)
+    given: dict[str, Any] = {"rank": 4, "steps": 4, "device": device, "dtype": torch.bfloat16}
+    results = {result.name: result for result in check.run_check(against_peft=True, **given)}
+    assert not results["against PEFT + functional_call"].passed
 
 
 def test_check_sees_memory_grow(device: str, monkeypatch: pytest.MonkeyPatch) -> None:

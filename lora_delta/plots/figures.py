@@ -75,9 +75,10 @@ def style() -> AbstractContextManager[None]:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of a given size in inches."""
+    """An empty figure of a given size in inches, to the nearest pixel: releases of matplotlib round differently."""
     matplotlib = require_matplotlib()
-    figure = matplotlib.figure.Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+    whole = round(width * _DPI) / _DPI, round(height * _DPI) / _DPI
+    figure = matplotlib.figure.Figure(figsize=whole, dpi=_DPI, layout="constrained")
     matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
     return figure
 
