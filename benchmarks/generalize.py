@@ -39,13 +39,14 @@ from lora_delta.generate.judge import HELD_OUT, LEVEL, figures, interval, resamp
 from lora_delta.generate.judge import SEEN as SEEN_GROUP
 from lora_delta.generate.run_config import RunConfig
 from lora_delta.generate.runs import Run, load_run, train_run
+from qwen_functional.dtypes import DTYPES
 from qwen_functional.memory import keep_freed_memory
 
 EMBEDDED = "embedded"
 TIMED_STEPS, TIMED_ROUNDS, TIMED_CONDITIONS = 20, 3, 160
 RUN = """\
 base = "{base}"
-dtype = "float32"
+dtype = "{dtype}"
 out = "{out}"
 condition_layer = 0
 {data}
@@ -57,7 +58,7 @@ steps = 1000000
 batch_size = {batch}
 delta_batch_size = {batch}
 texts_per_condition = {texts}
-learning_rate = 3e-3
+learning_rate = {learning_rate}
 warmup_steps = 30
 checkpoint_every = 400
 seed = {seed}
@@ -124,6 +125,8 @@ def main() -> int:
     add("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY", help=f"of {', '.join(WAYS)}")
     add("--test", action="store_true", help="judge on the test split, which is looked at once")
     add("--base", default=EMBEDDED, metavar="FOLDER", help="a checkpoint, for ways without teachers and answers of it")
+    add("--dtype", default="float32", choices=DTYPES, help="of the base weights (default: %(default)s)")
+    add("--learning-rate", type=float, default=3e-3, help="(default: %(default)s)")
     add("--batch", type=int, nargs=2, default=[16, 6], metavar=("CONDITIONS", "TEXTS"), help="of a step (16, 6)")
     add("--judged", type=int, nargs=2, default=[288, 6], metavar=("CONDITIONS", "TEXTS"), help="of a split (288, 6)")
     add("--threads", type=int, default=min(2, os.cpu_count() or 1), help="of the timing (default: %(default)s)")
@@ -186,6 +189,7 @@ def prepare(name: str, seed: int, path: Path, options: argparse.Namespace) -> fl
     text = RUN.format(
         out="OUT", data="\n".join(parts), generator=f'writes = "{way.writes}"\n{way.sizes}', seed=seed,
         losses=way.losses, context=CONTEXT, batch=options.batch[0], texts=options.batch[1], base=base,
+        dtype=options.dtype, learning_rate=options.learning_rate,
     )  # fmt: skip
     path.mkdir(parents=True, exist_ok=True)
     (path / "run.toml").write_text(text)
