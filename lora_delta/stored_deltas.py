@@ -59,7 +59,7 @@ def deltas_written(path: str | Path, facts: dict[str, Any]) -> Iterator[DeltaWri
         file.write(bytes(8 + room))
         writer = DeltaWriter(file)
         yield writer
-        if not writer.lengths or writer.dtype is None:
+        if writer.dtype is None:
             raise ValueError(f"no text was written to {path}, expected at least one")
         lengths = torch.tensor(writer.lengths, dtype=torch.int64)
         file.write(lengths.numpy().data)

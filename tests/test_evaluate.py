@@ -19,6 +19,7 @@ from lora_delta import DifferentiableLMLoss, save_peft_adapter
 from lora_delta.cli import main
 from lora_delta.embedded import embedded_checkpoint
 from lora_delta.generate.conditions import Condition
+from lora_delta.generate.controls import base_judge, judge_run, read_cases
 from lora_delta.generate.judge import HELD_OUT, SEEN, Case, Judge, Verdict, figures, gibberish, mean_adapter, table
 from lora_delta.generate.runs import load_run
 from lora_delta.peft.adapters import load_peft_adapter
@@ -261,6 +262,25 @@ def test_a_run_is_judged_on_what_it_has_seen_and_on_what_it_has_not(
     assert found[HELD_OUT]["generated"]["loss"] == pytest.approx(total / n, rel=1e-4)
 
 
+@pytest.mark.parametrize("per_pass", [1, 3, 16])
+def test_the_mean_of_generated_is_over_all_seen_conditions_however_many_go_at_once(folder: Path, per_pass: int) -> None:
+    run = load_run(folder / "run", "cpu", lm_head=True)
+    seen = frozenset(line["condition"] for line in LINES if line["task"] != "z")
+    given = Condition.collate(run.encoder(sorted(seen)))
+    mean = {name: one.mean(0) for name, one in run.write(given.states, given.mask).items()}
+    model = peft_model(hf_model(run.config, run.weights), run.spec)
+    found = read_cases([folder / "all.jsonl"], run.folder, run.config, encoder=run.encoder, seen=seen, progress=False)
+    verdicts = judge_run(run, base_judge(run.config, run.weights, found, per_pass))["mean of generated"]
+    for case, verdict in zip(found, verdicts, strict=True):
+        nats = 0.0
+        for prompt, completion in case.examples:
+            with torch.no_grad():
+                _, logits = states(model, mean, [], [*prompt.tolist(), *completion.tolist()], len(completion))
+            nats += float(F.cross_entropy(logits, completion.long(), reduction="sum"))
+        assert verdict is not None
+        assert verdict.nats == pytest.approx(nats, rel=1e-4)
+
+
 def test_limits_take_conditions_and_texts_evenly(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = ["--run", folder / "run", "--data", folder / "all.jsonl"]
     found = evaluate(capsys, *data, "--conditions", 1, "--texts", 1)
@@ -315,6 +335,14 @@ def test_teachers_are_controls(folder: Path, tmp_path: Path, capsys: pytest.Capt
     data[3] = tmp_path / "means"
     expected = evaluate(capsys, *data)[HELD_OUT]["adapters"]
     assert found["mean teacher"]["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    few = [line for line in LINES if line["condition"] == "do z now"]
+    both = write(tmp_path / "both.jsonl", [{**line, "condition": name} for name in ("near", "far") for line in few])
+    for name in ("near", "far"):
+        shutil.copytree(tmp_path / name, tmp_path / "both" / name)
+    own = evaluate(capsys, "--run", folder / "run", "--data", both, *teachers)[HELD_OUT]["its teacher"]
+    data = ["--data", both, "--adapters", tmp_path / "both", "--model", embedded_checkpoint()]
+    each_own = evaluate(capsys, *data)[HELD_OUT]["adapters"]
+    assert own["loss"] == pytest.approx(each_own["loss"], rel=1e-5)
 
 
 def test_conditions_may_be_names_of_prompts(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -308,10 +308,13 @@ BAD: dict[str, tuple[Any, Any, str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("per_pass", [None, 1])
 @pytest.mark.parametrize(("examples", "teacher", "message"), BAD.values(), ids=BAD)
-def test_bad_examples_and_teachers_are_refused_by_their_place(examples: Any, teacher: Any, message: str) -> None:
+def test_bad_examples_and_teachers_are_refused_by_their_place(
+    examples: Any, teacher: Any, message: str, per_pass: int | None
+) -> None:
     with pytest.raises(ValueError, match=message):
-        make()(random_lora(CONFIG, SPEC, 2), examples, teacher)
+        make(adapters_per_pass=per_pass)(random_lora(CONFIG, SPEC, 2), examples, teacher)
 
 
 @pytest.mark.parametrize(
