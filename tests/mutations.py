@@ -66,7 +66,7 @@ AREAS: dict[str, tuple[int, dict[str, str]]] = {
     "texts": (4, {
         f"{STEPS}texts.py {STEPS}text_lines.py": "texts bad_texts text_files",
         f"{STEPS}terms.py {STEPS}tasks.py {STEPS}evaluation.py {STEPS}trackers.py": (
-            "text_training training training_ranks trackers runs"),
+            "text_training training training_ranks trackers evaluate"),
     }),
     "evaluate": (3, {f"{STEPS}judge.py {STEPS}controls.py": "evaluate demo"}),
     "ops": (4, {

@@ -291,6 +291,9 @@ BAD: dict[str, tuple[Any, Any, str]] = {
     "a teacher of fewer": ([[([1], [2])]] * 2, [[top(1)]], "teacher is for 1 adapters, expected 2"),
     "of fewer examples": ([[([1], [2])]] * 2, [[top(1)], []], "teacher of adapter 1 is for 0 examples, expected 1"),
     "of other lengths": ([[([1], [2])]] * 2, [[top(1)], [top(2)]], r"example 0 has indices \(2, 2\) and log_"),
+    "of fewer probabilities": (
+        [[([1], [2])]] * 2, [[top(1)], [top(1, log_probs=torch.full((1, 3), -1.0))]], r"2\) and log_probs \(1, 3\)",
+    ),
     "of another tokenizer": (
         [[([1], [2])]] * 2, [[top(1)], [top(1, indices=torch.tensor([[3, 61]]))]], "names token 61, expected 0 to 60",
     ),
