@@ -3,7 +3,8 @@
 Each way trains on the tasks that are seen for the steps that fit into ``--seconds`` of this machine: one is timed with
 nothing beside it, and the seconds that teachers or the prompted base's answers took are taken off. The trainings
 themselves go ``--jobs`` at once. They are judged on the validation split; ``--test`` looks at the test split instead.
-What is done is kept in ``--out``: a run that was interrupted goes on, and the table is of all that is there.
+What is done is kept in ``--out``: a run that was interrupted goes on, and the table is of all that is there. It
+is for one base model, dtype, learning rate and size of batches.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from qwen_functional.dtypes import DTYPES
 from qwen_functional.memory import keep_freed_memory
 
 EMBEDDED = "embedded"
+OF_A_FOLDER = ("base", "dtype", "learning_rate", "batch", "judged")
 TIMED_STEPS, TIMED_ROUNDS, TIMED_CONDITIONS = 20, 3, 160
 RUN = """\
 base = "{base}"
@@ -140,6 +142,11 @@ def main() -> int:
     of_embedded = [name for name in options.ways if WAYS[name].probes is not None or WAYS[name].data == "answered"]
     if options.base != EMBEDDED and of_embedded:
         parser.error(f"--base has no {of_embedded[0]!r}: name other --ways")
+    settings, kept = {name: getattr(options, name) for name in OF_A_FOLDER}, options.out / "settings.json"
+    if kept.exists() and json.loads(kept.read_text()) != settings:
+        parser.error(f"{options.out} is for {json.loads(kept.read_text())}, expected another --out")
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_json(kept, settings)
     todo = [(name, seed) for seed in options.seeds for name in options.ways]
     before = {(name, seed): prepare(name, seed, folder / f"{name}, seed {seed}", options) for name, seed in todo}
     before = {(name, seed): min(before[name, one] for one in options.seeds) for name, seed in todo}  # a calm machine's

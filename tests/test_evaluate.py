@@ -51,6 +51,13 @@ def states(model: Any, adapter: dict[str, Tensor] | None, before: list[int], tex
     return found.hidden_states[-1][0, -1 - n : -1], found.logits[0, -1 - n : -1]
 
 
+def nats_of(model: Any, adapter: dict[str, Tensor], prompt: Sequence[int], completion: Sequence[int]) -> float:
+    """−log p of a completion behind its prompt."""
+    with torch.no_grad():
+        _, logits = states(model, adapter, [], [*prompt, *completion], len(completion))
+    return float(F.cross_entropy(logits, torch.tensor(completion), reduction="sum"))
+
+
 def test_scores_are_those_of_transformers_and_right_is_what_greedy_decoding_writes() -> None:
     tensors = random_lora(CONFIG, SPEC, 3)
     model, lm = peft_model(hf_model(CONFIG, WEIGHTS), SPEC), DifferentiableLMLoss(CONFIG, WEIGHTS, SPEC)
@@ -254,10 +261,7 @@ def test_a_run_is_judged_on_what_it_has_seen_and_on_what_it_has_not(
         adapter = {name: one[0] for name, one in run.write(given.states, given.mask).items()}
         for word in ("cat", "dog"):
             completion = [*tokenizer(f"{word}z").input_ids, tokenizer.eos_token_id]
-            text = [*tokenizer(f"{word}=").input_ids, *completion]
-            with torch.no_grad():
-                _, logits = states(model, adapter, [], text, len(completion))
-            total += float(F.cross_entropy(logits, torch.tensor(completion), reduction="sum"))
+            total += nats_of(model, adapter, tokenizer(f"{word}=").input_ids, completion)
             n += len(completion)
     assert found[HELD_OUT]["generated"]["loss"] == pytest.approx(total / n, rel=1e-4)
 
@@ -272,11 +276,7 @@ def test_the_mean_of_generated_is_over_all_seen_conditions_however_many_go_at_on
     found = read_cases([folder / "all.jsonl"], run.folder, run.config, encoder=run.encoder, seen=seen, progress=False)
     verdicts = judge_run(run, base_judge(run.config, run.weights, found, per_pass))["mean of generated"]
     for case, verdict in zip(found, verdicts, strict=True):
-        nats = 0.0
-        for prompt, completion in case.examples:
-            with torch.no_grad():
-                _, logits = states(model, mean, [], [*prompt.tolist(), *completion.tolist()], len(completion))
-            nats += float(F.cross_entropy(logits, completion.long(), reduction="sum"))
+        nats = sum(nats_of(model, mean, prompt.tolist(), completion.tolist()) for prompt, completion in case.examples)
         assert verdict is not None
         assert verdict.nats == pytest.approx(nats, rel=1e-4)
 
