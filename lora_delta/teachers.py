@@ -144,8 +144,8 @@ class StoredTopK(StoredTexts):
         if self._wanted_size not in (None, self.vocab_size):
             found = f"its vocabulary size is {self.vocab_size}"
             raise ValueError(f"{found}, expected {self._wanted_size} as in the model")
-        rows, least = int(self.lengths.sum()), int(self.lengths.min()) if len(self.lengths) else 0
-        if least < 0 or self.lengths.dim() != 1 or shapes[0] != shapes[1] or shapes[0][:1] != (rows,):
+        rows, odd = int(self.lengths.sum()), self.lengths.dim() != 1 or bool((self.lengths < 0).any())
+        if odd or shapes[0] != shapes[1] or shapes[0][:1] != (rows,):
             expected = f"({rows}, k) each for its {len(self.lengths)} texts"
             raise ValueError(f"its shapes are {shapes}, expected {expected}")
 

@@ -391,6 +391,21 @@ def test_files_that_no_teacher_wrote_are_refused(tmp_path: Path) -> None:
             save_top_k(path, texts, 61)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "rows", "valid"), [([], 0, True), ([2, 1], 3, True), ([-1, 4], 3, False), ([2], 3, False)]
+)
+def test_a_files_lengths_count_its_rows(lengths: list[int], rows: int, valid: bool, tmp_path: Path) -> None:
+    facts = {"format": "lora-delta top-k 1", "temperature": "1.0", "vocab_size": "61"}
+    tensors = {"indices": torch.zeros(rows, 2, dtype=torch.int32), "log_probs": torch.full((rows, 2), -1.0).half()}
+    save_file(tensors | {"lengths": torch.tensor(lengths, dtype=torch.int64)}, tmp_path / "said", facts)
+    if valid:
+        assert [len(one) for one in load_top_k(tmp_path / "said")] == lengths
+        return
+    expected = rf"expected \({sum(lengths)}, k\) each for its {len(lengths)} texts"
+    with pytest.raises(ValueError, match=rf"its shapes are .*, {expected}"):
+        load_top_k(tmp_path / "said")
+
+
 # --- On real weights ----------------------------------------------------------------------------------------
 
 REAL = [

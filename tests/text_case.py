@@ -215,10 +215,12 @@ class ByPeft:
 
 
 def text_losses(
-    device: str = "cpu", temperature: float = 1.0, asked: TrainingOptions | None = None, **options: Any
+    device: str = "cpu", asked: TrainingOptions | None = None, temperature: float | None = None, **options: Any
 ) -> TextLosses:
     """``asked``: the options of a training with deltas of texts."""
-    made = TextLosses(DifferentiableLMLoss(CONFIG, weights(device), SPEC, **options), temperature)
+    made = TextLosses(DifferentiableLMLoss(CONFIG, weights(device), SPEC, **options))
+    if temperature is not None:
+        made = replace(made, temperature=temperature)
     if asked is None or "delta" not in asked.text_terms:
         return made
     read: dict[str, Any] = {name: getattr(asked.delta, name) for name in ("positions", "pooling")}
