@@ -64,9 +64,9 @@ AREAS: dict[str, tuple[int, dict[str, str]]] = {
         f"{HOUSE}own_texts.py {HOUSE}text_delta.py": "lm_loss text_delta text_training",
     }),
     "texts": (4, {
-        f"{STEPS}texts.py {STEPS}text_lines.py": "texts bad_texts text_files",
+        f"{STEPS}texts.py {STEPS}text_lines.py": "texts bad_texts text_files stored_deltas",
         f"{STEPS}terms.py {STEPS}tasks.py {STEPS}evaluation.py {STEPS}trackers.py": (
-            "text_training training training_ranks trackers evaluate"),
+            "text_training training training_ranks trackers evaluate stored_deltas"),
     }),
     "evaluate": (3, {f"{STEPS}judge.py {STEPS}controls.py": "evaluate demo"}),
     "ops": (4, {

@@ -343,6 +343,41 @@ def test_teachers_are_controls(folder: Path, tmp_path: Path, capsys: pytest.Capt
     data = ["--data", both, "--adapters", tmp_path / "both", "--model", embedded_checkpoint()]
     each_own = evaluate(capsys, *data)[HELD_OUT]["adapters"]
     assert own["loss"] == pytest.approx(each_own["loss"], rel=1e-5)
+    some = write(tmp_path / "some.jsonl", named + [line for line in LINES if line["task"] == "z"])
+    without = evaluate(capsys, "--run", folder / "run", "--data", some, *teachers)[HELD_OUT]
+    assert "its teacher" not in without  # not all have one
+    assert "nearest teacher" in without
+
+
+def test_the_nearest_teachers_prompts_have_the_largest_cosine(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = load_run(folder / "run", "cpu")
+    prompts = {"a": ["do z now", "now"], "b": ["QQQQ 9999"], "c": ["here is more, and longer"], "d": ["sum: 1, 2, 3"]}
+    for seed, name in enumerate(prompts):
+        tensors = random_lora(run.config, run.spec, seed=seed, dtype=torch.float32)
+        save_peft_adapter(tmp_path / name, run.spec, tensors, base_model="embedded")
+    label = ["label", "--model", str(embedded_checkpoint()), "--dtype", "float32", "--device", "cpu", "--quiet"]
+    assert main([*label, "--out", str(tmp_path / "labels"), *(str(tmp_path / name) for name in prompts)]) == 0
+    given = write(tmp_path / "prompts.jsonl", [{"adapter": name, "prompts": own} for name, own in prompts.items()])
+    lines = [
+        {"condition": condition, "task": "z", "prompt": f"{word}=", "completion": f"{word}z"}
+        for condition in ("9999", "do z here", "1, 2, 3, 4", "Qz Qz", "now now now", "longer, please", "more here")
+        for word in ("cat", "dog")
+    ]
+    means = torch.stack([torch.cat(run.encoder(own)).mean(0) for own in prompts.values()])
+    nearest = {}
+    for condition in dict.fromkeys(line["condition"] for line in lines):
+        state = torch.cat(run.encoder([condition])).mean(0)
+        best = F.cosine_similarity(state - means.mean(0), means - means.mean(0), dim=-1).argmax()
+        nearest[condition] = list(prompts)[int(best)]
+        shutil.copytree(tmp_path / nearest[condition], tmp_path / "nearest" / condition)
+    assert len(set(nearest.values())) > 2
+    data = ["--data", write(tmp_path / "lines.jsonl", lines)]
+    teachers = ["--teachers", tmp_path / "labels", "--teacher-prompts", given]
+    found = evaluate(capsys, "--run", folder / "run", *data, *teachers)[HELD_OUT]["nearest teacher"]
+    each = evaluate(capsys, *data, "--adapters", tmp_path / "nearest", "--model", embedded_checkpoint())
+    assert found["loss"] == pytest.approx(each[HELD_OUT]["adapters"]["loss"], rel=1e-5)
 
 
 def test_conditions_may_be_names_of_prompts(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -342,6 +342,8 @@ def test_what_is_asked_for_otherwise_is_refused(tmp_path: Path) -> None:
         make(label_smoothing=0.1)(random_lora(CONFIG, SPEC, 3), EXAMPLES, make().states(EXAMPLES))
     with pytest.raises(ValueError, match="over is 'texts', expected 'adapters' or 'tokens'"):
         make().mean_loss(random_lora(CONFIG, SPEC, 3), EXAMPLES, over="texts")
+    with pytest.raises(ValueError, match="cross_entropy is True without a teacher, expected False"):
+        make()(random_lora(CONFIG, SPEC, 3), EXAMPLES, cross_entropy=True)
     with pytest.raises(ValueError, match="k is 62, expected 1 to 61"):
         make().top_k(EXAMPLES, 62)
     with pytest.raises(ValueError, match="temperature is 0, expected above 0"):

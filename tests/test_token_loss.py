@@ -58,7 +58,7 @@ def test_losses_and_their_gradient_equal_those_of_whole_logits(
 ) -> None:
     monkeypatch.setattr(lm_head, "ROWS", rows_at_once)
     monkeypatch.setattr(lm_head, "_CACHED", 4 * V * 2)
-    h, weight, targets = normal(11, H).requires_grad_(), normal(V, H, seed=1), drawn_targets(17, 11, k)
+    h, weight, targets = normal(12, H).requires_grad_(), normal(V, H, seed=1), drawn_targets(17, 11, k)  # one has none
     expected = whole_logits(h, weight, targets, smoothing, temperature)
     (gradient,) = torch.autograd.grad(expected.sum(), h)
     options: dict[str, Any] = {"label_smoothing": smoothing, "temperature": temperature}
@@ -69,6 +69,17 @@ def test_losses_and_their_gradient_equal_those_of_whole_logits(
     alone, none = lm_head_loss(h.detach(), weight, targets, **options, keep=False)
     assert none is None
     assert relative_error(alone, losses) <= 1e-14
+
+
+@pytest.mark.parametrize("of_states", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, F64])
+def test_losses_and_gradient_are_float32_unless_the_states_are_float64(dtype: torch.dtype, of_states: bool) -> None:
+    h, weight, drawn = normal(11, H).to(dtype), normal(V, H, seed=1).to(dtype), drawn_targets(17, 11)
+    if of_states:
+        found = lm_head_divergence(h, weight, StateTargets(drawn.rows, normal(17, H), drawn.weights))
+    else:
+        found = lm_head_loss(h, weight, drawn)
+    assert {one.dtype for one in found if one is not None} == {F64 if dtype == F64 else torch.float32}
 
 
 def test_cross_entropy_is_torchs() -> None:
@@ -98,7 +109,7 @@ def test_the_divergence_from_a_teachers_states_is_that_of_whole_logits(
 ) -> None:
     monkeypatch.setattr(lm_head, "ROWS", rows_at_once)
     monkeypatch.setattr(lm_head, "_CACHED", 4 * V * 2)
-    h, weight, states = normal(11, H).requires_grad_(), normal(V, H, seed=1), normal(17, H, seed=2)
+    h, weight, states = normal(12, H).requires_grad_(), normal(V, H, seed=1), normal(17, H, seed=2)
     rows, weights = torch.randint(11, (17,)), torch.rand(17, dtype=F64)
     log_p, log_q = ((x @ weight.T / temperature).log_softmax(-1) for x in (states, h[rows]))
     expected = weights * F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
