@@ -135,16 +135,25 @@ def test_the_file_holds_the_states_that_transformers_gives(folder: Path, device:
         assert relative_error(found[1], wanted) <= 1e-5
 
 
+def history(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
+
+
+def live(folder: Path, kind: str, device: str) -> list[dict[str, Any]]:
+    """The history of a run that computes its targets."""
+    run = folder / f"live {kind}"
+    if not run.exists():
+        assert main(["train", "--quiet", str(written(folder, run.name, kind, device))]) == 0
+    return history(run)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_on_stored_targets_is_that_of_one_which_computes_them(folder: Path, device: str, kind: str) -> None:
-    path = taught(folder, kind, device)
-    runs = []
-    for name, stored in (("live", ""), ("stored", f'stored_deltas = "{path.name}"')):
-        assert main(["train", "--quiet", str(written(folder, f"{name} {kind}", kind, device, stored))]) == 0
-        runs.append([json.loads(one) for one in (folder / f"{name} {kind}" / METRICS).read_text().splitlines()])
-    for live, stored_ in zip(*runs, strict=True):
+    stored = f'stored_deltas = "{taught(folder, kind, device).name}"'
+    assert main(["train", "--quiet", str(written(folder, f"stored {kind}", kind, device, stored))]) == 0
+    for ours, theirs in zip(history(folder / f"stored {kind}"), live(folder, kind, device), strict=True):
         for term in ("lm", "delta", "gradient_norm"):
-            assert stored_[term] == pytest.approx(live[term], rel=1e-3), term
+            assert ours[term] == pytest.approx(theirs[term], rel=1e-3), term
 
 
 def test_a_run_on_stored_targets_reads_no_teachers(folder: Path, device: str, tmp_path: Path) -> None:
@@ -157,9 +166,8 @@ def test_a_run_on_stored_targets_reads_no_teachers(folder: Path, device: str, tm
         'prompts = "prompts.jsonl"\n[adapter]\nrank = 2\nalpha = 4',
     ))  # fmt: skip
     assert main(["train", "--quiet", str(config)]) == 0
-    metrics = [json.loads(one) for one in (tmp_path / "run" / METRICS).read_text().splitlines()]
-    live = [json.loads(one) for one in (folder / "live teacher" / METRICS).read_text().splitlines()]
-    assert metrics[0]["delta"] == pytest.approx(live[0]["delta"], rel=1e-3)  # the first batch is the same
+    computed = live(folder, "teacher", device)[0]
+    assert history(tmp_path / "run")[0]["delta"] == pytest.approx(computed["delta"], rel=1e-3)  # the same first batch
 
 
 @pytest.mark.parametrize(
