@@ -192,7 +192,7 @@ def judge_teachers(
     pooled = torch.stack([torch.cat(run.encoder(prompts[name])).mean(0) for name in names])
     ours = torch.stack([case.states.mean(0) for case in judge.cases if case.states is not None])
     centre = pooled.mean(0)
-    nearest = (F.normalize(ours - centre, dim=-1) @ F.normalize(pooled - centre, dim=-1).T).argmax(1).tolist()
+    nearest = ((ours - centre) @ F.normalize(pooled - centre, dim=-1).T).argmax(1).tolist()  # whatever a case's norm
     mean = mean_adapter([tensors])
 
     def chosen(indices: Sequence[int]) -> Lora:
