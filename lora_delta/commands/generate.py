@@ -33,13 +33,12 @@ def add(subcommands: argparse._SubParsersAction) -> None:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     from ..files import folder_lock
     from ..generate.conditions import Condition
     from ..generate.prompts import FolderNames, read_prompts
     from ..generate.runs import load_run
     from ..peft.adapters import save_peft_adapter
+    from ..progress import progress_bar
 
     prompts = read_prompts(options.prompts, "name", FolderNames())
     for name in prompts:
@@ -49,7 +48,7 @@ def _generate(options: argparse.Namespace) -> int:
     run = load_run(options.folder, options.device, last=options.last)
     written = []
     entries = list(prompts.items())
-    bar = tqdm(total=len(entries), desc="generate", unit=" adapters", disable=options.quiet)
+    bar = progress_bar(total=len(entries), desc="generate", unit=" adapters", disable=options.quiet)
     with folder_lock(options.out), bar:
         for start in range(0, len(entries), _PER_BATCH):
             batch = entries[start : start + _PER_BATCH]

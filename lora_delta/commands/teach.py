@@ -76,9 +76,9 @@ def _teach(options: argparse.Namespace) -> int:
 
 def _blocks(texts: TextSet, options: argparse.Namespace) -> Iterator[range]:
     """Lines that are computed together."""
-    from tqdm import tqdm
+    from ..progress import progress_bar
 
-    for start in tqdm(range(0, texts.n_texts, _TEXTS_AT_ONCE), "teach", disable=options.quiet):
+    for start in progress_bar(range(0, texts.n_texts, _TEXTS_AT_ONCE), "teach", disable=options.quiet):
         yield range(start, min(start + _TEXTS_AT_ONCE, texts.n_texts))
 
 

@@ -17,10 +17,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from ..files import UNFINISHED, sync_folder
 from ..identity import sha256_of
+from ..progress import progress_bar
 from .text_lines import EXPECTED, MOST_LINE, Text, TextReader
 
 ON_BAD_LINE = ("error", "skip")
@@ -221,7 +221,8 @@ class _Compiler:
     def run(self, facts: Mapping[str, Any], progress: bool) -> None:
         whole = hashlib.sha256()
         size = self.path.stat().st_size
-        bar = tqdm(total=size, desc=self.path.name, unit="B", unit_scale=True, disable=not progress or size < 1 << 20)
+        shown = progress and size >= 1 << 20
+        bar = progress_bar(total=size, desc=self.path.name, unit="B", unit_scale=True, disable=not shown)
         with (
             self.path.open("rb") as lines,
             (self.folder / _IDS).open("wb") as ids,

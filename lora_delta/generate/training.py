@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from tqdm import tqdm
 
 from ..delta import DifferentiableDeltaCompute
 from ..distributed import Ranks
 from ..identity import Identity
 from ..labelling.settings import label_identity, label_settings, model_fingerprint, spec_facts
+from ..progress import progress_bar
 from ..shares import Shares
 from .checkpoints import Metrics, Progress, RunFolder
 from .evaluation import Evaluation
@@ -114,9 +114,8 @@ def train(
             stepper = replace(stepper, generator=replica)
         stack.enter_context(interrupts)
         steps = range(done.steps, options.steps)
-        bar = tqdm(
-            steps, label, initial=done.steps, total=options.steps, disable=not progress or ranks.rank > 0
-        )
+        shown = progress and ranks.rank == 0
+        bar = progress_bar(steps, label, initial=done.steps, total=options.steps, disable=not shown)
         for step in bar:
             if evaluation is not None and evaluation.patience is not None and done.stale >= evaluation.patience:
                 break
@@ -132,7 +131,8 @@ def train(
             if evaluation is not None and (done.steps % evaluation.every == 0 or done.steps == options.steps):
                 metrics |= _evaluated(evaluation, generator, stepper, done, out)
             history.append(metrics)
-            bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("loss", *TERMS) if name in metrics})
+            said = {name: f"{metrics[name]:.3f}" for name in ("loss", *TERMS) if name in metrics}
+            bar.set_postfix(said, refresh=False)
             if out is not None:
                 out.write(metrics)
             if tracked is not None:

@@ -25,6 +25,7 @@ from ..delta import DifferentiableDeltaCompute
 from ..distributed import Counters, Ranks, Told, as_told, told
 from ..files import folder_lock
 from ..peft.adapters import find_adapters
+from ..progress import progress_bar
 from .log import Entry, Failure, Known, Log, check_of, open_log, read_manifest
 from .settings import label_settings
 from .table import adapter_name
@@ -122,7 +123,7 @@ def compute_labels(
         start, counters = time.monotonic(), ranks.counters()
         done: _Done = {"computed": [], "reused": [], "failed": []}
         error: BaseException | None = None
-        with tqdm(total=len(sources), unit=" adapters", disable=not progress or ranks.rank > 0) as bar:
+        with progress_bar(total=len(sources), unit=" adapters", disable=not progress or ranks.rank > 0) as bar:
             try:
                 manifest = read_manifest(out, settings)  # another rank could have been given another model
                 with warnings.catch_warnings():
