@@ -97,6 +97,7 @@ AREAS: dict[str, tuple[int, dict[str, str]]] = {
     "identity, files": (3, {
         f"{HOUSE}identity.py {HOUSE}files.py": "files labels label_* training resume runs",
         f"{HOUSE}shares.py {HOUSE}distributed.py": "parallel training_ranks distributed label_jobs",
+        f"{HOUSE}progress.py": "progress",
     }),
     "probes": (3, {f"{HOUSE}probes/*": "probes chat tokenization"}),
 }  # fmt: skip
