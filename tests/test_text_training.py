@@ -335,17 +335,15 @@ def test_gradients_of_the_generator_on_texts_are_those_of_peft_in_double(tasks: 
 def test_the_norms_of_what_was_written_are_those_of_each_adapters_gradient() -> None:
     from lora_delta.generate.terms import Written
 
-    chance = torch.Generator().manual_seed(0)
-    tensors = {name: torch.randn(3, 4, n, generator=chance, dtype=torch.float64).requires_grad_() for name, n in SIDES}
+    chance, sides = torch.Generator().manual_seed(0), {"lora_A": 5, "lora_B": 7}
+    drawn = {name: torch.randn(3, 4, n, generator=chance, dtype=torch.float64) for name, n in sides.items()}
+    tensors = {name: one.requires_grad_() for name, one in drawn.items()}
     weights = {name: torch.randn(one.shape, generator=chance, dtype=torch.float64) for name, one in tensors.items()}
     written = Written(tensors, None)
     torch.stack([(written.tensors[name] * weight).sum() for name, weight in weights.items()]).sum().backward()
     expected = torch.cat([weight.flatten(1) for weight in weights.values()], 1).norm(dim=1)
     (found,) = written.norms
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
-
-
-SIDES = (("layers.0.q_proj.lora_A.weight", 5), ("layers.0.q_proj.lora_B.weight", 7))
 
 
 def _text(pair: Any, context: Any) -> Any:

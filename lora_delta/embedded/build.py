@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from lora_delta.embedded import embedded_checkpoint
 from lora_delta.embedded.tasks import CONTEXT, SEEN, word
+from lora_delta.progress import progress_bar
 from qwen_functional import Qwen2Config, Qwen2Weights, init_weights
 from qwen_functional.forward import forward
 
@@ -137,7 +137,7 @@ def trained_weights(config: Qwen2Config, tokenizer: Tokenizer, steps: int = STEP
         parameter.requires_grad_()
     adam = torch.optim.AdamW(others, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)
     momenta = [torch.zeros_like(matrix) for matrix in matrices]
-    chance, progress, recent = random.Random(0), tqdm(range(steps), desc="train the embedded checkpoint"), math.nan
+    chance, progress, recent = random.Random(0), progress_bar(range(steps), "train the embedded checkpoint"), math.nan
     for step in progress:
         ids, positions, sees, targets = batch(tokenizer, chance)
         logits = forward(config, weights, ids, sees, positions).logits
@@ -151,7 +151,7 @@ def trained_weights(config: Qwen2Config, tokenizer: Tokenizer, steps: int = STEP
             muon_step(matrix, momentum, MATRIX_RATE * rate(step, steps))
         recent = loss.item() if math.isnan(recent) else 0.98 * recent + 0.02 * loss.item()
         if step % 50 == 0:
-            progress.set_postfix(loss=f"{recent:.3f}")
+            progress.set_postfix(loss=f"{recent:.3f}", refresh=False)
     for parameter in (*matrices, *others):
         parameter.requires_grad_(False)
     return weights
