@@ -26,11 +26,12 @@ The rest is what training on them needs, and each part can be used alone:
 
 * ``generate/``: ``run_config.py`` reads a run's file; ``generator.py`` has reference generators of tokens, of A and B,
   and the additive one; ``training.py`` the loop, which takes any ``nn.Module``; ``tokens.py`` the token formats of
-  Drag-and-Drop LLMs, differentiable in both directions; ``losses.py`` losses on deltas, tokens, tensors and products;
+  Drag-and-Drop LLMs, differentiable in both directions; ``losses.py`` losses on tokens, tensors and products;
   ``text_lines.py`` and ``texts.py`` read texts; ``judge.py`` and ``controls.py`` implement ``lora-delta evaluate``.
 * ``peft/`` reads and writes PEFT folders; ``labelling/`` computes labels, the deltas of such folders, and
   ``DeltaLabels(folder).dataset(...)`` is a torch dataset of them; ``probes/`` turns texts and chats into token ids.
-* ``teachers.py`` and ``stored_deltas.py`` keep a teacher's outputs in files; ``plots/`` draws figures.
+* ``delta_losses.py`` has losses on deltas; ``teachers.py`` and ``stored_deltas.py`` keep a teacher's outputs in files;
+  ``plots/`` draws figures.
 """
 
 from .delta import DifferentiableDeltaCompute

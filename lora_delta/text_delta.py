@@ -19,7 +19,7 @@ from qwen_functional.plan import checked_layers
 
 from . import autograd
 from .delta import POOLINGS
-from .generate.losses import adapters_delta_loss
+from .delta_losses import adapters_delta_loss
 from .own_texts import POSITIONS, Column, Contexts, Examples, OverTexts, OwnTexts, in_context
 from .passes import AdapterPasses, zero_lora
 

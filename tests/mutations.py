@@ -59,19 +59,19 @@ AREAS: dict[str, tuple[int, dict[str, str]]] = {
     }),
     "lm loss": (4, {
         f"{MODEL}ops/lm_head.py": "token_loss lm_loss parallel",
-        f"{HOUSE}lm_loss.py {HOUSE}teachers.py": "lm_loss text_training evaluate",
+        f"{HOUSE}lm_loss.py {HOUSE}teachers.py": "lm_loss text_training evaluate*",
         f"{HOUSE}stored.py {HOUSE}stored_deltas.py": "lm_loss stored_deltas",
         f"{HOUSE}own_texts.py {HOUSE}text_delta.py": "lm_loss text_delta text_training",
     }),
     "texts": (4, {
         f"{STEPS}texts.py {STEPS}text_lines.py": "texts bad_texts text_files stored_deltas",
         f"{STEPS}terms.py {STEPS}tasks.py {STEPS}evaluation.py {STEPS}trackers.py": (
-            "text_training training training_ranks trackers evaluate stored_deltas"),
+            "text_training training training_ranks trackers evaluate* stored_deltas"),
     }),
-    "evaluate": (3, {f"{STEPS}judge.py {STEPS}controls.py": "evaluate demo"}),
+    "evaluate": (3, {f"{STEPS}judge.py {STEPS}controls.py": "evaluate* demo"}),
     "ops": (4, {
         f"{MODEL}ops/*": "ops overflow drawn engine",
-        f"{MODEL}finite.py {MODEL}dtypes.py": "lora ops losses delta_errors delta_module engine",
+        f"{MODEL}finite.py {MODEL}dtypes.py": "lora ops losses delta_losses delta_errors delta_module engine",
     }),
     "kernels": (2, {f"{MODEL}backends/kernels/*": "kernels*"}),
     "backends": (3, {f"{MODEL}backends/*": "backends prepack engine engine_[mw]* drawn"}),
@@ -87,8 +87,8 @@ AREAS: dict[str, tuple[int, dict[str, str]]] = {
         f"{MODEL}*": "checkpoint bad_checkpoints safetensors_format config prepack streaming engine_modes",
     }),
     "delta": (3, {f"{HOUSE}delta.py {HOUSE}autograd.py {HOUSE}frozen.py {HOUSE}passes.py": "delta delta_[aempz]*"}),
-    "losses": (3, {f"{STEPS}losses.py": "losses"}),
-    "schedule": (2, {f"{STEPS}schedules.py": "losses training runs run_config"}),
+    "losses": (3, {f"{STEPS}losses.py": "losses", f"{HOUSE}delta_losses.py": "delta_losses losses text_delta"}),
+    "schedule": (2, {f"{STEPS}schedules.py": "schedules training runs run_config"}),
     "tokens": (4, {f"{STEPS}tokens.py": "tokens", f"{STEPS}reconstruct.py": "reconstruct"}),
     "training": (5, {f"{STEPS}training.py {STEPS}step.py {STEPS}generator.py {STEPS}conditions.py {STEPS}prompts.py": (
         "training text_training generators resume runs conditions run_config")}),

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_case import CONFIG, JSON, Q_A, QV, TENSORS, base, by_peft, edit
 from checkpoints import edit_json
 from reference import random_lora, tiny_config
-from test_adapters import CONFIG, JSON, Q_A, QV, TENSORS, base, by_peft, edit
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 

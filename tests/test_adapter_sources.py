@@ -12,8 +12,8 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from adapter_case import JSON, Q_A, QV, TENSORS, by_peft, edit
 from checkpoints import edit_json
-from test_adapters import JSON, Q_A, QV, TENSORS, by_peft, edit
 
 from lora_delta.peft.adapters import AdapterFiles, find_adapters, load_peft_adapter
 

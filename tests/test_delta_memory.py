@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 import lora_delta.passes
 from lora_delta import DifferentiableDeltaCompute
-from lora_delta.generate.losses import delta_loss
+from lora_delta.delta_losses import delta_loss
 from qwen_functional import LoraSpec, Qwen2Weights, init_weights
 
 # The activations are far larger than the LoRA tensors.

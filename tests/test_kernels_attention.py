@@ -13,6 +13,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton")
 from qwen_functional.backends.kernels import attention as kernels  # noqa: E402
 from qwen_functional.backends.kernels import rotate as rotation  # noqa: E402
+from qwen_functional.backends.kernels.attention_vjp import attend_vjp  # noqa: E402
 
 # The parent of each node, depth first; −1 starts a tree.
 CHAIN = list(range(-1, 20))
@@ -175,7 +176,7 @@ def run(case: Case, dtype: torch.dtype, tolerance: float) -> None:
     do_got = given(do)
     t_given = None if A is None else given(padded(t, case.rank_pad)).view(G * NQ, -1)
     rope_q, rope_k = ((cos[nodes].to(DEVICE), sin[nodes].to(DEVICE)), (cos.to(DEVICE), sin.to(DEVICE)))
-    kernels.attend_vjp(
+    attend_vjp(
         do_got, t_given, A_given, q_got, k_got, v_got, o_got, lse, *see, rope_q, rope_k, dq, dk, dv, case.rank_pad
     )
     check(do_got, do if A is None else do + t @ A, tolerance)

@@ -8,118 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from loss_case import Q_A, Q_B, UP_A, UP_B, adapter, randn, relative, updates
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_delta.generate.losses import (
-    delta_cosine,
-    delta_loss,
-    delta_mse,
-    product_l2,
-    product_mse,
-    tensors_l1,
-    tensors_l2,
-    tensors_mse,
-    tokens_mse,
-)
-from lora_delta.generate.schedules import Schedule, learning_rate, weighted_sum
+from lora_delta.delta_losses import delta_cosine, delta_loss, delta_mse
+from lora_delta.generate.losses import product_l2, product_mse, tensors_l1, tensors_l2, tensors_mse, tokens_mse
 from qwen_functional import LoraSpec
-from qwen_functional.lora import peft_name
 
-Q_A, Q_B = (peft_name(0, "q_proj", side) for side in "AB")
-UP_A, UP_B = (peft_name(1, "up_proj", side) for side in "AB")
 NAN = math.nan
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def adapter(*batch: int, seed: int = 0, ranks: tuple[int, int] = (3, 2)) -> dict[str, Tensor]:
-    """q_proj (7, 5) and up_proj (9, 4), in float64."""
-    r, s = ranks
-    shapes = {Q_A: (r, 5), Q_B: (7, r), UP_A: (s, 4), UP_B: (9, s)}
-    return {name: randn(*batch, *shape, seed=10 * seed + i) for i, (name, shape) in enumerate(shapes.items())}
-
-
-def updates(tensors: dict[str, Tensor], scalings: tuple[float, float] = (1, 1)) -> Tensor:
-    """The explicit weight updates of both modules, flattened: (elements,) or (G, elements)."""
-    q, up = scalings[0] * tensors[Q_B] @ tensors[Q_A], scalings[1] * tensors[UP_B] @ tensors[UP_A]
-    return torch.cat([q.flatten(-2), up.flatten(-2)], -1)
-
-
-def relative(value: Tensor, expected: Tensor) -> float:
-    return float(((value.double() - expected).abs() / expected.abs()).detach())
-
-
-@pytest.mark.parametrize("shape", [(6,), (4, 6), (4, 2, 3, 6)])
-def test_the_loss_of_a_delta_is_that_of_its_formula(shape: tuple[int, ...]) -> None:
-    delta, target = randn(*shape), randn(*shape, seed=1)
-    cosine = 1 - F.cosine_similarity(delta, target, dim=-1).mean()
-    relative_mse = ((delta - target).norm(dim=-1) / target.norm(dim=-1)).square().mean()
-    torch.testing.assert_close(delta_mse(delta, target), F.mse_loss(delta, target), rtol=1e-12, atol=0)
-    torch.testing.assert_close(delta_mse(delta, target, normalize=True), relative_mse, rtol=1e-12, atol=0)
-    torch.testing.assert_close(delta_cosine(delta, target), cosine, rtol=1e-12, atol=0)
-    both = delta_loss(delta, target, mse_weight=0.5, cosine_weight=3, normalize=True)
-    torch.testing.assert_close(both, 0.5 * relative_mse + 3 * cosine, rtol=1e-12, atol=0)
-    assert delta_loss(delta, target, cosine_weight=0) == delta_mse(delta, target)
-    assert delta_loss(delta, target, mse_weight=0) == delta_cosine(delta, target)
-
-
-def test_the_cosine_of_nearly_equal_deltas_survives_rounding() -> None:
-    delta, noise = randn(896, dtype=torch.float32), 1e-5 * randn(896, seed=1, dtype=torch.float32)
-    exact = 1 - F.cosine_similarity(delta.double(), (delta + noise).double(), dim=0)
-    assert 1e-12 < exact < 1e-9
-    assert relative(delta_cosine(delta, delta + noise), exact) < 1e-2  # 1 − cos in float32 is off by 6e-8
-    assert delta_cosine(delta, delta) == 0
-
-
-@pytest.mark.parametrize("zero", ["delta", "target", "both"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_a_delta_or_a_target_of_zero_has_a_finite_gradient(zero: str, dtype: torch.dtype) -> None:
-    delta, target = randn(2, 6).to(dtype), randn(2, 6, seed=1).to(dtype)
-    delta[0] *= zero == "target"
-    target[0] *= zero == "delta"
-    leaves = delta.requires_grad_(), target.requires_grad_()
-    cosine = delta_cosine(*leaves)
-    kept = 1 - F.cosine_similarity(delta[1].double(), target[1].double(), dim=0)
-    assert relative(cosine, (1 + kept) / 2) < 1e-5
-    for gradient in torch.autograd.grad(cosine, leaves):
-        assert not gradient[0].any()
-        assert gradient[1].any()
-    loss = delta_mse(*leaves, normalize=True)
-    assert loss.isfinite()
-    for gradient in torch.autograd.grad(loss, leaves):
-        assert gradient.isfinite().all()
-
-
-@pytest.mark.parametrize("length", [1e30, 1e18, 1.2e-19])
-def test_a_cosine_does_not_depend_on_lengths_whose_squares_float32_lacks(length: float) -> None:
-    delta, target = (F.normalize(randn(3, 6, seed=seed), dim=-1) for seed in (0, 1))
-    expected = 1 - F.cosine_similarity(delta, target, dim=-1).mean()
-    long, other = ((length * v).float().requires_grad_() for v in (delta, target))
-    loss = delta_cosine(long, other)
-    assert relative(loss, expected) < 1e-5
-    leaf = delta.clone().requires_grad_()
-    (wanted,) = torch.autograd.grad(1 - F.cosine_similarity(leaf, target, dim=-1).mean(), leaf)
-    (gradient,) = torch.autograd.grad(loss, long)
-    torch.testing.assert_close(gradient.double() * length, wanted, rtol=1e-4, atol=1e-6)
-
-
-def test_a_vector_shorter_than_the_root_of_the_smallest_number_has_no_angle() -> None:
-    delta, target = F.normalize(randn(2, 6), dim=-1).float(), randn(2, 6, seed=1).float()
-    shortest = torch.finfo(torch.float32).tiny ** 0.5
-    for short, other in ((delta, target), (target, delta)):
-        assert delta_cosine(0.9 * shortest * short / short.norm(dim=-1, keepdim=True), other) == 1
-        assert delta_cosine(1.1 * shortest * short / short.norm(dim=-1, keepdim=True), other) != 1
-
-
-def test_nan_in_a_delta_or_a_target_shows_in_every_loss() -> None:
-    delta, spoilt = randn(2, 6), randn(2, 6, seed=1)
-    spoilt[1, 3] = NAN
-    for loss in (delta_mse, delta_cosine):
-        assert loss(delta, spoilt).isnan()
-        assert loss(spoilt, delta).isnan()
 
 
 def test_a_loss_of_half_precision_is_computed_in_float32() -> None:
@@ -229,6 +126,12 @@ def test_equal_products_have_a_loss_and_a_gradient_of_zero() -> None:
         loss = product_mse(ours, theirs, normalize=normalize)
         assert loss == 0
         assert not any(gradient.any() for gradient in torch.autograd.grad(loss, list(ours.values())))
+
+
+def test_equal_products_have_a_loss_of_zero_under_a_scale_that_float32_rounds() -> None:
+    spec = LoraSpec(rank=3, alpha=1, rank_pattern={"up_proj": 2})
+    ours = {name: tensor.float() for name, tensor in adapter().items()}
+    assert product_mse(ours, {name: tensor.clone() for name, tensor in ours.items()}, spec=spec) == 0
 
 
 def test_a_product_of_zero_as_target_has_a_finite_gradient() -> None:
@@ -358,108 +261,6 @@ def test_a_product_without_a_factor_or_of_another_rank_is_refused() -> None:
         product_mse({**adapter(), Q_B: randn(7, 2)}, adapter())
 
 
-@pytest.mark.parametrize(
-    ("schedule", "expected"),
-    [
-        (Schedule(2), {0: 2, 7: 2}),
-        (Schedule(2, begin=3, start=0.5), {0: 0.5, 2: 0.5, 3: 2, 9: 2}),
-        (Schedule(2, "linear", 4), {0: 0, 1: 0.5, 2: 1, 3: 1.5, 4: 2, 5: 2}),
-        (Schedule(0, "linear", 4, start=2, begin=10), {0: 2, 10: 2, 11: 1.5, 13: 0.5, 14: 0, 99: 0}),
-        (Schedule(1, "cosine", 4), {0: 0, 1: (1 - 0.5**0.5) / 2, 2: 0.5, 3: (1 + 0.5**0.5) / 2, 4: 1, 8: 1}),
-        (Schedule(3, "cosine", 6, start=1, begin=2), {0: 1, 2: 1, 4: 1.5, 5: 2, 6: 2.5, 8: 3}),
-    ],
-)
-def test_a_weight_is_on_its_schedule(schedule: Schedule, expected: dict[int, float]) -> None:
-    assert {step: schedule(step) for step in expected} == pytest.approx(expected, abs=1e-12)
-    assert schedule(10**6) == schedule.weight
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"kind": "exponential"}, r"kind is 'exponential', expected one of \('constant', 'linear', 'cosine'\)"),
-        ({"weight": NAN}, "weight is nan, expected a finite number"),
-        ({"start": "1"}, "start is '1', expected a finite number"),
-        ({"kind": "linear"}, "warmup_steps is 0, expected 1 or more for kind 'linear'"),
-        ({"warmup_steps": 5}, "warmup_steps is 5, expected 0 for kind 'constant'"),
-        ({"kind": "cosine", "warmup_steps": 1.5}, "warmup_steps is 1.5, expected an integer of at least 0"),
-        ({"begin": -1}, "begin is -1, expected an integer of at least 0"),
-    ],
-)
-def test_a_bad_schedule_is_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Schedule(**{"weight": 1.0, **options})
-    with pytest.raises(ValueError, match="step is -1, expected an integer of at least 0"):
-        Schedule(1)(-1)
-
-
-@pytest.mark.parametrize(("warmup", "steps"), [(50, 1000), (1, 10), (0, 7), (3, 4), (5, 5), (9, 4)])
-def test_the_learning_rate_is_a_line_up_and_a_cosine_down_to_a_tenth(warmup: int, steps: int) -> None:
-    factor = learning_rate(warmup, steps)
-    for step in range(steps):
-        if step < warmup:
-            expected = (step + 1) / warmup
-        else:
-            expected = 0.1 + 0.9 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
-        assert factor(step) == pytest.approx(expected, rel=1e-12), step
-
-
-def test_the_learning_rate_is_whole_after_the_warmup_and_a_tenth_after_the_last_step() -> None:
-    factor = learning_rate(4, 12)
-    assert [factor(step) for step in (0, 3, 4)] == [0.25, 1, 1]
-    assert factor(8) == pytest.approx(0.55)
-    assert factor(11) == pytest.approx(0.1 + 0.45 * (1 - math.cos(math.pi / 8)))
-    assert factor(12) == pytest.approx(0.1)
-    assert factor(10**6) == pytest.approx(0.1)
-
-
-def test_a_weighted_sum_reports_values_unweighted_and_detached() -> None:
-    x = torch.tensor(3.0, requires_grad=True)
-    terms: dict[str, Any] = {"square": x**2, "cube": lambda: x**3}
-    total, values = weighted_sum(terms, {"cube": Schedule(4, "linear", 4), "square": Schedule(0.5)}, step=1)
-    assert total == 0.5 * 9 + 1 * 27
-    assert list(values.items()) == [("square", 9), ("cube", 27)]
-    assert not any(value.requires_grad for value in values.values())
-    assert torch.autograd.grad(total, x)[0] == 0.5 * 6 + 27
-
-
-def test_a_term_of_weight_zero_is_not_computed_and_does_not_spoil_the_sum() -> None:
-    x = torch.tensor(3.0, requires_grad=True)
-    terms: dict[str, Any] = {"x": x, "nan": x * NAN, "never": lambda: pytest.fail("the term was computed")}
-    total, values = weighted_sum(terms, {"x": Schedule(2), "nan": Schedule(0), "never": Schedule(1, begin=5)}, 4)
-    assert total == 6
-    assert torch.autograd.grad(total, x)[0] == 2
-    assert list(values) == ["x", "nan"]
-    assert values["nan"].isnan()
-
-
-@pytest.mark.parametrize(
-    ("terms", "schedules", "message"),
-    [
-        ({"a": randn()}, {}, "loss 'a' has no schedule, expected one for each"),
-        ({}, {"a": Schedule(1)}, "loss 'a' has no term, expected one for each"),
-        ({}, {}, "no loss has a weight other than 0 at step 7"),
-        ({"a": randn()}, {"a": Schedule(1, begin=8)}, "no loss has a weight other than 0 at step 7"),
-        ({"a": randn(1)}, {"a": Schedule(1)}, r"loss 'a' has shape \(1,\), expected a scalar"),
-        ({"a": lambda: 1.0}, {"a": Schedule(1)}, "loss 'a' is a float, expected a torch.Tensor"),
-        ({"a": 1.0}, {"a": Schedule(1)}, "loss 'a' is a float, expected a torch.Tensor or a function"),
-        ({"a": torch.tensor(1)}, {"a": Schedule(1)}, "loss 'a' has dtype torch.int64, expected a floating-point"),
-    ],
-)
-def test_bad_terms_are_refused(terms: dict[str, Any], schedules: dict[str, Schedule], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        weighted_sum(terms, schedules, 7)
-
-
-def test_equal_products_have_a_loss_of_zero_under_a_scale_that_float32_rounds() -> None:
-    spec = LoraSpec(rank=3, alpha=1, rank_pattern={"up_proj": 2})
-    ours = {name: tensor.float() for name, tensor in adapter().items()}
-    assert product_mse(ours, {name: tensor.clone() for name, tensor in ours.items()}, spec=spec) == 0
-
-
-# Regularizers, and the loss of tokens part by part
-
-
 @pytest.mark.parametrize("batch", [(), (3,)])
 def test_regularizers_are_means_over_all_entries(batch: tuple[int, ...]) -> None:
     tensors = adapter(*batch)
@@ -504,22 +305,3 @@ def test_the_norm_of_updates_needs_both_factors_and_the_specs_rank() -> None:
         product_l2(tensors, spec=LoraSpec(rank=4))
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("shape", [(3, 700, 18, 130), (700, 18, 130), (2, 3, 700, 30)])
-def test_the_loss_of_many_tokens_and_its_gradient_are_those_of_the_formula(
-    shape: tuple[int, ...], transposed: bool
-) -> None:
-    tokens, target = randn(*shape, dtype=torch.float32), randn(*shape, seed=1, dtype=torch.float32)
-    target[..., 2:, 5:9] = NAN
-    tokens[..., 3, 6] = NAN  # where the target has padding
-    if transposed and len(shape) == 4:
-        tokens = tokens.transpose(0, 1).contiguous().transpose(0, 1)
-    ours, theirs = (tokens.clone().double().requires_grad_() for _ in range(2))
-    kept = ~target.isnan()
-    expected = (theirs[kept] - target.double()[kept]).square().mean()
-    loss = tokens_mse(ours, target.double())
-    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
-    loss.mul(3).backward()
-    expected.mul(3).backward()
-    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-18)
-    assert float(tokens_mse(tokens, target)) == pytest.approx(float(expected.detach()), rel=1e-6)

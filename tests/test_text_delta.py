@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_delta import DeltaTarget, DifferentiableTextDelta
-from lora_delta.generate.losses import adapters_delta_loss
+from lora_delta.delta_losses import adapters_delta_loss
 from qwen_functional import LoraSpec, init_weights, load_pretrained
 
 F64 = torch.float64

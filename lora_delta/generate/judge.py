@@ -18,9 +18,9 @@ from torch import Tensor
 
 from qwen_functional import Lora
 
+from ..delta_losses import cosine_distances
 from ..lm_loss import DifferentiableLMLoss
 from ..own_texts import Examples, OwnTexts, in_context
-from .losses import cosine_distances
 
 SEEN, HELD_OUT = "seen conditions", "held-out conditions"
 GENERATED, OTHER, GIBBERISH = "generated", "another condition's", "of gibberish"

@@ -70,7 +70,7 @@ class TrainingOptions:
             mean square of the entries of the weight updates s·BA.
         delta: which deltas.
         mse_weight, cosine_weight: weights of the two parts of the delta loss, mean squared error and one minus the
-            cosine: see :func:`lora_delta.generate.losses.delta_loss`, and ``adapters_delta_loss`` for own texts.
+            cosine: see :func:`lora_delta.delta_losses.delta_loss`, and ``adapters_delta_loss`` for own texts.
         mean: of ``"lm"`` and ``"kl"``: over ``"adapters"``, or over the ``"tokens"`` of all completions of a step.
         bf16: run the generator under autocast to bfloat16; its parameters stay float32.
         checkpoint_every: steps between checkpoints; the last step always makes one.

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..delta_losses import check_float
 from .fields import Range, check_fields, check_value, option
-from .losses import check_float
 
 SCHEDULES = ("constant", "linear", "cosine")
 

@@ -15,12 +15,13 @@ from qwen_functional.dtypes import accumulation_dtype
 
 from .. import autograd
 from ..delta import DifferentiableDeltaCompute
+from ..delta_losses import adapters_delta_loss, delta_loss
 from ..lm_loss import DifferentiableLMLoss, Teacher, as_teacher
 from ..own_texts import Ask, Column, Examples, OwnTexts, in_context
 from ..stored_deltas import StoredDeltas
 from ..teachers import StoredTopK
 from ..text_delta import DeltaTarget, DifferentiableTextDelta
-from .losses import adapters_delta_loss, delta_loss, product_l2, tensors_l1, tensors_l2, tensors_mse, tokens_mse
+from .losses import product_l2, tensors_l1, tensors_l2, tensors_mse, tokens_mse
 from .options import TrainingOptions
 from .tasks import Batch
 from .text_lines import Text
@@ -41,7 +42,7 @@ class TextLosses:
             adapter.
         stored_deltas: the targets of the deltas of all pairs of the texts' file, instead of either.
         mse_weight, cosine_weight: weights of the parts of the delta loss, see
-            :func:`lora_delta.generate.losses.adapters_delta_loss`.
+            :func:`lora_delta.delta_losses.adapters_delta_loss`.
     """
 
     lm: DifferentiableLMLoss

@@ -213,7 +213,7 @@ class Cuda(Plain):
         self, do: Product, h: Input, o: Input, kept: Any, block: Block, row: Row, gradients: GradientsOf,
         *, need_dx: bool,
     ) -> Product | None:  # fmt: skip
-        from .kernels.attention import attend_vjp
+        from .kernels.attention_vjp import attend_vjp
         from .kernels.rotate import norm_heads_vjp_
 
         config, d, t = block.config, do.ys[0], do.low.t
