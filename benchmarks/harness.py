@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from agreement import Errors, compare, require
+from agreement import DisagreementError, Errors, compare, require
 from contenders import Contender, NotCompiledError, Pass
 from measure import Activity, activity, idle_bytes, peak_bytes, reset_peak, resident_bytes, settle, timed
 from report import report
@@ -253,6 +253,8 @@ class Run:
         essential: who must run.
         local: each is checked, timed and dropped in this process before the next one comes.
         memory: bytes that all processes together may take.
+        noise: two jobs that compute the same, exactly and rounded: once a contender is off by more than the tolerance,
+            their difference widens it.
         changed: called after whatever was measured.
         reference: what the others are compared with.
     """
@@ -264,6 +266,7 @@ class Run:
     essential: Sequence[str] = ()
     local: bool = False
     memory: int | None = None
+    noise: Mapping[str, Job] = field(default_factory=dict)
     changed: Callable[[Run], None] = lambda run: None
     reference: str = ""
     results: dict[str, Result] = field(default_factory=dict)
@@ -281,7 +284,7 @@ class Run:
             WorkerError: one that is essential, or the reference, could not run.
         """
         self.results |= {name: Result() for name in self.jobs}
-        with Pool(self.jobs, self.local) as pool, tempfile.TemporaryDirectory() as scratch:
+        with Pool({**self.jobs, **self.noise}, self.local) as pool, tempfile.TemporaryDirectory() as scratch:
             for name, job in self.jobs.items():
                 report(f"checking {name}")
                 try:
@@ -317,8 +320,32 @@ class Run:
         if self.jobs[name].rounds == 0:
             self.tolerance = self.tolerance.widened(own.agreement)
         else:
-            require(name, own.agreement, self.tolerance)
+            self._require(pool, name, own.agreement, scratch)
         Path(path).unlink()
+
+    def _require(self, pool: Pool, name: str, errors: Errors, scratch: Path) -> None:
+        try:
+            require(name, errors, self.tolerance)
+        except DisagreementError:
+            if not self.noise:
+                raise
+            self._measure_noise(pool, scratch)
+            require(name, errors, self.tolerance)
+
+    def _measure_noise(self, pool: Pool, scratch: Path) -> None:
+        exact, rounded = self.noise
+        self.noise = {}  # it is measured once
+        try:
+            for name in (exact, rounded):
+                report(f"checking {name}")
+                pool.only(name)
+                pool.call(name, "check", _path(scratch, name), COMPARED)
+        except WorkerError as error:
+            report(f"the noise cannot be measured: {error}")
+            return
+        found = compare(_path(scratch, rounded), _path(scratch, exact))
+        report(f"  {found}")
+        self.tolerance = self.tolerance.widened(found)
 
     def _time(self, pool: Pool, group: Sequence[str]) -> None:
         """Interleaved rounds: each takes one step per round, in an order that turns from round to round."""

@@ -116,18 +116,25 @@ def save_adapters(workload: Workload, folder: Path) -> tuple[str, ...]:
 def run_of(workload: Workload, options: argparse.Namespace) -> Run:
     """The floors and the ways.
 
-    In float32 the first way is the reference of the others. In a narrower dtype, and where there is only one, it is
-    hooks in float32 on the same rounded numbers; in bfloat16 their own error in that dtype widens the tolerance.
+    In float32 the first way is the reference of the others; where one is off by more than the tolerance, hooks' own
+    error against float64 widens it. In a narrower dtype, and where there is only one way, the reference is hooks in
+    float32 on the same rounded numbers; in bfloat16 their own error in that dtype widens the tolerance.
     """
     known, hooks, backwards = LOSSES[options.loss], HOOKS[options.loss], options.loss != "labels"
     slow = workload.dtype == torch.float16 and not workload.on_gpu
     ways = [way for way in options.ways if not slow or way.startswith("engine")]
-    jobs, products = {}, workload.compute or workload.dtype
+    jobs, noise, products = {}, {}, workload.compute or workload.dtype
     if products != torch.float32 or workload.dtype != torch.float32 or len(ways) < 2:
         exact = dataclasses.replace(workload, rounded_to=workload.dtype, dtype=torch.float32, compute=None)
         jobs[f"{hooks} in float32"] = job = Job(known[hooks], exact, min(2, workload.adapters), 0)
         if products == torch.bfloat16:
             jobs[f"{hooks} in bfloat16"] = dataclasses.replace(job, workload=dataclasses.replace(exact, dtype=products))
+    else:
+        rounded = Job(known[hooks], workload, min(2, workload.adapters), 0)
+        exact = dataclasses.replace(workload, rounded_to=workload.dtype, dtype=torch.float64)
+        noise = {
+            f"{hooks} in float64": dataclasses.replace(rounded, workload=exact), f"{hooks} in float32": rounded,
+        }  # fmt: skip
     jobs[FLOOR] = Job(partial(Floor, backwards=backwards), workload, workload.adapters, options.rounds)
     if backwards:
         jobs[PRODUCTS] = dataclasses.replace(jobs[FLOOR], make=AdapterProducts)
@@ -139,7 +146,10 @@ def run_of(workload: Workload, options: argparse.Namespace) -> Run:
             adapters, rounds = min(options.seed_adapters, workload.adapters), min(options.rounds, options.seed_rounds)
             jobs[way] = dataclasses.replace(jobs[way], adapters=adapters, rounds=rounds)
     limit = memory_limit(options.memory)
-    return Run(jobs, (*ways, FLOOR), TOLERANCE[products], essential=FLOORS, local=options.one_process, memory=limit)
+    return Run(
+        jobs, (*ways, FLOOR), TOLERANCE[products], essential=FLOORS, local=options.one_process, memory=limit,
+        noise=noise,
+    )  # fmt: skip
 
 
 def record_of(options: argparse.Namespace, keep: Callable[[Record], None]) -> Record:

@@ -113,6 +113,39 @@ def test_in_bfloat16_ways_may_err_twice_as_much_as_hooks_do(
         assert "engine: the value is off by 2.1e-01, expected at most 2.0e-01" in printed.err
 
 
+@pytest.mark.parametrize(
+    ("error", "failing", "tolerated"),
+    [(0.09, [], "0.0001"), (19, [], "0.002"), (21, [], None), (19, ["hooks-one in float64"], None)],
+)
+def test_in_float32_ways_may_err_twice_as_much_as_hooks_do_against_float64(
+    error: float, failing: list[str], tolerated: str | None, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    off = {"engine": 0.0, "hooks-batch": error * 1e-4, "hooks-one in float64": 0.0, "hooks-one in float32": 1e-3}
+
+    def written(way: str) -> dict[str, Tensor] | None:
+        return {name: tensor * (1 + off[way]) for name, tensor in results().items()} if way in off else None
+
+    floors = {"flop": 1, "dtype": "float32"}
+    pool = Pretended(
+        written, facts=lambda name, when: floors if name in throughput.FLOORS else {},
+        failing={name: WorkerError(name, "out of memory") for name in failing},
+    )  # fmt: skip
+    monkeypatch.setattr(harness, "Pool", pool)
+    monkeypatch.setattr(throughput, "set_threads", lambda threads: None)
+    options = ["--size", "tiny", "--ways", "engine", "hooks-batch", "--adapters", "2", "--rounds", "2"]
+    assert throughput.main([*options, "--device", "cpu"]) == (1 if tolerated is None else 0)
+    noise = [] if tolerated == "0.0001" else ["hooks-one in float64", "hooks-one in float32"]
+    assert pool.asked["check"] == [*throughput.FLOORS, "engine", "hooks-batch", *noise[: 1 if failing else 2]]
+    printed = capsys.readouterr()
+    if tolerated is None:
+        limit = "1.0e-04" if failing else "2.0e-03"
+        assert f"hooks-batch: the value is off by {error * 1e-4:.1e}, expected at most {limit}" in printed.err
+    else:
+        each = f"value {tolerated}, gradient {tolerated}, worst {tolerated}"
+        assert f"Errors are relative to engine; tolerated: {each}." in printed.out
+
+
 def test_ways_are_grouped_by_the_memory_that_they_need() -> None:
     footprints = {
         "engine": Footprint(2, peak=4, idle=3),
