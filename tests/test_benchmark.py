@@ -19,6 +19,7 @@ from agreement import TOLERANCE
 from bench import K_PROJ_A, Finished, Pretended, finished_run, results, tiny
 from harness import Footprint, Job, Pool, Run, WorkerError, groups_that_fit
 from measure import Activity, activity
+from reference import relative_error
 from torch import Tensor
 
 from qwen_functional import pack
@@ -144,6 +145,20 @@ def test_in_float32_ways_may_err_twice_as_much_as_hooks_do_against_float64(
     else:
         each = f"value {tolerated}, gradient {tolerated}, worst {tolerated}"
         assert f"Errors are relative to engine; tolerated: {each}." in printed.out
+
+
+@pytest.mark.parametrize("loss", throughput.LOSSES)
+def test_the_noise_of_every_loss_is_that_of_float32(loss: str, tmp_path: Path) -> None:
+    given = ["--loss", loss, "--size", "tiny", "--adapters", "3", "--lengths", "6", "20", "--device", "cpu"]
+    options = throughput.arguments([*given, "--threads", "1"])
+    ((work, _),) = throughput.workloads(options, str(tiny(tmp_path).folder), str(tmp_path))
+    found = []
+    for name, job in throughput.run_of(work, options).noise.items():
+        assert name.endswith(str(job.workload.dtype).removeprefix("torch."))
+        passes: Any = job.make(job.workload).step(job.adapters)
+        assert sum(len(value) for value, _ in passes) == 2
+        found.append(torch.cat([part.flatten().double() for value, own in passes for part in (value, *own.values())]))
+    assert 1e-9 < relative_error(found[1], found[0]) < 1e-5
 
 
 def test_ways_are_grouped_by_the_memory_that_they_need() -> None:
