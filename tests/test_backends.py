@@ -14,7 +14,7 @@ import qwen_functional.plan as plan_module
 from lora_delta import DifferentiableDeltaCompute
 from qwen_functional import LoraSpec, Qwen2Config, init_weights, pack, pack_each
 from qwen_functional.backends import graph
-from qwen_functional.backends.cuda import MAX_HEAD_DIM, MAX_RANK, Cuda, can_fuse
+from qwen_functional.backends.cuda import MAX_HEAD_DIM, MAX_RANK, Cuda, _run_on, can_fuse
 from qwen_functional.backends.plain import Plain
 from qwen_functional.forward import forward_vjp
 from qwen_functional.heads import Hidden, TokenLoss
@@ -174,10 +174,21 @@ def test_a_lora_of_zeros_has_a_delta_of_exactly_zero(rank: int, monkeypatch: pyt
 def test_what_the_kernels_do_not_hold_is_left_to_torch(
     changes: dict[str, Any], rank: int, dtype: torch.dtype, fits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qwen_functional.backends.cuda._compiles", lambda: True)
+    monkeypatch.setattr("qwen_functional.backends.cuda._run_on", lambda device: True)
     config, spec = tiny_config(num_hidden_layers=1, **changes), LoraSpec(rank=rank, target_modules=("q_proj",))
     lora = spec.bind(config, random_lora(config, spec, dtype=torch.float32))
     assert can_fuse(config, init_weights(config, dtype=dtype), lora) is fits
+
+
+@pytest.mark.parametrize(("capability", "hip"), [((7, 5), None), ((9, 4), "6.4")])
+def test_a_gpu_whose_shared_memory_is_too_small_is_left_to_torch(
+    capability: tuple[int, int], hip: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.version, "hip", hip)
+    with pytest.warns(UserWarning, match=rf"several times as long: a GPU is of compute capability \({capability[0]}"):
+        assert not _run_on.__wrapped__(torch.device("cuda:0"))
 
 
 def test_a_step_whose_graphs_have_no_memory_runs_without_them(monkeypatch: pytest.MonkeyPatch) -> None:

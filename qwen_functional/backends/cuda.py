@@ -31,26 +31,33 @@ if TYPE_CHECKING:
 
 MAX_RANK = 64  # the largest that the kernels can hold of a stack's adapters in registers
 MAX_HEAD_DIM = 256
+CAPABILITY = (8, 0)  # older GPUs have less than the 99 KiB of shared memory that the kernels may take
 
 
 def can_fuse(config: Qwen2Config, weights: Qwen2Weights, lora: Lora) -> bool:
-    """Whether the kernels here can compute it: not float64, split models, ranks above 64 or a head_dim above 256."""
+    """Whether the kernels here can compute it: not float64, split models, ranks above 64 or a head_dim above 256, and
+    only on NVIDIA's GPUs since Ampere."""
     ranks = [pair.A.shape[1] for pair in lora.pairs.values()]
     fits = max(ranks, default=0) <= MAX_RANK and config.head_dim <= MAX_HEAD_DIM
-    return fits and weights.compute_dtype != torch.float64 and weights.parallel is None and _compiles()
+    return fits and weights.compute_dtype != torch.float64 and weights.parallel is None and _run_on(weights.device)
 
 
 @functools.cache
-def _compiles() -> bool:
-    """Whether Triton can compile here; warns once if it cannot."""
+def _run_on(device: torch.device) -> bool:
+    """Whether the kernels run on a GPU; warns once if they do not."""
     try:
+        capability = torch.cuda.get_device_capability(device)
+        if torch.version.hip or capability < CAPABILITY:
+            name = torch.cuda.get_device_name(device)
+            raise RuntimeError(f"{name} is of compute capability {capability}, expected NVIDIA's {CAPABILITY} or more")
         from .kernels.norm import add_norm
 
-        x = torch.ones(1, 1, 16, device="cuda")
-        add_norm(x, None, None, None, x[0, 0], 1e-6)
+        with torch.cuda.device(device):
+            x = torch.ones(1, 1, 16, device=device)
+            add_norm(x, None, None, None, x[0, 0], 1e-6)
     except Exception as error:  # no Triton, no C compiler, an unsupported GPU: each has its own
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        warnings.warn(f"Triton cannot compile here, so a step takes several times as long: {reason}", stacklevel=2)
+        warnings.warn(f"no fused kernels here, so a step takes several times as long: {reason}", stacklevel=2)
         return False
     return True
 

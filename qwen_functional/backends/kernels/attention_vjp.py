@@ -54,9 +54,10 @@ def attend_vjp(
     block_q, block_k, warps = blocks(q.dtype, 2 * half)
     sizes = {"NH": heads, "GROUP": heads // kv_heads, "H": half, "HP": padded(half), "DP": padded(2 * half)}
     strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1))
-    _finish[triton.cdiv(n_queries, 64), heads, n_adapters](
+    rows = 64 if q.element_size() == 2 else 16
+    _finish[triton.cdiv(n_queries, rows), heads, n_adapters](
         do, t, A, o, delta, n_queries, rank_of(A, 1),
-        NH=heads, D=2 * half, DP=sizes["DP"], RP=rank_pad, BM=64, num_warps=4,
+        NH=heads, D=2 * half, DP=sizes["DP"], RP=rank_pad, BM=rows, num_warps=4,
     )  # fmt: skip
     block_k = min(block_k, 32)  # 64 would not fit into registers
     _vjp_q[triton.cdiv(n_queries, block_q), heads, n_adapters](

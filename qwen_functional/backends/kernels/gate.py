@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS, COLUMNS, WARPS, STAGES = 64, 64, 4, 3  # more rows or columns of a tile would not fit into registers
 PROGRAMS = 1056  # eight for each multiprocessor of an H100
 
 
@@ -254,9 +253,12 @@ def gate_vjp(
 
 
 def _launch(rank_pad: int, dtype: torch.dtype) -> dict[str, int]:
-    small = rank_pad * dtype.itemsize > 64
-    rows, columns, stages = (32, 32, 2) if small else (ROWS, COLUMNS, STAGES)
-    return {"BM": rows, "BN": columns, "STAGES": stages, "num_warps": WARPS}
+    """Rows and columns of a tile, stages and warps: what spills the least registers and fits into shared memory."""
+    if dtype.itemsize == 4:
+        rows, columns, stages, warps = 32, 32, 2, 8
+    else:
+        rows, columns, stages, warps = {16: (64, 64, 3, 4), 32: (64, 32, 3, 4)}.get(rank_pad, (32, 32, 2, 4))
+    return {"BM": rows, "BN": columns, "STAGES": stages, "num_warps": warps}
 
 
 def _ranks(B_gate: Tensor | None, B_up: Tensor | None, A_down: Tensor | None) -> tuple[int, int, int]:
