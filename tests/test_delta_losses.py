@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 from loss_case import randn, relative
+from torch import Tensor
 from torch.nn import functional as F
 
-from lora_delta.delta_losses import delta_cosine, delta_loss, delta_mse
+from lora_delta.delta_losses import adapters_delta_loss, delta_cosine, delta_loss, delta_mse
 
 NAN = math.nan
 
@@ -82,3 +83,36 @@ def test_nan_in_a_delta_or_a_target_shows_in_every_loss() -> None:
     for loss in (delta_mse, delta_cosine):
         assert loss(delta, spoilt).isnan()
         assert loss(spoilt, delta).isnan()
+
+
+OWN = torch.tensor([2, 0, 0, 2, 1, 2])  # whose vector each one is
+
+
+def test_the_loss_of_adapters_with_unequally_many_vectors_is_that_of_its_formula() -> None:
+    deltas, targets = randn(2, 6, 4), randn(2, 6, 4, seed=1)
+    targets[1, OWN == 0] = 0  # an adapter whose targets in a layer are all zero
+    expected = []
+    for adapter in range(3):
+        layers = []
+        for d, t in zip(deltas[:, adapter == OWN], targets[:, adapter == OWN], strict=True):
+            error, scale = (d - t).square().sum(), t.square().sum() if t.any() else t.numel()
+            layers.append(0.7 * error / scale + 1.3 * (1 - F.cosine_similarity(d, t, dim=-1)).mean())
+        expected.append(torch.stack(layers).mean())
+    loss = adapters_delta_loss(deltas, targets, OWN, 3, mse_weight=0.7, cosine_weight=1.3)
+    torch.testing.assert_close(loss, torch.stack(expected), rtol=1e-12, atol=0)
+
+
+def test_a_square_of_weight_zero_is_not_computed() -> None:
+    deltas, targets = 1e25 * randn(2, 6, 4).float(), 1e25 * randn(2, 6, 4, seed=1).float()  # their squares overflow
+    assert adapters_delta_loss(deltas, targets, OWN, 3, mse_weight=0).isfinite().all()
+    assert delta_loss(deltas, targets, mse_weight=0).isfinite()
+
+
+@pytest.mark.parametrize(
+    ("shape", "own", "found"),
+    [((6, 4), OWN, r"\(6, 4\) and adapters \(6,\)"), ((2, 6, 4), OWN[:5], r"\(2, 6, 4\) and adapters \(5,\)"),
+     ((2, 6, 4), OWN[None], r"\(2, 6, 4\) and adapters \(1, 6\)")],
+)  # fmt: skip
+def test_vectors_and_adapters_of_other_shapes_are_refused(shape: tuple[int, ...], own: Tensor, found: str) -> None:
+    with pytest.raises(ValueError, match=rf"deltas have shape {found}, expected \(layers, V, H\) and \(V,\)"):
+        adapters_delta_loss(randn(*shape), randn(*shape, seed=1), own, 3)

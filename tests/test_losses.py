@@ -60,6 +60,16 @@ def test_what_is_generated_into_the_padding_reaches_neither_the_loss_nor_its_gra
     assert tokens_mse(tokens * NAN, target).isnan()  # outside the padding it matters
 
 
+def test_targets_of_tokens_may_be_tensors_of_their_own_one_for_each_adapter() -> None:
+    tokens, target = randn(3, 2, 5, 4), masked(3, 2, 5, 4)
+    assert tokens_mse(tokens, list(target)) == tokens_mse(tokens, target)
+    assert tokens_mse(tokens.half(), [one.half() for one in target]).dtype == torch.float32
+    with pytest.raises(ValueError, match=r"tokens have shape \(3, 2, 5, 4\), but there are 2 targets"):
+        tokens_mse(tokens, list(target[:2]))
+    with pytest.raises(ValueError, match="tokens is a list, expected a torch.Tensor"):
+        tokens_mse(list(tokens), list(target))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("batch", [(), (3,)])
 def test_the_loss_of_tensors_is_the_mean_over_their_elements(batch: tuple[int, ...]) -> None:
     ours, theirs = adapter(*batch), adapter(*batch, seed=1)
@@ -271,6 +281,13 @@ def test_regularizers_are_means_over_all_entries(batch: tuple[int, ...]) -> None
     spec = LoraSpec(rank=3, alpha=6, rank_pattern={"up_proj": 2}, use_rslora=True)
     explicit = updates(tensors, (6 / math.sqrt(3), 6 / math.sqrt(2))).square().mean()
     torch.testing.assert_close(product_l2(tensors, spec=spec), explicit, rtol=1e-12, atol=0)
+
+
+def test_the_norm_of_updates_needs_no_squares_that_float32_lacks() -> None:
+    tensors = {name: tensor * (1e25 if "lora_B" in name else 1e-25) for name, tensor in adapter().items()}
+    value = product_l2({name: tensor.float() for name, tensor in tensors.items()})
+    assert value.dtype == torch.float32
+    assert relative(value, updates(tensors).square().mean()) < 1e-6
 
 
 @pytest.mark.parametrize("regularizer", [tensors_l1, tensors_l2, product_l2])
