@@ -66,7 +66,7 @@ def test_targets_of_tokens_may_be_tensors_of_their_own_one_for_each_adapter() ->
     assert tokens_mse(tokens.half(), [one.half() for one in target]).dtype == torch.float32
     with pytest.raises(ValueError, match=r"tokens have shape \(3, 2, 5, 4\), but there are 2 targets"):
         tokens_mse(tokens, list(target[:2]))
-    with pytest.raises(ValueError, match="tokens is a list, expected a torch.Tensor"):
+    with pytest.raises(ValueError, match=r"tokens is a list, expected a torch\.Tensor"):
         tokens_mse(list(tokens), list(target))  # type: ignore[arg-type]
 
 
