@@ -107,6 +107,21 @@ def positions_of(positions, node, valid, WINDOWED: tl.constexpr):  # type: ignor
 
 
 @triton.jit
+def block_of_queries(nodes, positions, n_queries, BM: tl.constexpr, WINDOWED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """This program's first query, how many are left from there on, which they are, whether each exists, their nodes,
+    the first and the last of these, and their positions."""
+    m0 = tl.program_id(0).to(tl.int64) * BM
+    left = n_queries - m0
+    m = m0 + tl.arange(0, BM)
+    valid = m < n_queries
+    i = tl.load(nodes + m, valid, other=-1)
+    first_i = tl.load(nodes + m0)
+    last_i = tl.load(nodes + m0 + tl.minimum(left, BM) - 1)
+    pos_i = positions_of(positions, i, valid, WINDOWED)
+    return m0, left, m, valid, i, first_i, last_i, pos_i
+
+
+@triton.jit
 def sees(i, j, end_j, pos_i, pos_j, window, WINDOWED: tl.constexpr):  # type: ignore[no-untyped-def]
     """Whether query i sees key j, of any two shapes that broadcast. A padding query is −1, a padding key ends at 0."""
     seen = (j <= i) & (i < end_j)
@@ -124,14 +139,7 @@ def _attend(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     head = tl.program_id(1)
     g = tl.program_id(2).to(tl.int64)
-    m0 = tl.program_id(0).to(tl.int64) * BM
-    left = n_queries - m0
-    m = m0 + tl.arange(0, BM)
-    valid = m < n_queries
-    i = tl.load(nodes + m, valid, other=-1)
-    first_i = tl.load(nodes + m0)
-    last_i = tl.load(nodes + m0 + tl.minimum(left, BM) - 1)
-    pos_i = positions_of(positions, i, valid, WINDOWED)
+    m0, left, m, valid, i, first_i, last_i, pos_i = block_of_queries(nodes, positions, n_queries, BM, WINDOWED)
     q_tile = load_tile(q + g * q_g + m0 * q_m + head * D, q_m, left, D, BM, DP)
     dtype = q_tile.dtype
     k += g * k_g + head // GROUP * D
@@ -169,5 +177,3 @@ def _attend(  # type: ignore[no-untyped-def]
         A_tile = load_tile(A + g * rank * (NH * D) + head * D, NH * D, rank, D, RP, DP)
         partials += (head.to(tl.int64) * tl.num_programs(2) * n_queries + row) * RP
         store_tile(partials, RP, left, RP, dot(o_tile, tl.trans(A_tile)))
-
-

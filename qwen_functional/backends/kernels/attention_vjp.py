@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention import blocks, chosen, positions_of, rank_of, sees
+from .attention import block_of_queries, blocks, chosen, positions_of, rank_of, sees
 from .tiles import add_dot, dot, load_tile, padded, store_tile
 
 # Fewer programs than this leave multiprocessors of an H100 (132) idle: the keys are then cut into smaller blocks.
@@ -114,6 +114,15 @@ def _finish(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _store_rotated_back(to, stride, left, d1, d2, cos, sin, scale, H: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Stores a tile's halves d1 and d2, rotated back and times scale."""
+    cos_tile = load_tile(cos, H, left, H, d1.shape[0], d1.shape[1]) * scale
+    sin_tile = load_tile(sin, H, left, H, d1.shape[0], d1.shape[1]) * scale
+    store_tile(to, stride, left, H, (d1 * cos_tile + d2 * sin_tile).to(to.dtype.element_ty))
+    store_tile(to + H, stride, left, H, (d2 * cos_tile - d1 * sin_tile).to(to.dtype.element_ty))
+
+
+@triton.jit
 def _vjp_q(  # type: ignore[no-untyped-def]
     do, q, k, v, lse, delta, nodes, end, positions, cos, sin, dq,
     n_queries, n_nodes, window, scale, q_g, q_m, k_g, k_j, v_g, v_j, dq_g, dq_m,
@@ -124,14 +133,7 @@ def _vjp_q(  # type: ignore[no-untyped-def]
     D: tl.constexpr = 2 * H
     head = tl.program_id(1)
     g = tl.program_id(2).to(tl.int64)
-    m0 = tl.program_id(0).to(tl.int64) * BM
-    left = n_queries - m0
-    m = m0 + tl.arange(0, BM)
-    valid = m < n_queries
-    i = tl.load(nodes + m, valid, other=-1)
-    first_i = tl.load(nodes + m0)
-    last_i = tl.load(nodes + m0 + tl.minimum(left, BM) - 1)
-    pos_i = positions_of(positions, i, valid, WINDOWED)
+    m0, left, m, valid, i, first_i, last_i, pos_i = block_of_queries(nodes, positions, n_queries, BM, WINDOWED)
     do_tile = load_tile(do + (g * n_queries + m0) * (NH * D) + head * D, NH * D, left, D, BM, DP)
     dtype = do_tile.dtype
     by_head = (g * NH + head) * n_queries
@@ -162,13 +164,8 @@ def _vjp_q(  # type: ignore[no-untyped-def]
             dq1 = add_dot(dq1, ds, k1)
             dq2 = add_dot(dq2, ds, k2)
 
-    cos_m = load_tile(cos + m0 * H, H, left, H, BM, HP) * scale
-    sin_m = load_tile(sin + m0 * H, H, left, H, BM, HP) * scale
-    dy1 = (dq1 * cos_m + dq2 * sin_m).to(dtype)
-    dy2 = (dq2 * cos_m - dq1 * sin_m).to(dtype)
     dq += g * dq_g + m0 * dq_m + head * D
-    store_tile(dq, dq_m, left, H, dy1)
-    store_tile(dq + H, dq_m, left, H, dy2)
+    _store_rotated_back(dq, dq_m, left, dq1, dq2, cos + m0 * H, sin + m0 * H, scale, H)
 
 
 @triton.jit
@@ -227,13 +224,8 @@ def _vjp_kv(  # type: ignore[no-untyped-def]
             dk1 = add_dot(dk1, ds, q1)
             dk2 = add_dot(dk2, ds, q2)
 
-    cos_j = load_tile(cos + row_j * H, H, left, H, BN, HP) * scale
-    sin_j = load_tile(sin + row_j * H, H, left, H, BN, HP) * scale
-    dy1 = (dk1 * cos_j + dk2 * sin_j).to(dtype)
-    dy2 = (dk2 * cos_j - dk1 * sin_j).to(dtype)
     dk += g * dk_g + row_j * dk_j + kv_head * D
-    store_tile(dk, dk_j, left, H, dy1)
-    store_tile(dk + H, dk_j, left, H, dy2)
+    _store_rotated_back(dk, dk_j, left, dk1, dk2, cos + row_j * H, sin + row_j * H, scale, H)
     store_tile(dv + g * dv_g + row_j * dv_j + kv_head * D, dv_j, left, D, dv_tile.to(dtype))
 
 
