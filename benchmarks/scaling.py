@@ -15,10 +15,11 @@ from collections.abc import Callable, Sequence
 
 from agreement import TOLERANCE
 from contenders import DELTA
-from harness import Job, Pool, Run
+from harness import Run
 from measure import machine_facts, machine_line, memory_limit, set_threads, use_device
 from picture import scaling_figure
 from report import Record, add_common, checked, exit_status, markdown, model_name, report
+from workers import Job, Pool
 from workload import DTYPES, Workload, checkpoint_of, probe_ids, tree_tokens
 
 ANCHOR_ADAPTERS = 8

@@ -19,11 +19,12 @@ import torch
 from agreement import TOLERANCE
 from contenders import DELTA, LABELS, NAMED, Contender
 from floor import AdapterProducts, Floor
-from harness import Job, Pool, Run, WorkerError
+from harness import Run
 from lm_ways import LM, draw_examples, text_ids
 from measure import machine_facts, machine_line, memory_limit, set_threads, use_device
 from picture import throughput_figure
 from report import Record, add_common, checked, exit_status, markdown, model_name, report
+from workers import Job, Pool, WorkerError
 from workload import DTYPES, PROBE_KINDS, Workload, checkpoint_of, probe_ids, tree_tokens
 
 from lora_delta.peft.adapters import save_peft_adapter

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 import workload
-from harness import Footprint, Job, WorkerError
 from safetensors.torch import save_file
 from torch import Tensor
+from workers import Footprint, Job, WorkerError
 from workload import Workload
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,7 +50,7 @@ def results() -> dict[str, Tensor]:
 
 
 class Pretended:
-    """In place of :class:`harness.Pool`: no process is started, and a step takes as many seconds as ``seconds`` says.
+    """In place of :class:`workers.Pool`: no process is started, and a step takes as many seconds as ``seconds`` says.
 
     Attributes:
         asked: {what: the names, in the order in which they were asked for it}.

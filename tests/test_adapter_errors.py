@@ -132,7 +132,7 @@ def test_a_field_of_an_unsupported_value_is_refused_by_name(folder: Path, name: 
         ({"auto_mapping": {"base_model_class": "LlamaForCausalLM"}}, "base_model_class is 'LlamaForCausalLM', exp"),
     ],
 )
-def test_fields_that_disagree_are_refused(folder: Path, fields: dict[str, Any], message: str) -> None:
+def test_fields_that_contradict_others_are_refused(folder: Path, fields: dict[str, Any], message: str) -> None:
     edit_json(folder / JSON, **fields)
     with pytest.raises(ValueError, match=re.escape(message)):
         load_peft_adapter(folder)

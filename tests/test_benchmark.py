@@ -17,10 +17,11 @@ import torch
 import workload
 from agreement import TOLERANCE
 from bench import K_PROJ_A, Finished, Pretended, finished_run, results, tiny
-from harness import Footprint, Job, Pool, Run, WorkerError, groups_that_fit
+from harness import Run, groups_that_fit
 from measure import Activity, activity
 from reference import relative_error
 from torch import Tensor
+from workers import Footprint, Job, Pool, WorkerError
 
 from qwen_functional import pack
 

@@ -33,7 +33,7 @@ def test_only_the_adapters_that_both_have_are_compared(tmp_path: Path) -> None:
     assert errors == Errors(0.0, 0.0, 0.0, errors.worst_name, 1)
 
 
-def test_nan_and_missing_gradients_disagree(tmp_path: Path) -> None:
+def test_agreement_takes_every_gradient_and_no_nan(tmp_path: Path) -> None:
     other = results()
     save_file(other, tmp_path / "reference")
     other[K_PROJ_A][0, 0, 0] = float("nan")
@@ -47,7 +47,7 @@ def test_nan_and_missing_gradients_disagree(tmp_path: Path) -> None:
         compare(str(tmp_path / "other"), str(tmp_path / "reference"))
 
 
-def test_tensors_of_another_shape_disagree(tmp_path: Path) -> None:
+def test_agreement_takes_the_same_shapes(tmp_path: Path) -> None:
     save_file(results(), tmp_path / "reference")
     save_file({name: t[..., :3].contiguous() for name, t in results().items()}, tmp_path / "other")
     with pytest.raises(DisagreementError, match=r"has shape \(2, 4, 3\), expected \(2, 4, 64\)"):

@@ -15,9 +15,9 @@ import torch
 from agreement import TOLERANCE
 from bench import Finished, Pretended, finished_run, results, tiny
 from contenders import Engine
-from harness import Footprint, WorkerError
 from reference import hf_model, peft_model
 from torch import Tensor
+from workers import Footprint, WorkerError
 from workload import named_config, synthetic_probes, tree_tokens
 
 from qwen_functional import LoraSpec, init_weights
@@ -203,7 +203,7 @@ def test_a_run_whose_anchor_fails_ends_there_and_writes_nothing(
     assert not path.exists()
 
 
-def test_passes_that_disagree_with_one_pass_make_the_run_fail(
+def test_a_run_holds_only_if_passes_equal_one_pass(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def written(name: str) -> dict[str, Tensor]:
