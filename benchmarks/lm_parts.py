@@ -27,7 +27,7 @@ from qwen_functional import LoraSpec, Qwen2Config, load_pretrained, pack
 from qwen_functional.dtypes import accumulation_dtype
 from qwen_functional.memory import give_back_freed_memory
 from qwen_functional.ops.attention import attention, attention_vjp
-from qwen_functional.ops.lm_head import ROWS, Targets, lm_head_loss
+from qwen_functional.ops.lm_head import ROWS, Ordered, Targets, lm_head_loss
 
 PARTS = ("head", "long")
 COMPLETION = 1 / 3
@@ -72,6 +72,7 @@ def head_row(E: Tensor, rows: int, rounds: int) -> str:
     """The head's loss and gradient, and its products, in turn."""
     h = torch.randn(rows, E.shape[1], dtype=E.dtype)
     targets = Targets.of_tokens(torch.arange(rows), torch.randint(len(E), (rows,)), torch.ones(rows))
+    ordered = Ordered.of(targets, E.device, accumulation_dtype(E.dtype))
 
     def products() -> None:
         z, d = E.new_empty(min(rows, ROWS), len(E)), E.new_empty(min(rows, ROWS), E.shape[1])
@@ -81,7 +82,7 @@ def head_row(E: Tensor, rows: int, rounds: int) -> str:
             torch.mm(z[: len(part)], E, out=d[: len(part)])
 
     def head() -> None:
-        lm_head_loss(h, E, targets)
+        lm_head_loss(h, E, ordered)
 
     times: dict[Callable[[], None], list[float]] = {head: [], products: []}
     for _ in range(rounds + 1):

@@ -15,6 +15,7 @@ from qwen_functional.compiled import opaque
 from qwen_functional.dtypes import accumulation_dtype
 from qwen_functional.forward import forward_vjp
 from qwen_functional.heads import Hidden
+from qwen_functional.ops.sums import index_sum_
 from qwen_functional.plan import checked_layers
 
 from . import autograd
@@ -279,5 +280,5 @@ class _DeltaPasses(AdapterPasses):
 
 def _means(vectors: Tensor, of: Tensor, counts: Tensor) -> Tensor:
     """The mean (layers, g, H) of each adapter's vectors (layers, V, H)."""
-    sums = vectors.new_zeros(len(vectors), len(counts), vectors.shape[-1]).index_add(1, of, vectors)
-    return sums / counts.to(vectors)[:, None]
+    zeros = vectors.new_zeros(len(vectors), len(counts), vectors.shape[-1])
+    return index_sum_(zeros, 1, of, vectors) / counts.to(vectors)[:, None]

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from .dtypes import accumulation_dtype
-from .ops.lm_head import Part, StateTargets, Targets, lm_head_divergence, lm_head_loss
+from .ops.lm_head import Ordered, Part, StateTargets, Targets, lm_head_divergence, lm_head_loss
 from .ops.rmsnorm import rmsnorm, rmsnorm_vjp
+from .ops.sums import index_sum_
 from .packing import PackedTokens, check_ids
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Head(Protocol):
         """The nodes (P,) that it reads of a row: that of adapter ``index``, or the one that all adapters share."""
 
     def bind(self, plan: Plan, row_of: Tensor) -> Bound:
-        """The head bound to a plan; ``row_of`` (P,) or (ΣP,): the index of each of its reads among all rows read."""
+        """The head bound to a plan; ``row_of`` (P,) or (ΣP,), on the CPU: where each of its reads is among all rows."""
 
 
 class Bound(Protocol):
@@ -70,14 +71,17 @@ class Hidden:
         return tokens.reads(self.read) if isinstance(self.read, str) else self.read[index]
 
     def bind(self, plan: Plan, row_of: Tensor) -> Bound:
-        return _BoundHidden(self, plan, row_of)
+        return BoundHidden(self, plan, row_of)
 
 
-class _BoundHidden:
+class BoundHidden:
+    """Attributes: row_of, as for :meth:`Head.bind`, on the weights' device; it may be overwritten."""
+
     def __init__(self, head: Hidden, plan: Plan, row_of: Tensor) -> None:
         self.single = isinstance(head.layer, int)
         self.layers: tuple[int, ...] = (head.layer,) if isinstance(head.layer, int) else tuple(head.layer)
-        self.row_of, self.top, self.own_texts = row_of, plan.top, plan.own_texts
+        self.row_of = row_of.to(plan.weights.device)
+        self.top, self.own_texts = plan.top, plan.own_texts
         self.n_adapters = 1 if plan.own_texts else plan.n_adapters
         self.norm, self.eps = plan.weights.norm, plan.config.rms_norm_eps
 
@@ -151,34 +155,19 @@ class TokenLoss:
 
 class _BoundTokenLoss:
     def __init__(self, head: TokenLoss, plan: Plan, row_of: Tensor) -> None:
-        if plan.weights.lm_head is None:
+        weights, self.n_adapters = plan.weights, plan.n_adapters
+        if weights.lm_head is None:
             raise ValueError("weights have no lm_head, which a loss needs; expected load_pretrained with lm_head=True")
-        n = plan.n_adapters if plan.own_texts else 1
-        if len(head.targets) != n:
-            raise ValueError(f"there are {len(head.targets)} targets, expected {n}, one for each row of tokens")
-        n_rows = sum(len(tables.rows) for tables in plan.tables)
-        adapters = torch.arange(n).repeat_interleave(torch.tensor([len(one.rows) for one in head.targets]))
-        kind: Any = type(head.targets[0])
-        rows, targets = row_of.cpu(), kind.joined(head.targets)
-        if not plan.own_texts:  # the same for each adapter
-            n = plan.n_adapters
-            adapters = torch.arange(n).repeat_interleave(len(rows))
-            rows = (rows + n_rows * torch.arange(n)[:, None]).flatten()
-            targets = kind.joined([targets] * n)
-        config, weights = plan.config, plan.weights
-        if kind is Targets:
-            check_ids(targets.indices, config.vocab_size)
-        elif head.label_smoothing:
-            smoothing = head.label_smoothing
-            raise ValueError(f"label_smoothing is {smoothing!r}, expected 0 for targets from a teacher's states")
-        self.head, self.weights, self.eps, self.top = head, weights, config.rms_norm_eps, plan.top
-        self.n_adapters = plan.n_adapters
-        self.widen = 1 if plan.own_texts else plan.n_adapters
-        self.n_rows, self.adapters = n_rows, adapters.to(weights.device)
-        self.targets = targets.at(rows).to(weights.device)
-        of_row = torch.zeros(n_rows * self.widen, dtype=torch.int64, device=weights.device)
-        of_row[self.targets.rows] = self.adapters
-        self.adapter_of_row = of_row
+        self.head, self.weights, self.eps, self.top = head, weights, plan.config.rms_norm_eps, plan.top
+        self.backend, self.widen = plan.backend, 1 if plan.own_texts else plan.n_adapters
+        self.n_rows, device = sum(len(tables.rows) for tables in plan.tables), weights.device
+        targets, adapters, adapter_of_row = _joined(head, plan, row_of, self.n_rows)
+        self.adapters, self.adapter_of_row = adapters.to(device), adapter_of_row.to(device)
+        self.targets: Ordered | StateTargets
+        if isinstance(targets, Targets):
+            self.targets = Ordered.of(targets, device, accumulation_dtype(weights.compute_dtype), head.label_smoothing)
+        else:
+            self.targets = targets.to(device)
 
     def __call__(self, states: dict[int, Tensor], keep: bool) -> tuple[Tensor, Any]:
         top, weights = states[self.top], self.weights
@@ -196,16 +185,43 @@ class _BoundTokenLoss:
         else:
             E = matrix.to(h.dtype)
         if isinstance(self.targets, StateTargets):
-            losses, dh = lm_head_divergence(h, E, self.targets, temperature=temperature, keep=keep, part=part)
+            losses, dh = lm_head_divergence(
+                h, E, self.targets, temperature=temperature, keep=keep, part=part, divergence=self.backend.divergence_
+            )
         else:
             losses, dh = lm_head_loss(
-                h, E, self.targets, label_smoothing=smoothing, temperature=temperature, keep=keep, part=part, mean=mean
-            )
+                h, E, self.targets, label_smoothing=smoothing, temperature=temperature, keep=keep, part=part, mean=mean,
+                softmax=self.backend.softmax_,
+            )  # fmt: skip
         value = torch.zeros(self.n_adapters, dtype=accumulation_dtype(h.dtype), device=h.device)
-        value.index_add_(0, self.adapters, losses.to(value.dtype))
+        index_sum_(value, 0, self.adapters, losses.to(value.dtype))
         return value, (top, rstd, dh) if keep else None
 
     def vjp(self, cotangent: Tensor, kept: Any) -> dict[int, Tensor]:
         top, rstd, dh = kept
         d = (dh * cotangent.to(dh.dtype)[self.adapter_of_row, None]).view(self.widen, self.n_rows, -1)
         return {self.top: rmsnorm_vjp(d.to(top.dtype), top, self.weights.norm, rstd)}
+
+
+def _joined(
+    head: TokenLoss, plan: Plan, row_of: Tensor, n_rows: int
+) -> tuple[Targets | StateTargets, Tensor, Tensor]:
+    """The targets of all adapters, the adapter of each, and that of each row, on the CPU."""
+    n = plan.n_adapters if plan.own_texts else 1
+    if len(head.targets) != n:
+        raise ValueError(f"there are {len(head.targets)} targets, expected {n}, one for each row of tokens")
+    kind: Any = type(head.targets[0])
+    targets, rows = kind.joined(head.targets), row_of
+    if plan.own_texts:
+        adapters = torch.arange(n).repeat_interleave(torch.tensor([len(one.rows) for one in head.targets]))
+    else:  # the same for each adapter
+        n = plan.n_adapters
+        adapters = torch.arange(n).repeat_interleave(len(rows))
+        rows = (rows + n_rows * torch.arange(n)[:, None]).flatten()
+        targets, n_rows = kind.joined([targets] * n), n_rows * n
+    if kind is Targets:
+        check_ids(targets.indices, plan.config.vocab_size)
+    elif head.label_smoothing:
+        smoothing = head.label_smoothing
+        raise ValueError(f"label_smoothing is {smoothing!r}, expected 0 for targets from a teacher's states")
+    return targets.at(rows), adapters, torch.zeros(n_rows, dtype=torch.int64).index_copy_(0, rows, adapters)

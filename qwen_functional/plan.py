@@ -18,7 +18,7 @@ from .backends import choose
 from .config import Qwen2Config
 from .cost import Cost
 from .dtypes import accumulation_dtype
-from .heads import Head, Hidden
+from .heads import BoundHidden, Head, Hidden
 from .lora import Lora, parse_name
 from .memory import free_bytes
 from .packing import PackedTokens
@@ -108,8 +108,9 @@ class Plan:
         compute = weights.compute_dtype
         self._sizes = tuple(map(len, trees))
         with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be refilled outside that mode
-            self.tables, self.row_of = self._made(trees)
-            self.bound = [head.bind(self, row_of) for head, row_of in zip(self.heads, self.row_of, strict=True)]
+            self.tables, places = self._made(trees)
+            self.bound = [head.bind(self, own) for head, own in zip(self.heads, places, strict=True)]
+        self._n_reads = [len(own) for own in places]
         self.groups = self._grouped(compute)
         self.n_rows = sum(len(tables.rows) for tables in self.tables)
         ranks = {key: rank for key, rank, *_ in self.structure}
@@ -165,7 +166,7 @@ class Plan:
             else:
                 size = max(self._sizes[own])
                 tables.append(self._tables([tree.padded(size) for tree in trees[own]], nodes[own]))
-        return tables, [own.to(self.weights.device) for own in places]
+        return tables, places
 
     def _tables(self, tokens: PackedTokens | Sequence[PackedTokens], read: Tensor | Sequence[Tensor]) -> Tables:
         dtype = accumulation_dtype(self.weights.compute_dtype)
@@ -200,7 +201,7 @@ class Plan:
         if sizes != (self._sizes, self.n_adapters, self.batched, self.structure):
             return False
         reads = (sum(len(head.reads(tree, index)) for index, tree in enumerate(trees)) for head in self.heads)
-        return list(reads) == [len(row_of) for row_of in self.row_of]
+        return list(reads) == self._n_reads
 
     def fill(self, tokens: PackedTokens) -> None:
         """Replace the tokens with others of the same sizes: as many tokens, sequences, and rows that are read.
@@ -209,19 +210,19 @@ class Plan:
             ValueError: other sizes, tokens that the model cannot take, or a plan for each adapter's own texts or for
                 other heads than a single :class:`Hidden`.
         """
-        (head, *others), (tables, *_), (row_of, *_) = self.heads, self.tables, self.row_of
-        if self.own_texts or others or not isinstance(head, Hidden):
+        (bound, *others), (tables, *_), (head, *_) = self.bound, self.tables, self.heads
+        if self.own_texts or others or not isinstance(bound, BoundHidden):
             raise ValueError("the plan is for each adapter's texts or for other heads, expected one for hidden states")
         read = head.reads(tokens, 0)
         (nodes,), _ = _places([[read]])
         sizes = len(tokens), len(read), len(nodes)
-        if sizes != (self._sizes[0], len(row_of), self.n_rows):
-            expected = f"{self._sizes[0]} tokens, {len(row_of)} sequences and {self.n_rows} rows that are read"
+        if sizes != (self._sizes[0], len(bound.row_of), self.n_rows):
+            expected = f"{self._sizes[0]} tokens, {len(bound.row_of)} sequences and {self.n_rows} rows that are read"
             found = "{} tokens, {} sequences and {} rows that are read".format(*sizes)
             raise ValueError(f"tokens have {found}, expected {expected} as in the plan")
         with torch.inference_mode(False), torch.no_grad():
             (made,), (new,) = self._made((tokens,))
-            row_of.copy_(new)
+            bound.row_of.copy_(new)
             tables.fill(made, tokens, nodes)
         self.fills += 1
 

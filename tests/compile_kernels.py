@@ -20,6 +20,8 @@ import qwen_functional.plan as plan_module
 from qwen_functional import LoraSpec, init_weights, pack
 from qwen_functional.backends.cuda import Cuda
 from qwen_functional.forward import forward_vjp
+from qwen_functional.heads import Hidden, TokenLoss
+from qwen_functional.ops.lm_head import StateTargets, Targets
 
 # Qwen2.5-0.5B's sizes; with the other head dims, Qwen3's norms of heads.
 SIZES: dict[int, dict[str, Any]] = {
@@ -54,8 +56,11 @@ def shared_memory(head_dim: int, dtype: torch.dtype, rank: int, capability: int)
     spec, tokens = LoraSpec(rank=rank), pack([[5, 6, 7, 8], [5, 6, 20], [30]])
     lora = spec.bind(config, random_lora(config, spec, 2, dtype=torch.float32))
     # What is computed are numbers that no kernel has written.
-    value, vjp = forward_vjp(config, init_weights(config, dtype=dtype), tokens, lora)
-    vjp(torch.ones_like(value))
+    rows, weights = torch.tensor([0, 1]), torch.ones(2)
+    states = StateTargets(rows, torch.ones(2, config.hidden_size), weights)
+    heads = Hidden(), TokenLoss([Targets.of_tokens(rows, rows, weights)]), TokenLoss([states])
+    values, vjp = forward_vjp(config, init_weights(config, dtype=dtype), tokens, lora, heads=heads)
+    vjp([torch.ones_like(value) for value in values])
     return found
 
 

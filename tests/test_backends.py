@@ -18,7 +18,7 @@ from qwen_functional.backends.cuda import MAX_HEAD_DIM, MAX_RANK, Cuda, _run_on,
 from qwen_functional.backends.plain import Plain
 from qwen_functional.forward import forward_vjp
 from qwen_functional.heads import Hidden, TokenLoss
-from qwen_functional.ops.lm_head import Targets
+from qwen_functional.ops.lm_head import StateTargets, Targets
 from qwen_functional.plan import Plan
 
 pytest.importorskip("triton")
@@ -100,8 +100,13 @@ def test_own_texts_and_their_loss_equal_those_of_the_plain_backend(case: str, mo
     tensors = random_lora(config, spec, n_adapters, dtype=torch.float32, device=DEVICE)
     weights, lora = init_weights(config, device=DEVICE), spec.bind(config, tensors)
     texts = pack_each([[[5, 6, 7, 8], [5, 6, 20]], [[30, 31, 32, 33, 34, 35]]])
-    rows, wanted, weight = torch.tensor([1, 2]), torch.tensor([7, 8]), torch.tensor([0.5, 2.0])
-    heads = Hidden(options.get("layer", -1)), TokenLoss([Targets.of_tokens(rows, wanted, weight)] * 2)
+    rows, wanted, weight = torch.tensor([1, 2, 1]), torch.tensor([7, 8, 9]), torch.tensor([0.5, 2.0, 1.0])
+    states = torch.randn(3, config.hidden_size, generator=torch.Generator().manual_seed(2))
+    heads = (
+        Hidden(options.get("layer", -1)),
+        TokenLoss([Targets.of_tokens(rows, wanted, weight)] * 2, label_smoothing=0.1, temperature=1.5),
+        TokenLoss([StateTargets(rows, states, weight)] * 2, temperature=0.5),
+    )
     found = []
     for backend in (Plain(), Cuda()):
         monkeypatch.setattr(plan_module, "choose", lambda *_, backend=backend: backend)

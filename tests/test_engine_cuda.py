@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,10 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import qwen_functional.plan as plan_module
-from qwen_functional import LoraSpec, PackedTokens, pack
+from qwen_functional import LoraSpec, PackedTokens, heads, pack, pack_each
 from qwen_functional.backends.plain import Plain
 from qwen_functional.finite import raise_found
 from qwen_functional.forward import forward, forward_vjp
+from qwen_functional.heads import Head, Hidden, TokenLoss
+from qwen_functional.ops import lm_head
+from qwen_functional.ops.lm_head import StateTargets, Targets
 from qwen_functional.plan import Plan
 from qwen_functional.weights import empty_weights
 
@@ -27,6 +31,10 @@ CONFIG = tiny_config(**CONFIGS["windows"])
 SPEC = LoraSpec(rank=2)
 TOKENS = pack([[5, 6, 7, 8, 9], [5, 6, 7, 20], [30, 31, 32], [5, 6], [5, 6]])
 TOKENS.end  # noqa: B018  (cached now, from real tensors)
+OWN = pack_each([[[5, 6, 7, 8], [5, 6, 20]], [[30, 31, 32], [30, 31, 32]], [[7, 7, 7]]])
+ROWS, WEIGHTS = torch.tensor([1, 2, 1]), torch.tensor([0.5, 2.0, 1.0])
+TWO_EACH = Targets(ROWS, torch.tensor([[7, 8], [9, 7], [8, 7]]), torch.full((3, 2), 0.5), WEIGHTS)
+STATES = StateTargets(ROWS, torch.ones(3, CONFIG.hidden_size), WEIGHTS)
 BUDGET = 1 << 20  # free GPU memory cannot be queried
 
 
@@ -60,7 +68,8 @@ class Transfers(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, given = func.overloadpacket, [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         by_mask = name in (aten.index, aten.index_put, aten.index_put_) and any(t.dtype == torch.bool for t in given)
-        if name in READING or by_mask:  # the host must know how many are true
+        reads = name in READING and any(t.device.type == "cuda" for t in given)
+        if reads or by_mask:  # the host must know how many are true
             self.back.append(str(func))
         if name in (aten.lift_fresh, aten.lift_fresh_copy):  # torch.tensor of numbers
             self.there.append(str(func))
@@ -97,7 +106,8 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FloatsOnTheCpu]:
     # The tokens are real tensors on the CPU, and are read there.
     for name in ("check_fits", "reads", "tiles", "readout_tiles"):
         monkeypatch.setattr(PackedTokens, name, _with_real_tensors(getattr(PackedTokens, name)))
-    monkeypatch.setattr(plan_module, "_places", _with_real_tensors(plan_module._places))
+    for of, name in ((plan_module, "_places"), (TokenLoss, "reads"), (heads, "_joined"), (lm_head, "_by_row")):
+        monkeypatch.setattr(of, name, _with_real_tensors(getattr(of, name)))
     with FakeTensorMode(allow_non_fake_inputs=True), FloatsOnTheCpu() as floats:
         yield floats
 
@@ -216,6 +226,32 @@ def test_a_step_by_a_plan_leaves_all_values_where_they_are(
         assert gradients
         assert {tensor.device for tensor in (value, *gradients.values())} == {CUDA}
         assert (transfers.back, transfers.there) == ([], [])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("tokens", [TOKENS, OWN], ids=["shared texts", "own texts"])
+@pytest.mark.parametrize(
+    "head",
+    [
+        TokenLoss([Targets.of_tokens(ROWS[:2], torch.tensor([7, 8]), WEIGHTS[:2])]),
+        TokenLoss([TWO_EACH], label_smoothing=0.1, temperature=2.0),
+        TokenLoss([STATES], temperature=2.0),
+    ],
+    ids=["cross-entropy", "several targets for a row", "teacher's states"],
+)
+def test_a_step_with_a_loss_by_a_plan_leaves_all_values_where_they_are(
+    fake_cuda: FloatsOnTheCpu, head: TokenLoss, tokens: Any, dtype: torch.dtype
+) -> None:
+    weights, lora = empty_weights(CONFIG, dtype, "cuda"), SPEC.bind(CONFIG, lora_on_cuda(3, torch.float32))
+    own = replace(head, targets=[*head.targets] * (3 if tokens is OWN else 1))
+    both: list[Head] = [own, Hidden()]
+    plan = Plan(CONFIG, weights, tokens, lora, memory_budget=BUDGET, heads=both)
+    with Transfers() as transfers:
+        values, vjp = forward_vjp(CONFIG, weights, tokens, lora, plan=plan, heads=both)
+        gradients = vjp([torch.empty_like(value) for value in values])
+    assert values[0].shape == (3,)
+    assert {tensor.device for tensor in (*values, *gradients.values())} == {CUDA}
+    assert (transfers.back, transfers.there) == ([], [])
 
 
 def test_what_is_moved_between_host_and_device_is_seen(fake_cuda: FloatsOnTheCpu) -> None:

@@ -99,7 +99,7 @@ def test_a_filled_plan_reads_the_tables_that_it_had(device: str) -> None:
     plan = Plan(CONFIG, weights, pack(SEQUENCES), lora)
 
     def tables() -> dict[str, int]:
-        made = {**vars(plan.tables[0]), "row_of": tuple(plan.row_of)}.items()
+        made = {**vars(plan.tables[0]), "row_of": vars(plan.bound[0])["row_of"]}.items()
         flat = {name: (value,) if isinstance(value, Tensor) else value for name, value in made}
         return {
             f"{name} {index}": tensor.data_ptr()

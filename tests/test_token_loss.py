@@ -18,7 +18,7 @@ from qwen_functional import LoraSpec, init_weights, pack, pack_each
 from qwen_functional.forward import forward_vjp
 from qwen_functional.heads import Hidden, TokenLoss
 from qwen_functional.ops import lm_head
-from qwen_functional.ops.lm_head import StateTargets, Targets, lm_head_divergence, lm_head_loss
+from qwen_functional.ops.lm_head import Ordered, StateTargets, Targets, lm_head_divergence, lm_head_loss
 
 F64 = torch.float64
 V, H = 53, 8
@@ -39,6 +39,12 @@ def drawn_targets(n: int, n_rows: int, k: int = 1, seed: int = 0) -> Targets:
     weights = torch.rand(n, generator=chance, dtype=F64)
     weights[0] = 0
     return Targets(rows, indices, probs, weights)
+
+
+def loss(h: Tensor, weight: Tensor, targets: Targets, **options: Any) -> tuple[Tensor, Tensor | None]:
+    dtype = F64 if h.dtype == F64 else torch.float32
+    ordered = Ordered.of(targets, h.device, dtype, options.get("label_smoothing", 0.0))
+    return lm_head_loss(h, weight, ordered, **options)
 
 
 def whole_logits(h: Tensor, weight: Tensor, targets: Targets, smoothing: float, temperature: float) -> Tensor:
@@ -62,11 +68,11 @@ def test_losses_and_their_gradient_equal_those_of_whole_logits(
     expected = whole_logits(h, weight, targets, smoothing, temperature)
     (gradient,) = torch.autograd.grad(expected.sum(), h)
     options: dict[str, Any] = {"label_smoothing": smoothing, "temperature": temperature}
-    losses, dh = lm_head_loss(h.detach(), weight, targets, **options)
+    losses, dh = loss(h.detach(), weight, targets, **options)
     assert relative_error(losses, expected.detach()) <= 1e-13
     assert dh is not None
     assert relative_error(dh, gradient) <= 1e-13
-    alone, none = lm_head_loss(h.detach(), weight, targets, **options, keep=False)
+    alone, none = loss(h.detach(), weight, targets, **options, keep=False)
     assert none is None
     assert relative_error(alone, losses) <= 1e-14
 
@@ -78,7 +84,7 @@ def test_losses_and_gradient_are_float32_unless_the_states_are_float64(dtype: to
     if of_states:
         found = lm_head_divergence(h, weight, StateTargets(drawn.rows, normal(17, H), drawn.weights))
     else:
-        found = lm_head_loss(h, weight, drawn)
+        found = loss(h, weight, drawn)
     assert {one.dtype for one in found if one is not None} == {F64 if dtype == F64 else torch.float32}
 
 
@@ -88,7 +94,7 @@ def test_cross_entropy_is_torchs() -> None:
     targets = Targets.of_tokens(torch.arange(9), tokens, weights)
     for smoothing in (0.0, 0.2):
         expected = F.cross_entropy(h @ weight.T, tokens, reduction="none", label_smoothing=smoothing) * weights
-        assert relative_error(lm_head_loss(h, weight, targets, label_smoothing=smoothing)[0], expected) <= 1e-13
+        assert relative_error(loss(h, weight, targets, label_smoothing=smoothing)[0], expected) <= 1e-13
 
 
 def test_a_whole_distribution_gives_torchs_kl_and_its_largest_part_may_give_less_than_zero() -> None:
@@ -96,10 +102,10 @@ def test_a_whole_distribution_gives_torchs_kl_and_its_largest_part_may_give_less
     log_p = other.log_softmax(-1)
     whole = Targets(torch.arange(6), torch.arange(V).expand(6, V), log_p.exp(), torch.ones(6, dtype=F64))
     expected = F.kl_div((h @ weight.T).log_softmax(-1), log_p, reduction="none", log_target=True).sum(1)
-    assert relative_error(lm_head_loss(h, weight, whole)[0], expected) <= 1e-12
+    assert relative_error(loss(h, weight, whole)[0], expected) <= 1e-12
     own = (h @ weight.T).log_softmax(-1).topk(3)
     part = Targets(torch.arange(6), own.indices, 0.5 * own.values.exp(), torch.ones(6, dtype=F64))
-    assert (lm_head_loss(h, weight, part)[0] < 0).all()  # the mass that p leaves out does not count
+    assert (loss(h, weight, part)[0] < 0).all()  # the mass that p leaves out does not count
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 4, 256])
@@ -136,7 +142,7 @@ def test_of_a_narrow_dtype_the_gradient_is_no_further_off_than_torchs(dtype: tor
     (expected,) = torch.autograd.grad(exact.sum(), wide)
     narrow = h.clone().requires_grad_()
     (theirs,) = torch.autograd.grad(F.cross_entropy((narrow @ weight.T).float(), tokens, reduction="sum"), narrow)
-    losses, dh = lm_head_loss(h, weight, targets)
+    losses, dh = loss(h, weight, targets)
     assert losses.dtype == torch.float32
     assert dh is not None
     assert relative_error(dh, expected) <= 1.1 * relative_error(theirs, expected)
@@ -161,7 +167,7 @@ def test_no_more_than_a_few_rows_of_logits_are_held(monkeypatch: pytest.MonkeyPa
         targets = Targets.of_tokens(torch.arange(n), torch.arange(n), torch.ones(n))
         h = normal(n, H)
         with Largest() as largest:
-            lm_head_loss(h, weight, targets)
+            loss(h, weight, targets)
         peaks.append(largest.numel)
     assert peaks == [4 * 5000] * 2
 

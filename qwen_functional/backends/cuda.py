@@ -19,6 +19,7 @@ from ..architecture import STACKS, projection_shape
 from ..config import Qwen2Config
 from ..lora import Lora, LoraPair
 from ..ops.linear import Weight
+from ..ops.lm_head import Part
 from ..parallel import TensorParallel
 from ..stacking import Adapted, Cotangent, GradientsOf, Input, Product, Stack
 from ..weights import Qwen2Weights
@@ -189,6 +190,20 @@ class Cuda(Plain):
         assert isinstance(weight, Tensor)
         dx = torch.mm(d.flatten(0, 1), weight).unflatten(0, d.shape[:2])
         return Product([dx], stack, dy)
+
+    # The passes over logits; there is no part, as split models take another backend
+
+    @staticmethod
+    def softmax_(z: Tensor, scale: float = 1.0, keep: bool = True, part: Part | None = None) -> tuple[Tensor, Tensor]:
+        from .kernels.lm_head import softmax_
+
+        return softmax_(z, scale, keep)
+
+    @staticmethod
+    def divergence_(z: Tensor, t: Tensor, scale: float = 1.0, keep: bool = True, part: Part | None = None) -> Tensor:
+        from .kernels.lm_head import divergence_
+
+        return divergence_(z, t, scale, keep)
 
     # Attention
 

@@ -3,6 +3,7 @@
 A backend has these methods. It overrides those that are slow on its chip, with the same results up to rounding:
 
 * ``add_norm``, ``product``, ``attend``, ``gate`` forward, and their vjps, which :mod:`..block` calls in this order;
+* ``softmax_`` and ``divergence_``, which go over logits in :mod:`..ops.lm_head`;
 * ``stack``, how weights and adapters are laid out; ``adapters``, what is done to LoRA tensors once a step;
 * ``chunks``, how many adapters go through a block at once; ``kept_numbers``, what a block keeps.
 """
@@ -23,6 +24,7 @@ from ..lora import Lora
 from ..ops import linear as low_rank
 from ..ops.attention import attention, attention_vjp, kept_keys
 from ..ops.linear import Weight
+from ..ops.lm_head import divergence_, softmax_
 from ..ops.rmsnorm import rmsnorm_to, rmsnorm_vjp
 from ..ops.rope import rope_into, rope_vjp
 from ..ops.swiglu import swiglu_, swiglu_partials_, swiglu_vjp_
@@ -214,6 +216,11 @@ class Plain:
         if t is not None and stack.A is not None:
             dx.baddbmm_(t, stack.A)
         return Product([dx if stack.summed_back is None else stack.summed_back.sum_(dx)])
+
+    # The passes over logits
+
+    softmax_ = staticmethod(softmax_)
+    divergence_ = staticmethod(divergence_)
 
     # Attention
 
