@@ -215,9 +215,10 @@ def usable_device(device: torch.device | str | None = None) -> torch.device:
 
 
 def _named_device(device: torch.device | str | None) -> torch.device:
-    found: torch.device | None = None
-    with suppress(RuntimeError, TypeError):
-        found = default_device() if device is None else torch.device(device)
+    found = default_device() if device is None else None
+    if isinstance(device, (str, torch.device)):  # torch takes a number for a GPU where it sees one
+        with suppress(RuntimeError):
+            found = torch.device(device)
     if found is None or found.type not in ("cpu", "cuda"):
         raise ValueError(f"device is {device!r}, expected one such as 'cpu', 'cuda' or 'cuda:1'")
     return found

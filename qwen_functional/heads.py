@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .dtypes import accumulation_dtype
+from .memory import to_device
 from .ops.lm_head import Ordered, Part, StateTargets, Targets, lm_head_divergence, lm_head_loss
 from .ops.rmsnorm import rmsnorm, rmsnorm_vjp
 from .ops.sums import index_sum_
@@ -80,7 +81,7 @@ class BoundHidden:
     def __init__(self, head: Hidden, plan: Plan, row_of: Tensor) -> None:
         self.single = isinstance(head.layer, int)
         self.layers: tuple[int, ...] = (head.layer,) if isinstance(head.layer, int) else tuple(head.layer)
-        self.row_of = row_of.to(plan.weights.device)
+        self.row_of = to_device(row_of, plan.weights.device)
         self.top, self.own_texts = plan.top, plan.own_texts
         self.n_adapters = 1 if plan.own_texts else plan.n_adapters
         self.norm, self.eps = plan.weights.norm, plan.config.rms_norm_eps
@@ -162,7 +163,7 @@ class _BoundTokenLoss:
         self.backend, self.widen = plan.backend, 1 if plan.own_texts else plan.n_adapters
         self.n_rows, device = sum(len(tables.rows) for tables in plan.tables), weights.device
         targets, adapters, adapter_of_row = _joined(head, plan, row_of, self.n_rows)
-        self.adapters, self.adapter_of_row = adapters.to(device), adapter_of_row.to(device)
+        self.adapters, self.adapter_of_row = to_device(adapters, device), to_device(adapter_of_row, device)
         self.targets: Ordered | StateTargets
         if isinstance(targets, Targets):
             self.targets = Ordered.of(targets, device, accumulation_dtype(weights.compute_dtype), head.label_smoothing)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 
 def free_bytes(device: torch.device) -> int:
@@ -17,6 +18,14 @@ def free_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return min(_system_bytes(), cgroup_bytes()) + _heap_bytes()
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor.to(device)``, from the host's memory without waiting for what a GPU has still to do.
+
+    The driver has taken a copy of pageable memory by the time that it returns: the tensor may be changed or freed.
+    """
+    return tensor.to(device, non_blocking=True)
 
 
 _HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .config import Qwen2Config
+from .memory import to_device
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 TILE = 64  # queries per tile: large enough for a GEMM, small enough that few keys are masked out
@@ -39,8 +40,9 @@ class AttentionTile:
     blocked: Tensor | None
 
     def to(self, device: torch.device) -> AttentionTile:
-        keys = self.keys.to(device) if isinstance(self.keys, Tensor) else self.keys
-        return AttentionTile(self.queries, keys, self.free, None if self.blocked is None else self.blocked.to(device))
+        keys = to_device(self.keys, device) if isinstance(self.keys, Tensor) else self.keys
+        blocked = None if self.blocked is None else to_device(self.blocked, device)
+        return AttentionTile(self.queries, keys, self.free, blocked)
 
 
 @dataclass(frozen=True)

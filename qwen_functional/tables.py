@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .config import Qwen2Config
+from .memory import to_device
 from .ops.rope import rope_tables
 from .packing import AttentionTile, PackedTokens, joint_tiles
 
@@ -66,9 +67,9 @@ class Tables:
             return
         assert isinstance(read, Tensor)
         self._config, self._top, self._apart, self._by_tile = config, top, apart, by_tile
-        self.rows, self.ids = read.to(device), tokens.input_ids.to(device)
-        self.end = tokens.end.to(torch.int32).to(device)
-        self.positions = tokens.positions.to(torch.int32).to(device)
+        self.rows, self.ids = to_device(read, device), to_device(tokens.input_ids, device)
+        self.end = to_device(tokens.end.to(torch.int32), device)
+        self.positions = to_device(tokens.positions.to(torch.int32), device)
         self.nodes = torch.arange(len(tokens), dtype=torch.int32, device=device)
         self.rope = rope_tables(config, tokens.positions, dtype, device)
         cos, sin = (table * config.head_dim**-0.5 for table in self.rope)
@@ -85,8 +86,8 @@ class Tables:
         device: torch.device,
     ) -> None:
         n = len(trees[0])
-        self.ids = torch.stack([tree.input_ids for tree in trees]).to(device)
-        self.rows = torch.cat([index * n + nodes for index, nodes in enumerate(read)]).to(device)
+        self.ids = to_device(torch.stack([tree.input_ids for tree in trees]), device)
+        self.rows = to_device(torch.cat([index * n + nodes for index, nodes in enumerate(read)]), device)
         positions = torch.stack([tree.positions for tree in trees])
         cos, sin = rope_tables(config, positions[:, None], dtype, device)  # (G, 1, S, head_dim/2)
         q_rope = tuple((table * config.head_dim**-0.5)[:, :, :, None] for table in (cos, sin))

@@ -28,7 +28,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
+# No GPU: it is of no use after a fork, and takes more address space than an input may.
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
 

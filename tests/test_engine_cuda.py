@@ -58,18 +58,21 @@ READING = (aten._local_scalar_dense, aten.item, aten.nonzero, aten.masked_select
 
 
 class Transfers(TorchDispatchMode):
-    """Collects the operations that copy values from the device to the host (back), or from the host to it (there)."""
+    """Collects the operations that copy values from the device to the host (back), or from the host to it (there).
+
+    Of the latter, ``waiting`` are those that wait until the device has done all that was asked of it before.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.back: list[str] = []
         self.there: list[str] = []
+        self.waiting: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, given = func.overloadpacket, [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         by_mask = name in (aten.index, aten.index_put, aten.index_put_) and any(t.dtype == torch.bool for t in given)
-        reads = name in READING and any(t.device.type == "cuda" for t in given)
-        if reads or by_mask:  # the host must know how many are true
+        if (name in READING or by_mask) and any(t.device.type == "cuda" for t in given):  # e.g. how many are true
             self.back.append(str(func))
         if name in (aten.lift_fresh, aten.lift_fresh_copy):  # torch.tensor of numbers
             self.there.append(str(func))
@@ -79,6 +82,8 @@ class Transfers(TorchDispatchMode):
             if any(t.device.type == "cuda" for t in [*given, *made]):
                 into_host = given and name in (aten.copy_,) and given[0].device.type == "cpu"
                 (self.back if into_host else self.there).append(str(func))
+                if not into_host and not (kwargs or {}).get("non_blocking"):
+                    self.waiting.append(str(func))
         elif any(t.device.type == "cpu" for t in tree_leaves(result) if isinstance(t, Tensor)) and given:
             self.back.append(str(func))
         return result
@@ -254,6 +259,18 @@ def test_a_step_with_a_loss_by_a_plan_leaves_all_values_where_they_are(
     assert (transfers.back, transfers.there) == ([], [])
 
 
+@pytest.mark.parametrize("tokens", [TOKENS, OWN], ids=["shared texts", "own texts"])
+def test_a_plan_for_other_texts_is_made_without_waiting_for_the_device(fake_cuda: FloatsOnTheCpu, tokens: Any) -> None:
+    """Else a GPU would be idle in each step with texts of its own, from the end of the one before it."""
+    n = 3 if tokens is OWN else 1
+    every: list[Head] = [Hidden(), TokenLoss([TWO_EACH] * n, label_smoothing=0.1), TokenLoss([STATES] * n)]
+    weights, lora = empty_weights(CONFIG, torch.bfloat16, "cuda"), SPEC.bind(CONFIG, lora_on_cuda(3, torch.float32))
+    with Transfers() as transfers:
+        Plan(CONFIG, weights, tokens, lora, memory_budget=BUDGET, heads=every)
+    assert (transfers.back, transfers.waiting) == ([], [])
+    assert transfers.there
+
+
 def test_what_is_moved_between_host_and_device_is_seen(fake_cuda: FloatsOnTheCpu) -> None:
     """Otherwise the test above would find nothing."""
     there, host = torch.empty(3, device=CUDA), torch.empty(3)
@@ -287,7 +304,10 @@ def test_what_is_moved_between_host_and_device_is_seen(fake_cuda: FloatsOnTheCpu
         lambda: torch.ops.aten.index(there, [torch.arange(2)]),
     ):
         moved = seen(brought)
-        assert moved is None or (moved.there and not moved.back)
+        assert moved is None or (moved.there and not moved.back and moved.waiting)
+    unhurried = seen(lambda: host.to(CUDA, non_blocking=True))
+    assert unhurried is not None
+    assert (bool(unhurried.there), unhurried.waiting) == (True, [])
     moved = seen(lambda: host.to(CUDA))
     assert moved is not None
     assert moved.there

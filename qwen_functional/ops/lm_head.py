@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..dtypes import accumulation_dtype
+from ..memory import to_device
 from .sums import index_sum_
 
 ROWS = 256  # at a time: enough for a GEMM
@@ -66,7 +67,7 @@ class Targets:
         return replace(self, rows=rows)
 
     def to(self, device: torch.device) -> Targets:
-        return Targets(*(t.to(device) for t in (self.rows, self.indices, self.probs, self.weights)))
+        return Targets(*(to_device(t, device) for t in (self.rows, self.indices, self.probs, self.weights)))
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class StateTargets:
         return replace(self, rows=rows)
 
     def to(self, device: torch.device) -> StateTargets:
-        return StateTargets(self.rows.to(device), self.states.to(device), self.weights.to(device))
+        return StateTargets(*(to_device(t, device) for t in (self.rows, self.states, self.weights)))
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,9 @@ class Ordered:
     def of(cls, targets: Targets, device: torch.device, dtype: torch.dtype, label_smoothing: float = 0.0) -> Ordered:
         """On ``device``, in the accumulation dtype; the rows of ``targets`` are on the CPU."""
         order, rows, row, ends = _by_row(targets.rows)
-        order, rows, row = order.to(device), rows.to(device), row.to(device)
-        indices, probs, weights = (t.to(device)[order] for t in (targets.indices, targets.probs, targets.weights))
+        order, rows, row = (to_device(one, device) for one in (order, rows, row))
+        on = targets.to(device)
+        indices, probs, weights = (one[order] for one in (on.indices, on.probs, on.weights))
         probs, weights = probs.to(dtype), weights.to(dtype)
         mass, entropy = probs.sum(1), torch.special.xlogy(probs, probs).sum(1)
         total = index_sum_(weights.new_zeros(len(rows)), 0, row, weights * mass)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..config import Qwen2Config
+from ..memory import to_device
 
 
 def rope_frequencies(config: Qwen2Config) -> tuple[Tensor, float]:
@@ -58,7 +59,7 @@ def rope_tables(
 ) -> tuple[Tensor, Tensor]:
     """cos and sin (*positions.shape, head_dim/2). Angles are taken in float32, as transformers does in any dtype."""
     frequencies, factor = rope_frequencies(config)
-    angles = positions.to(device=device, dtype=torch.float32)[..., None] * frequencies.to(device)
+    angles = to_device(positions.to(torch.float32), device)[..., None] * to_device(frequencies, device)
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
 
