@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import save_checkpoint
+from devices import DEVICES, tolerance
 from reference import call, hf_model, one_by_one, peft_model, random_lora, relative_error, tiny_config
 from torch import Tensor
 from torch.nn import functional as F
@@ -23,6 +24,7 @@ F64 = torch.float64
 SPEC = LoraSpec(rank=3, alpha=7)
 CONFIG = tiny_config()
 WEIGHTS = init_weights(CONFIG, dtype=F64)
+ON = {device: WEIGHTS if device == "cpu" else init_weights(CONFIG, dtype=F64, device=device) for device in DEVICES}
 # Shared prompts, a duplicate text, a completion of one token, no prompt at all.
 EXAMPLES: list[list[tuple[list[int], list[int]]]] = [
     [([3, 1, 4], [1, 5, 9]), ([3, 1, 4], [2, 6]), ([7, 7], [8])],
@@ -33,12 +35,12 @@ CONTEXTS = [[[20, 21, *prompt] for prompt, _ in own] for own in EXAMPLES]
 LAYERS: list[int | tuple[int, ...]] = [-1, (0, 1, -1)]
 
 
-def make(**options: Any) -> DifferentiableTextDelta:
-    return DifferentiableTextDelta(CONFIG, WEIGHTS, SPEC, **options)
+def make(device: str = "cpu", **options: Any) -> DifferentiableTextDelta:
+    return DifferentiableTextDelta(CONFIG, ON[device], SPEC, **options)
 
 
-def leaves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
+def leaves(tensors: dict[str, Tensor], device: str = "cpu") -> dict[str, Tensor]:
+    return {name: tensor.to(device, copy=True).requires_grad_() for name, tensor in tensors.items()}
 
 
 def hidden(
@@ -55,9 +57,11 @@ def rows_of(prompt: Sequence[int], completion: Sequence[int], positions: str) ->
     return {"completion": slice(max(0, len(prompt) - 1), n - 1), "last": slice(n - 1, n), "all": slice(0, n)}[positions]
 
 
-def in_peft(tensors: dict[str, Tensor], positions: str, layer: int | tuple[int, ...]) -> list[Tensor]:
+def in_peft(
+    tensors: dict[str, Tensor], positions: str, layer: int | tuple[int, ...], device: str = "cpu"
+) -> list[Tensor]:
     """The deltas (layers, P, H) of each adapter."""
-    bare, model = hf_model(CONFIG, WEIGHTS), peft_model(hf_model(CONFIG, WEIGHTS), SPEC)
+    bare, model = hf_model(CONFIG, ON[device]), peft_model(hf_model(CONFIG, ON[device]), SPEC)
     found = []
     for own, adapter in zip(EXAMPLES, one_by_one(tensors), strict=True):
         parts = []
@@ -80,7 +84,7 @@ def assert_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor], most: f
         found, expected = ours[name].grad, tensor.grad
         assert found is not None
         assert expected is not None
-        assert float((found - expected).norm()) <= most * max(floor, float(expected.norm())), name
+        assert float((found.cpu() - expected).norm()) <= most * max(floor, float(expected.norm())), name
 
 
 @pytest.mark.parametrize("pooling", ["none", "mean"])
@@ -88,14 +92,14 @@ def assert_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor], most: f
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("per_pass", [None, 1, 2])
 def test_deltas_and_gradients_are_those_of_peft(
-    layer: int | tuple[int, ...], positions: str, pooling: str, per_pass: int | None
+    device: str, layer: int | tuple[int, ...], positions: str, pooling: str, per_pass: int | None
 ) -> None:
     tensors = random_lora(CONFIG, SPEC, 3)
-    ours, theirs = leaves(tensors), leaves(tensors)
-    delta = make(layer=layer, positions=positions, pooling=pooling, adapters_per_pass=per_pass)
-    value = delta(ours, EXAMPLES)
-    expected = padded(in_peft(theirs, positions, layer), pooling, isinstance(layer, int))
-    assert relative_error(value.detach(), expected.detach()) <= 1e-11
+    ours, theirs = leaves(tensors, device), leaves(tensors)
+    delta = make(device, layer=layer, positions=positions, pooling=pooling, adapters_per_pass=per_pass)
+    value = delta(ours, EXAMPLES).cpu()
+    expected = padded(in_peft(theirs, positions, layer, device), pooling, isinstance(layer, int))
+    assert relative_error(value.detach(), expected.detach()) <= tolerance(device, 1e-11)
     cotangent = torch.randn(value.shape, dtype=F64)
     (value * cotangent).sum().backward()
     (expected * cotangent).sum().backward()
@@ -135,11 +139,11 @@ def plain_loss(deltas: list[Tensor], targets: list[Tensor], mse: float, cosine: 
 @pytest.mark.parametrize("target", ["teacher", "context", "both"])
 @pytest.mark.parametrize("per_pass", [None, 2])
 def test_the_loss_to_a_teacher_and_to_the_prompted_base_is_that_of_peft(
-    target: str, positions: str, pooling: str, per_pass: int | None
+    device: str, target: str, positions: str, pooling: str, per_pass: int | None
 ) -> None:
     layer = (1, -1)
     tensors, teachers = random_lora(CONFIG, SPEC, 3), random_lora(CONFIG, SPEC, 3, seed=9)
-    bare, model = hf_model(CONFIG, WEIGHTS), peft_model(hf_model(CONFIG, WEIGHTS), SPEC)
+    bare, model = hf_model(CONFIG, ON[device]), peft_model(hf_model(CONFIG, ON[device]), SPEC)
     wanted = []
     for own, contexts, adapter in zip(EXAMPLES, CONTEXTS, one_by_one(teachers), strict=True):
         parts = []
@@ -152,19 +156,19 @@ def test_the_loss_to_a_teacher_and_to_the_prompted_base_is_that_of_peft(
             who, what = (bare, None) if target == "context" else (model, adapter)
             parts.append(hidden(who, what, before + completion, moved, layer) - base)
         wanted.append(torch.cat(parts, 1).detach())
-    ours, theirs = leaves(tensors), leaves(tensors)
-    delta = make(layer=layer, positions=positions, pooling=pooling, adapters_per_pass=per_pass)
+    ours, theirs = leaves(tensors, device), leaves(tensors)
+    delta = make(device, layer=layer, positions=positions, pooling=pooling, adapters_per_pass=per_pass)
     found = delta.target(
         EXAMPLES,
-        tensors=None if target == "context" else teachers,
+        tensors=None if target == "context" else leaves(teachers, device),
         contexts=None if target == "teacher" else CONTEXTS,
     )
     for one, expected_one in zip(found.deltas, wanted, strict=True):
-        assert relative_error(one, expected_one) <= 1e-11
+        assert relative_error(one.cpu(), expected_one) <= tolerance(device, 1e-11)
     loss = partial(adapters_delta_loss, mse_weight=0.7, cosine_weight=1.3)
-    value = delta.mean_loss(ours, EXAMPLES, found, loss)
-    expected = plain_loss(in_peft(theirs, positions, layer), wanted, 0.7, 1.3, pooling)
-    assert relative_error(value.detach(), expected.detach()) <= 1e-11
+    value = delta.mean_loss(ours, EXAMPLES, found, loss).cpu()
+    expected = plain_loss(in_peft(theirs, positions, layer, device), wanted, 0.7, 1.3, pooling)
+    assert relative_error(value.detach(), expected.detach()) <= tolerance(device, 1e-11)
     value.backward()
     expected.backward()
     assert_gradients(ours, theirs)
