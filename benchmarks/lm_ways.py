@@ -158,8 +158,9 @@ class LMRepeated(LMHooks):
         def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
             assert self.batch is not None
             x = inputs[0].flatten(0, 1)[:, None]  # (tokens, 1, in)
-            rows = self.batch.adapter.repeat_interleave(inputs[0].shape[1])
-            A, B = (self.leaves[name][rows] for name in (a, b))
+            # By index, a token's own, gradients would be summed over tokens in the dtype of A and B.
+            rows, length = self.batch.adapter, inputs[0].shape[1]
+            A, B = (self.leaves[name][rows].repeat_interleave(length, 0) for name in (a, b))
             return output + (torch.bmm(torch.bmm(x, A.mT) * self.scaling, B.mT)).view_as(output)
 
         return hook
