@@ -58,7 +58,7 @@ AREAS: dict[str, tuple[int, dict[str, str]]] = {
         f"{MODEL}compiled.py": "compiled",
     }),
     "lm loss": (4, {
-        f"{MODEL}ops/lm_head.py {MODEL}ops/sums.py": "token_loss lm_loss parallel ops",
+        f"{MODEL}ops/lm_head.py {MODEL}ops/sums.py": "token_loss lm_loss parallel ops evaluate",
         f"{HOUSE}lm_loss.py {HOUSE}teachers.py": "lm_loss text_training evaluate*",
         f"{HOUSE}stored.py {HOUSE}stored_deltas.py": "lm_loss stored_deltas",
         f"{HOUSE}own_texts.py {HOUSE}text_delta.py": "lm_loss text_delta text_training",

@@ -257,6 +257,18 @@ def test_a_loss_and_hidden_states_go_back_together() -> None:
     assert_gradients(together, {name: sum(part[name] for part in parts) for name in together}, 1e-12)  # type: ignore[misc]
 
 
+def test_a_head_stored_in_float16_is_multiplied_in_float32_on_a_cpu() -> None:
+    config = tiny()
+    weights, tensors = init_weights(config, dtype=torch.float16), random_lora(config, SPEC, 3, dtype=torch.float32)
+    tokens, targets = packed(EXAMPLES)
+    (value,), vjp = forward_vjp(config, weights, tokens, SPEC.bind(config, tensors), heads=[TokenLoss(targets)])
+    cotangent = torch.tensor([1.0, -2.0, 0.5])
+    model, wide = peft_model(hf_model(config, weights).double(), SPEC), {n: t.double() for n, t in tensors.items()}
+    expected, gradients = in_peft(model, wide, cross_entropy(0.0), cotangent)
+    assert relative_error(value, expected) <= 1e-5
+    assert_gradients(vjp((cotangent,)), gradients, 1e-4)
+
+
 def test_without_gradients_nothing_is_kept() -> None:
     config = tiny()
     weights, lora = init_weights(config, dtype=F64), SPEC.bind(config, random_lora(config, SPEC, 3))
@@ -283,6 +295,8 @@ def test_bad_targets_are_refused() -> None:
     refused("token id 61 is outside the vocabulary, expected 0 to 60", [TokenLoss([odd, *targets[1:]])])
     refused("there are 3 targets, expected 1", [TokenLoss(targets)], tokens=pack([list(range(9))] * 2))
     refused("targets 0 are for rows 2 to 7, expected some of 0 to 2", [TokenLoss(targets)], tokens=pack([[1, 2, 3]]))
+    states = [StateTargets(one.rows, torch.ones(len(one.rows), config.hidden_size), one.weights) for one in targets]
+    refused("label_smoothing is 0.1, expected 0 for targets from", [TokenLoss(states, label_smoothing=0.1)])
     none = Targets.of_tokens(*(torch.empty(0, dtype=torch.int64) for _ in range(3)))
     refused("targets 0 are for rows none, expected some of 0 to", [TokenLoss([none, *targets[1:]])])
     for options, message in (
