@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qwen_functional.dtypes import accumulation_dtype
-from qwen_functional.ops.sums import index_sum
+from qwen_functional.ops.sums import index_sum_
 
 
 def delta_mse(delta: Tensor, target: Tensor, *, normalize: bool = False) -> Tensor:
@@ -122,7 +122,7 @@ def adapters_delta_loss(
         raise ValueError(f"{found}, expected (layers, V, H) and (V,)")
 
     def sums(each: Tensor) -> Tensor:  # (layers, V) to (layers, G)
-        return index_sum(each.new_zeros(len(each), n_adapters), 1, adapters, each)
+        return index_sum_(each.new_zeros(len(each), n_adapters), 1, adapters, each)
 
     counts = sums(torch.ones_like(deltas[..., 0]))
     total = deltas.new_zeros(n_adapters)

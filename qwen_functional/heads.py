@@ -100,11 +100,7 @@ class BoundHidden:
         # Sequences may end at the same node: sum their cotangents.
         shape = (*cotangent.shape[:2], top.shape[1], cotangent.shape[3])
         d_read = torch.zeros(shape, dtype=top.dtype, device=top.device)
-        if d_read.is_cuda:  # index_add_ has no fixed order there
-            to_row = torch.arange(shape[2], device=self.row_of.device)[:, None] == self.row_of
-            torch.matmul(to_row.to(d_read.dtype), cotangent.to(d_read), out=d_read)
-        else:
-            d_read.index_add_(2, self.row_of, cotangent.to(d_read))
+        index_sum_(d_read, 2, self.row_of, cotangent.to(d_read))
         below: dict[int, Tensor] = {}
         for index, layer in enumerate(self.layers):
             d, at = d_read[index], layer
@@ -191,7 +187,7 @@ class _BoundTokenLoss:
             )
         else:
             losses, dh = lm_head_loss(
-                h, E, self.targets, label_smoothing=smoothing, temperature=temperature, keep=keep, part=part, mean=mean,
+                h, E, self.targets, temperature=temperature, keep=keep, part=part, mean=mean,
                 softmax=self.backend.softmax_,
             )  # fmt: skip
         value = torch.zeros(self.n_adapters, dtype=accumulation_dtype(h.dtype), device=h.device)

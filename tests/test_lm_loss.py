@@ -346,7 +346,7 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
         make(**options)
 
 
-def test_what_is_asked_for_otherwise_is_refused(tmp_path: Path) -> None:
+def test_options_and_inputs_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="weights have no lm_head, which a loss needs"):
         DifferentiableLMLoss(CONFIG, replace(WEIGHTS, lm_head=None))
     with pytest.raises(ValueError, match=r"label_smoothing is 0\.1, expected 0 for targets from a teacher's states"):

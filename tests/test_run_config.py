@@ -42,7 +42,7 @@ def with_line(line: str, table: str = "") -> str:
     return f"{kept}\n{table}\n{line}\n"
 
 
-def test_a_billion_is_taken(tmp_path: Path) -> None:
+def test_a_run_may_have_a_billion_steps(tmp_path: Path) -> None:
     assert read(tmp_path, with_line("steps = 1_000_000_000", "[training]")).training.steps == 10**9
 
 

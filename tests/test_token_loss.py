@@ -41,10 +41,11 @@ def drawn_targets(n: int, n_rows: int, k: int = 1, seed: int = 0) -> Targets:
     return Targets(rows, indices, probs, weights)
 
 
-def loss(h: Tensor, weight: Tensor, targets: Targets, **options: Any) -> tuple[Tensor, Tensor | None]:
+def loss(
+    h: Tensor, weight: Tensor, targets: Targets, label_smoothing: float = 0.0, **options: Any
+) -> tuple[Tensor, Tensor | None]:
     dtype = F64 if h.dtype == F64 else torch.float32
-    ordered = Ordered.of(targets, h.device, dtype, options.get("label_smoothing", 0.0))
-    return lm_head_loss(h, weight, ordered, **options)
+    return lm_head_loss(h, weight, Ordered.of(targets, h.device, dtype, label_smoothing), **options)
 
 
 def whole_logits(h: Tensor, weight: Tensor, targets: Targets, smoothing: float, temperature: float) -> Tensor:

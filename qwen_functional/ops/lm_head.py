@@ -66,9 +66,6 @@ class Targets:
         """The same for other rows."""
         return replace(self, rows=rows)
 
-    def to(self, device: torch.device) -> Targets:
-        return Targets(*(to_device(t, device) for t in (self.rows, self.indices, self.probs, self.weights)))
-
 
 @dataclass(frozen=True)
 class StateTargets:
@@ -112,6 +109,7 @@ class Ordered:
         total: (P,), Σ weight · mass of a row's targets: the factor of its softmax in dz.
         named: (T, k), what dz lacks of that softmax at each token, divided by ``total``; summed over all targets that
             name the token for this row.
+        label_smoothing: ε: p becomes (1 − ε) p + ε m / V.
     """
 
     order: Tensor
@@ -125,21 +123,22 @@ class Ordered:
     entropy: Tensor
     total: Tensor
     named: Tensor
+    label_smoothing: float
 
     @classmethod
     def of(cls, targets: Targets, device: torch.device, dtype: torch.dtype, label_smoothing: float = 0.0) -> Ordered:
         """On ``device``, in the accumulation dtype; the rows of ``targets`` are on the CPU."""
         order, rows, row, ends = _by_row(targets.rows)
         order, rows, row = (to_device(one, device) for one in (order, rows, row))
-        on = targets.to(device)
-        indices, probs, weights = (one[order] for one in (on.indices, on.probs, on.weights))
+        given = targets.indices, targets.probs, targets.weights
+        indices, probs, weights = (to_device(one, device)[order] for one in given)
         probs, weights = probs.to(dtype), weights.to(dtype)
         mass, entropy = probs.sum(1), torch.special.xlogy(probs, probs).sum(1)
         total = index_sum_(weights.new_zeros(len(rows)), 0, row, weights * mass)
         share = (1 - label_smoothing) * weights[:, None] * probs / total[row, None].clamp(min=torch.finfo(dtype).tiny)
         if probs.shape[1] > 1 or len(rows) < len(row):  # or each token is named once
             share = _summed(share, (row[:, None] << 32) + indices)
-        return cls(order, rows, row, ends, indices, probs, weights, mass, entropy, total, share)
+        return cls(order, rows, row, ends, indices, probs, weights, mass, entropy, total, share, label_smoothing)
 
 
 def _by_row(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, list[int]]:
@@ -283,7 +282,6 @@ def lm_head_loss(
     weight: Tensor,
     targets: Ordered,
     *,
-    label_smoothing: float = 0.0,
     temperature: float = 1.0,
     keep: bool = True,
     part: Part | None = None,
@@ -295,7 +293,6 @@ def lm_head_loss(
     Args:
         h: (R, H), in the dtype of the products; targets name its rows.
         weight: (V, H), the head, or this process's rows of it.
-        label_smoothing: ε: p becomes (1 − ε) p + ε m / V; that of the targets.
         keep: whether the gradient is wanted.
         part: which rows those are; None for all.
         mean: (H,), the mean of all rows of the head, in the accumulation dtype; by default that of the given rows.
@@ -305,8 +302,8 @@ def lm_head_loss(
         losses (T,), and dh (R, H), both float32 (float64 for float64); None for dh without ``keep``.
     """
     dtype = accumulation_dtype(h.dtype)
-    kept = 1 - label_smoothing
-    mean = None if not label_smoothing else weight.mean(0, dtype=dtype) if mean is None else mean
+    smoothing = targets.label_smoothing
+    mean = None if not smoothing else weight.mean(0, dtype=dtype) if mean is None else mean
     first, n_own = 0 if part is None else part.first, len(weight)
     losses = torch.empty(len(targets.row), dtype=dtype, device=h.device)
     dh = torch.zeros(h.shape, dtype=dtype, device=h.device) if keep else None
@@ -329,9 +326,9 @@ def lm_head_loss(
         most, log_sum = softmax(z, 1 / temperature, keep, part)
         # Relative to the largest: where the model is sure, rounding then matters little.
         asked = asked / temperature - most[at][:, None]
-        loss = targets.entropy[own] + mass * log_sum[at] - kept * (probs * asked).sum(1)
+        loss = targets.entropy[own] + mass * log_sum[at] - (1 - smoothing) * (probs * asked).sum(1)
         if mean is not None:
-            loss -= label_smoothing * mass * ((read.to(dtype) @ mean) / temperature - most)[at]
+            loss -= smoothing * mass * ((read.to(dtype) @ mean) / temperature - most)[at]
         losses[own] = loss * targets.weights[own]
         if dh is None:
             continue
@@ -343,7 +340,7 @@ def lm_head_loss(
         if part is not None:
             part.sum_(d)
         if mean is not None:
-            d -= label_smoothing * mean
+            d -= smoothing * mean
         dh.index_copy_(0, targets.rows[chunk], d * (targets.total[chunk] / temperature)[:, None])
     return torch.empty_like(losses).index_copy_(0, targets.order, losses), dh
 

@@ -6,18 +6,12 @@ import torch
 from torch import Tensor
 
 
-def index_sum(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
-    """``x.index_add(dim, index, source)``, on a GPU too with the same bits each time; differentiable.
+def index_sum_(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
+    """``x.index_add_(dim, index, source)`` for indices of x, on a GPU too with the same bits each time; differentiable.
 
-    There index_add adds by atomic operations, in whatever order they come; index_put sorts first.
+    There index_add_ adds by atomic operations, in whatever order they come. index_put_ sorts first, but reads the
+    indices back to check them, or asserts on the device, which this form of it, that of its own vjp, does not.
     """
     if x.device.type == "cpu":
-        return x.index_add(dim, index, source)
-    return torch.ops.aten.index_put(x, [None] * dim + [index], source, True)
-
-
-def index_sum_(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
-    """:func:`index_sum` in place."""
-    if x.device.type == "cpu":
         return x.index_add_(dim, index, source)
-    return torch.ops.aten.index_put_(x, [None] * dim + [index], source, True)
+    return torch.ops.aten._index_put_impl_(x, [None] * dim + [index], source, True, True)
